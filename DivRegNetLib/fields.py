@@ -1,0 +1,110 @@
+"""Displacement and velocity fields on a voxel grid: warp, compose, integrate, invert, resize, Jacobian, smoothness.
+
+Conventions, everywhere in this file:
+
+* A field is a tensor (N, 3, D, H, W). Its three components are along x, y, z, that is along W, H, D, in **voxels** of
+  the grid it lives on.
+* A displacement u stands for the map ``x -> x + u(x)``. Warping an image with it *pulls*: ``warped(x) = image(x + u(x))``.
+* Voxels are cells: voxel centres lie at whole numbers and the image extends half a voxel beyond the first and the last
+  (``align_corners=False``), so halving the resolution doubles the spacing exactly and keeps the extent.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def identity(shape: tuple[int, int, int], *, like: Tensor) -> Tensor:
+    """Voxel coordinates of a (D, H, W) grid as a field (1, 3, D, H, W), with dtype and device of ``like``."""
+    axes = [torch.arange(n, dtype=like.dtype, device=like.device) for n in shape]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij")[::-1])[None]
+
+
+def sample(image: Tensor, points: Tensor, *, mode: str = "bilinear", padding: str = "border") -> Tensor:
+    """Values of an image (N, C, D, H, W) at voxel coordinates (N, 3, d, h, w) in x, y, z order.
+
+    Args:
+        mode: ``bilinear`` (trilinear in 3D) or ``nearest``.
+        padding: ``border`` repeats the outermost voxel outside, ``zeros`` gives 0.
+    Returns:
+        (N, C, d, h, w).
+    """
+    size = points.new_tensor(image.shape[:1:-1]).view(1, 3, 1, 1, 1)
+    grid = (points * 2 + 1) / size - 1
+    return F.grid_sample(image, grid.permute(0, 2, 3, 4, 1), mode=mode, padding_mode=padding, align_corners=False)
+
+
+def warp(image: Tensor, displacement: Tensor, *, mode: str = "bilinear", padding: str = "border") -> Tensor:
+    """``image(x + u(x))`` for an image (N, C, D, H, W) and a displacement (N, 3, D, H, W) on the same grid."""
+    points = identity(displacement.shape[2:], like=displacement) + displacement
+    return sample(image, points, mode=mode, padding=padding)
+
+
+def compose(outer: Tensor, inner: Tensor) -> Tensor:
+    """Displacement of ``x -> outer(inner(x))``: first ``inner``, then ``outer``, both (N, 3, D, H, W)."""
+    return inner + warp(outer, inner)
+
+
+def integrate(velocity: Tensor, steps: int = 6) -> Tensor:
+    """Displacement of the flow of a stationary velocity field at time 1, by ``steps`` squarings.
+
+    Source: Arsigny et al., "A log-Euclidean framework for statistics on diffeomorphisms", MICCAI 2006.
+    """
+    displacement = velocity / 2**steps
+    for _ in range(steps):
+        displacement = compose(displacement, displacement)
+    return displacement
+
+
+def invert(displacement: Tensor, *, iterations: int = 30, tolerance: float = 1e-3) -> Tensor:
+    """Displacement v with ``(x + v) + u(x + v) = x``, by fixed-point iteration ``v <- -u(x + v)``.
+
+    Converges where u is a contraction, that is where the map is well invertible; elsewhere the result is an iterate.
+    Ends when no voxel moves by more than ``tolerance`` voxels any more. Source: Chen et al., "A simple fixed-point
+    approach to invert a deformation field", Med. Phys. 2008.
+    """
+    inverse = -displacement
+    for _ in range(iterations):
+        residual = inverse + warp(displacement, inverse)
+        inverse = inverse - 0.75 * residual  # damped: stable where the gradient of u is strong
+        if residual.abs().max() <= tolerance:
+            break
+    return inverse
+
+
+def resize(displacement: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """The same deformation on a (D, H, W) grid of the same extent; lengths are rescaled to voxels of the new grid."""
+    if tuple(displacement.shape[2:]) == tuple(shape):
+        return displacement
+    ratio = displacement.new_tensor([n / o for n, o in zip(shape, displacement.shape[2:], strict=True)][::-1])
+    resized = F.interpolate(displacement, size=tuple(shape), mode="trilinear", align_corners=False)
+    return resized * ratio.view(1, 3, 1, 1, 1)
+
+
+def gradients(field: Tensor) -> list[Tensor]:
+    """Forward differences of a field along x, y and z, each (N, C, ...) one voxel shorter along its own axis."""
+    return [field.diff(dim=d) for d in (4, 3, 2)]
+
+
+def bending(field: Tensor) -> Tensor:
+    """Mean squared second difference along each axis (unmixed bending energy), a scalar; 0 for affine maps."""
+    return sum(field.diff(n=2, dim=d).square().mean() for d in (2, 3, 4))
+
+
+def diffusion(field: Tensor) -> Tensor:
+    """Mean squared first difference, summed over the axes: the smoothness term of VoxelMorph, a scalar."""
+    return sum(g.square().mean() for g in gradients(field))
+
+
+def jacobian_determinant(displacement: Tensor) -> Tensor:
+    """det of the Jacobian of ``x -> x + u(x)`` by forward differences, (N, D-1, H-1, W-1); <= 0 where it folds."""
+    u = displacement
+    columns = []  # d(x + u)/dx, d/dy, d/dz
+    for axis, dim in enumerate((4, 3, 2)):
+        difference = u.diff(dim=dim)
+        crop = [slice(None), slice(None)] + [slice(0, -1) if d != dim else slice(None) for d in (2, 3, 4)]
+        column = list(difference[tuple(crop)].unbind(1))
+        column[axis] = column[axis] + 1
+        columns.append(column)
+    (a, d, g), (b, e, h), (c, f, i) = columns
+    return a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g)

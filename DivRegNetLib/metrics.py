@@ -1,0 +1,192 @@
+"""How good is a registration: overlap and surface distances of labels, landmark error, the field itself, similarity.
+
+Distances are in mm. numpy and SimpleITK alone, but for what needs a network.
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import SimpleITK as sitk
+
+from DivRegNetLib.errors import InputError
+from DivRegNetLib.geometry import Grid
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from DivRegNetLib.similarity import KLDivNet
+
+NMI_BINS = 64
+
+
+def dice(fixed: np.ndarray, warped: np.ndarray) -> float:
+    """Dice coefficient of two boolean arrays; NaN where both are empty."""
+    total = int(fixed.sum()) + int(warped.sum())
+    return 2 * int((fixed & warped).sum()) / total if total else float("nan")
+
+
+def surface_distances(fixed: np.ndarray, warped: np.ndarray, grid: Grid) -> dict[str, float]:
+    """``asd``, ``hd`` and ``hd95`` (mm) between the surfaces of two boolean arrays (D, H, W) on a grid.
+
+    A surface voxel is one with a face neighbour outside. Distances go both ways: ASD is the mean of all of them, HD the
+    largest, HD95 the larger of the two directions' 95th percentiles. NaN where one is empty.
+    """
+    if not fixed.any() or not warped.any():
+        return {"asd": float("nan"), "hd": float("nan"), "hd95": float("nan")}
+    inside = np.argwhere(fixed | warped)
+    box = tuple(slice(max(a - 1, 0), b + 2) for a, b in zip(inside.min(0), inside.max(0), strict=True))
+    surfaces = [_surface(np.pad(x[box], 1)) for x in (fixed, warped)]
+    one_way = []
+    for here, there in (surfaces, surfaces[::-1]):
+        image = sitk.GetImageFromArray(there.astype(np.uint8))
+        image.SetSpacing(grid.spacing)
+        distance = sitk.Abs(sitk.SignedMaurerDistanceMap(image, squaredDistance=False, useImageSpacing=True))
+        one_way.append(sitk.GetArrayViewFromImage(distance)[here])
+    both = np.concatenate(one_way)
+    return {
+        "asd": float(both.mean()),
+        "hd": float(both.max()),
+        "hd95": float(max(np.percentile(d, 95) for d in one_way)),
+    }
+
+
+def _surface(region: np.ndarray) -> np.ndarray:
+    core = region.copy()
+    for axis in range(3):
+        for step in (-1, 1):
+            core &= np.roll(region, step, axis)
+    return region & ~core
+
+
+def label_overlap(fixed: sitk.Image, warped: sitk.Image) -> dict:
+    """Dice and surface distances of every label, and their means.
+
+    Args:
+        fixed, warped: label maps on one grid, 0 is background.
+    Returns:
+        ``{"labels": {"3": {"dice", "asd", "hd", "hd95"}, ...}, "mean": {...}, "union": {...}}``; the mean is over labels
+        present in both, ``union`` takes all labels as one. NaN as None.
+    Raises:
+        InputError: the grids differ, or there is no label.
+    """
+    grid = Grid.of(fixed)
+    if grid != Grid.of(warped):
+        raise InputError("label maps can only be compared on one grid; apply the transform first")
+    f, w = sitk.GetArrayViewFromImage(fixed), sitk.GetArrayViewFromImage(warped)
+    labels = sorted({int(v) for x in (f, w) for v in np.unique(x)} - {0})
+    if not labels:
+        raise InputError("the label maps hold no label (all voxels are 0)")
+    scores = {str(n): _overlap(f == n, w == n, grid) for n in labels}
+    common = [s for s in scores.values() if all(np.isfinite(v) for v in s.values())]
+    mean = {
+        k: float(np.mean([s[k] for s in common])) if common else float("nan") for k in ("dice", "asd", "hd", "hd95")
+    }
+    found = {"labels": scores, "mean": mean, "union": _overlap(f != 0, w != 0, grid)}
+    return _without_nan(found)
+
+
+def _overlap(fixed: np.ndarray, warped: np.ndarray, grid: Grid) -> dict[str, float]:
+    return {"dice": dice(fixed, warped)} | surface_distances(fixed, warped, grid)
+
+
+def landmark_error(fixed: np.ndarray, moving: np.ndarray, transform: sitk.Transform | None = None) -> np.ndarray:
+    """Target registration error of each pair of landmarks, mm: distance of ``T(fixed)`` to ``moving``, (n,).
+
+    Args:
+        fixed, moving: (n, 3) LPS mm, in the same order.
+        transform: fixed -> moving points; None: identity, the error before registration.
+    Raises:
+        InputError: the numbers of landmarks differ.
+    """
+    if len(fixed) != len(moving):
+        raise InputError(f"{len(fixed)} fixed landmarks but {len(moving)} moving ones: they must be pairs in one order")
+    mapped = fixed if transform is None else np.array([transform.TransformPoint(p) for p in fixed.tolist()])
+    return np.linalg.norm(np.reshape(mapped, (-1, 3)) - moving, axis=1)
+
+
+def nmi(fixed: np.ndarray, moving: np.ndarray, bins: int = NMI_BINS) -> float:
+    """Studholme's normalised mutual information (H(F) + H(M)) / H(F, M), 1 to 2, of two arrays of equal shape."""
+    joint, _, _ = np.histogram2d(fixed.ravel(), moving.ravel(), bins=bins)
+    p = joint / joint.sum()
+
+    def entropy(q: np.ndarray) -> float:
+        q = q[q > 0]
+        return float(-(q * np.log(q)).sum())
+
+    both = entropy(p)
+    return (entropy(p.sum(0)) + entropy(p.sum(1))) / both if both > 0 else 2.0
+
+
+def jacobian_statistics(displacement: "Tensor") -> dict[str, float]:
+    """Folding of ``x -> x + u(x)``: per cent of voxels with det J <= 0, and the SD of log det J over the others.
+
+    Args:
+        displacement: (1, 3, D, H, W) in voxels.
+    """
+    from DivRegNetLib import fields
+
+    determinant = fields.jacobian_determinant(displacement).cpu().numpy()
+    positive = determinant[determinant > 0]
+    return {
+        "folded_percent": 100.0 * float((determinant <= 0).mean()),
+        "log_jacobian_sd": float(np.log(positive).std()) if positive.size else float("nan"),
+    }
+
+
+def quality(
+    fixed: "Tensor",
+    unaligned: "Tensor",
+    aligned: "Tensor",
+    displacement: "Tensor",
+    inverse: "Tensor",
+    spacing: float,
+    kldivnet: "KLDivNet | None",
+    mask: "Tensor | None" = None,
+) -> dict:
+    """The quality card of a registration, measured on the working grid.
+
+    Args:
+        fixed, unaligned, aligned: (1, 1, D, H, W) normalised: fixed image, moving image as it came, and after the
+            initial alignment.
+        displacement, inverse: (1, 3, D, H, W) in voxels; forward after the initial alignment, and its inverse.
+        spacing: mm of the isotropic working grid.
+        kldivnet: for S; without one S is None.
+        mask: (1, 1, D, H, W) bool: where similarity counts.
+    Returns:
+        ``nmi`` and ``similarity`` (S, nats), each ``{"before", "aligned", "after"}``; ``folded_percent``,
+        ``log_jacobian_sd``; ``largest_displacement_mm`` and ``mean_displacement_mm`` of the deformation without the
+        initial alignment; ``inverse_consistency_mm`` ``{"mean", "largest"}`` of ``inverse(forward(x)) - x``.
+    """
+    import torch
+
+    from DivRegNetLib import fields
+
+    stages = {"before": unaligned, "aligned": aligned, "after": fields.warp(aligned, displacement)}
+    inside = torch.ones_like(fixed, dtype=torch.bool) if mask is None else mask
+    values = {name: x[inside].cpu().numpy() for name, x in stages.items()}
+    reference = fixed[inside].cpu().numpy()
+    found: dict = {"nmi": {name: nmi(reference, x) for name, x in values.items()}}
+    found["similarity"] = None
+    if kldivnet is not None:
+        found["similarity"] = {
+            name: kldivnet(fixed, x, mask=mask, samples=65536, generator=torch.Generator().manual_seed(0)).item()
+            for name, x in stages.items()
+        }
+    found |= jacobian_statistics(displacement)
+    length = displacement.norm(dim=1) * spacing
+    found["largest_displacement_mm"] = length.max().item()
+    found["mean_displacement_mm"] = length.mean().item()
+    # Voxels that the deformation carries out of the grid have no inverse there.
+    points = fields.identity(displacement.shape[2:], like=displacement) + displacement
+    limits = points.new_tensor(displacement.shape[:1:-1]).view(1, 3, 1, 1, 1) - 1
+    stays = ((points >= 0) & (points <= limits)).all(1)
+    error = (fields.compose(inverse, displacement).norm(dim=1) * spacing)[stays]
+    found["inverse_consistency_mm"] = {"mean": error.mean().item(), "largest": error.max().item()}
+    return _without_nan(found)
+
+
+def _without_nan(value):
+    """JSON has no NaN: None instead, in dictionaries of any depth."""
+    if isinstance(value, dict):
+        return {k: _without_nan(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -1,0 +1,253 @@
+"""How alike two images are when their intensities need not be: KLDivNet, Parzen-window MI, LNCC.
+
+All take images (N, 1, D, H, W) on one grid and return one number to **maximise**, averaged over N.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+SHUFFLES = ("patches", "voxels")
+
+
+def donsker_varadhan(joint: Tensor, product: Tensor) -> Tensor:
+    """Lower bound of KL(P_FM || P_F P_M) in nats, ``mean(joint) - log mean exp(product)``.
+
+    Source: arXiv 1908.08767, Eq. 9. The logarithm of the mean is taken by log-sum-exp in float32, so that no value
+    of D overflows.
+
+    Args:
+        joint, product: (..., K) values of D on aligned and on shuffled samples.
+    Returns:
+        (...): the bound.
+    """
+    joint, product = joint.float(), product.float()
+    return joint.mean(-1) - (product.logsumexp(-1) - math.log(product.shape[-1]))
+
+
+@dataclass(frozen=True)
+class KLDivNetConfig:
+    """Architecture of a :class:`KLDivNet`.
+
+    channels: features of every block.
+    patch: side of the voxel patch that the downsampling layer averages.
+    frequencies: sine/cosine pairs of the intensity given beside it; 0 as in the paper.
+    context: size of the summary of the pair that conditions D, so that one D serves many contrasts; 0 as in the paper.
+    """
+
+    channels: int = 32
+    patch: int = 2
+    frequencies: int = 0
+    context: int = 0
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+class KLDivNet(nn.Module):
+    """The network D of arXiv 1908.08767 whose Donsker-Varadhan bound estimates mutual information.
+
+    Y-shaped and pointwise: each image goes through two blocks (1x1x1 convolution, leaky ReLU, no normalisation) and a
+    downsampling layer that averages patches; the two join and go through two more blocks. It sees a random choice of
+    patches, which estimates S as well as all of them do at a fraction of the cost; 1x1x1 convolutions over chosen
+    patches are linear layers.
+
+    With ``context`` the mean embedding of one half of the patches conditions D, which is evaluated on the other half:
+    still a lower bound of MI, as the summary is independent of the patches that D is judged on.
+    """
+
+    def __init__(self, config: KLDivNetConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or KLDivNetConfig()
+        c, inputs = config.channels, 1 + 2 * config.frequencies
+
+        def two_blocks(n_in: int) -> nn.Sequential:
+            return nn.Sequential(nn.Linear(n_in, c), nn.LeakyReLU(0.2), nn.Linear(c, c), nn.LeakyReLU(0.2))
+
+        self.fixed_branch, self.moving_branch = two_blocks(inputs), two_blocks(inputs)
+        self.joined = nn.Sequential(two_blocks(2 * c + config.context), nn.Linear(c, 1))
+        self.summary = nn.Sequential(two_blocks(2 * c), nn.Linear(c, config.context)) if config.context else None
+
+    def forward(
+        self,
+        fixed: Tensor,
+        moving: Tensor,
+        *,
+        mask: Tensor | None = None,
+        samples: int = 16384,
+        shuffle: str = "patches",
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """S, the estimate of mutual information in nats (a scalar, mean over N).
+
+        Args:
+            fixed, moving: (N, 1, D, H, W), moving already warped; any intensities (standardised inside).
+            mask: (1, 1, D, H, W) bool; patches wholly inside count. None: all.
+            samples: patches looked at, at random; fewer where the image has fewer.
+            shuffle: what is permuted for the product of marginals: ``patches`` after the downsampling layer, or the
+                ``voxels`` of the fixed image before it, as in the paper (then no bound, DESIGN of the patch size 1
+                excepted: the texture inside a patch tells shuffled from aligned).
+            generator: source of the random choice, on the CPU.
+        Raises:
+            ValueError: unknown shuffle, images of unlike shape, or fewer than 4 patches inside the mask.
+        """
+        if shuffle not in SHUFFLES:
+            raise ValueError(f"shuffle is one of {SHUFFLES}, got {shuffle!r}")
+        if fixed.shape != moving.shape:
+            raise ValueError(f"fixed {tuple(fixed.shape)} and moving {tuple(moving.shape)} differ in shape")
+        allowed = None if mask is None else _patches(mask, self.config.patch).all(-1)[0].nonzero()[:, 0]
+        f, m = (_patches(_standardise(x, mask), self.config.patch) for x in (fixed, moving))
+        count = f.shape[1] if allowed is None else len(allowed)
+        if count < 4:
+            raise ValueError(f"{count} patches of {self.config.patch} voxels lie inside the mask, at least 4 needed")
+        chosen = torch.randperm(count, generator=generator)[: samples - samples % 2].to(f.device)
+        chosen = chosen if allowed is None else allowed[chosen]
+        f, m = f[:, chosen], m[:, chosen]  # (N, K, patch^3)
+        hf, hm = self._branch(self.fixed_branch, f), self._branch(self.moving_branch, m)
+        order = torch.randperm(f.shape[1], generator=generator).to(f.device)
+        if shuffle == "patches":
+            hf_shuffled = hf[:, order]
+        else:
+            voxels = torch.randperm(f[0].numel(), generator=generator).to(f.device)
+            hf_shuffled = self._branch(self.fixed_branch, f.flatten(1)[:, voxels].view_as(f))
+        if self.summary is None:
+            return donsker_varadhan(self._join(hf, hm), self._join(hf_shuffled, hm)).mean()
+        half = f.shape[1] // 2
+        context = self.summary(torch.cat((hf[:, :half], hm[:, :half]), -1)).mean(1, keepdim=True)
+        # The other half alone: the shuffle must stay inside it, or the summary has seen the partners.
+        if shuffle == "patches":
+            hf_shuffled = hf[:, half:][:, torch.randperm(f.shape[1] - half, generator=generator).to(f.device)]
+        else:
+            hf_shuffled = hf_shuffled[:, half:]
+        hf, hm = hf[:, half:], hm[:, half:]
+        return donsker_varadhan(self._join(hf, hm, context), self._join(hf_shuffled, hm, context)).mean()
+
+    def _branch(self, branch: nn.Sequential, values: Tensor) -> Tensor:
+        """(N, K, P) intensities -> (N, K, C): blocks per voxel, then the downsampling layer (mean over the patch)."""
+        x = values[..., None]
+        if self.config.frequencies:
+            k = torch.arange(1, self.config.frequencies + 1, device=x.device, dtype=x.dtype)
+            x = torch.cat((x, (k * x).sin(), (k * x).cos()), -1)
+        return branch(x).mean(2)
+
+    def _join(self, hf: Tensor, hm: Tensor, context: Tensor | None = None) -> Tensor:
+        parts = (hf, hm) if context is None else (hf, hm, context.expand(-1, hf.shape[1], -1))
+        return self.joined(torch.cat(parts, -1))[..., 0]
+
+
+def _patches(image: Tensor, patch: int) -> Tensor:
+    """(N, 1, D, H, W) -> (N, number of patches, patch^3), the remainder at the far end left out."""
+    d, h, w = (n // patch for n in image.shape[2:])
+    x = image[:, 0, : d * patch, : h * patch, : w * patch].unflatten(3, (w, patch)).unflatten(2, (h, patch))
+    return x.unflatten(1, (d, patch)).permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)
+
+
+def _standardise(image: Tensor, mask: Tensor | None) -> Tensor:
+    """Zero mean, unit variance per image (inside the mask): D hardly learns from inputs in [0, 1]."""
+    with torch.no_grad():
+        inside = image.flatten(1) if mask is None else image[mask.expand_as(image)].view(len(image), -1)
+        var, mean = torch.var_mean(inside, dim=1, correction=0)
+        shape = (-1, 1, 1, 1, 1)
+    return (image - mean.view(shape)) * torch.rsqrt(var + 1e-8).view(shape)
+
+
+def parzen_mi(
+    fixed: Tensor,
+    moving: Tensor,
+    *,
+    bins: int = 32,
+    mask: Tensor | None = None,
+    normalised: bool = False,
+    chunk: int = 65536,
+) -> Tensor:
+    """Mutual information in nats from a Parzen-window joint histogram, differentiable in both images (a scalar).
+
+    Cubic B-spline windows as in Mattes et al., IEEE TMI 2003; each image's range is spread over its bins. Voxels are
+    taken ``chunk`` at a time and recomputed in the backward pass, so memory grows with bins x chunk, not bins x voxels.
+
+    Args:
+        fixed, moving: (N, 1, D, H, W).
+        bins: bins per image, at least 4.
+        mask: (1, 1, D, H, W) bool, voxels that count.
+        normalised: return Studholme's (H(F) + H(M)) / H(F, M), 1 to 2, instead.
+        chunk: voxels taken at a time.
+    Raises:
+        ValueError: fewer than 4 bins, or images of unlike shape.
+    """
+    if bins < 4:
+        raise ValueError(f"Parzen windows need at least 4 bins, got {bins}")
+    if fixed.shape != moving.shape:
+        raise ValueError(f"fixed {tuple(fixed.shape)} and moving {tuple(moving.shape)} differ in shape")
+    total = fixed.new_zeros(())
+    for f, m in zip(fixed, moving, strict=True):
+        f, m = (x.flatten() if mask is None else x[mask[0]] for x in (f, m))
+        f, m = (_to_bins(x, bins) for x in (f, m))
+        joint = fixed.new_zeros(bins, bins)
+        for a, b in zip(f.split(chunk), m.split(chunk), strict=True):
+            # Only the last chunk's windows are kept for the backward pass; those before are computed again there.
+            whole = len(a) < chunk or len(f) == chunk
+            part = (
+                _joint_histogram(a, b, bins) if whole else checkpoint(_joint_histogram, a, b, bins, use_reentrant=False)
+            )
+            joint = joint + part
+        p = joint / joint.sum()
+        both, one, other = _entropy(p), _entropy(p.sum(1)), _entropy(p.sum(0))
+        total = total + ((one + other) / both.clamp_min(1e-12) if normalised else one + other - both)
+    return total / len(fixed)
+
+
+def _entropy(p: Tensor) -> Tensor:
+    """Shannon entropy in nats of probabilities of any shape."""
+    return -torch.special.xlogy(p, p.clamp_min(1e-30)).sum()
+
+
+def _to_bins(x: Tensor, bins: int) -> Tensor:
+    """Intensities -> continuous bin positions from 1 to bins - 2, so that the windows stay inside."""
+    low, high = x.detach().aminmax()
+    return (x - low) / (high - low).clamp_min(1e-12) * (bins - 3) + 1
+
+
+def _joint_histogram(f: Tensor, m: Tensor, bins: int) -> Tensor:
+    return _window(f, bins).T @ _window(m, bins)
+
+
+def _window(x: Tensor, bins: int) -> Tensor:
+    """(V,) -> (V, bins): weight of each bin under a cubic B-spline centred on the value."""
+    t = (x[:, None] - torch.arange(bins, device=x.device, dtype=x.dtype)).abs()
+    return torch.where(t < 1, 2 / 3 - t.square() * (1 - t / 2), (2 - t).clamp_min(0).pow(3) / 6)
+
+
+def lncc(fixed: Tensor, moving: Tensor, *, window: int = 9, mask: Tensor | None = None) -> Tensor:
+    """Mean squared local normalised cross-correlation over cubic windows, 0 to 1 (a scalar).
+
+    Source: Avants et al., Med. Image Anal. 2008, as used by VoxelMorph. Flat windows count as 0.
+
+    Args:
+        fixed, moving: (N, 1, D, H, W).
+        window: odd side of the window in voxels.
+        mask: (1, 1, D, H, W) bool, windows centred outside do not count.
+    Raises:
+        ValueError: an even or non-positive window.
+    """
+    if window < 1 or window % 2 == 0:
+        raise ValueError(f"the LNCC window is an odd number of voxels, got {window}")
+
+    def local_mean(x: Tensor) -> Tensor:
+        for dim in range(3):
+            kernel, pad = [1, 1, 1], [0, 0, 0]
+            kernel[dim], pad[dim] = window, window // 2
+            x = F.avg_pool3d(x, kernel, stride=1, padding=pad, count_include_pad=False)
+        return x
+
+    # Centring first keeps the variances E[x^2] - E[x]^2 from cancelling in float32.
+    f, m = (x - x.mean((2, 3, 4), keepdim=True).detach() for x in (fixed, moving))
+    mean_f, mean_m = local_mean(f), local_mean(m)
+    cross = local_mean(f * m) - mean_f * mean_m
+    var_f = (local_mean(f * f) - mean_f.square()).clamp_min(0)
+    var_m = (local_mean(m * m) - mean_m.square()).clamp_min(0)
+    correlation = cross.square() / (var_f * var_m + 1e-5 * var_f.mean().detach() * var_m.mean().detach() + 1e-12)
+    return correlation.mean() if mask is None else correlation[mask.expand_as(correlation)].mean()

@@ -1,0 +1,101 @@
+"""Makes the head cohort: BrainWeb's T1, T2 and PD with AAL labels, and whole-head label maps, on one 2 mm grid.
+
+    python training/prepare_head.py --data DIR --output build/cohorts/head
+
+DIR holds ``brain_t1t2pd`` and ``brain_labelmaps``. The label maps are brought to BrainWeb by the affine alignment that
+registration starts with too.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+from tqdm import tqdm
+
+from DivRegNetLib import affine
+from DivRegNetLib.geometry import Grid, affine_transform
+
+SPACING_MM = 2.0
+MULTIPLE = 16
+CONTRASTS = ("T1", "T2", "PD")
+# FreeSurfer's classes: https://surfer.nmr.mgh.harvard.edu/fswiki/FsTutorial/AnatomicalROI/FreeSurferColorLUT
+WHITE = {2, 7, 13, 16, 28, 41, 46, 52, 60, 85}
+GREY = {3, 8, 10, 11, 12, 17, 18, 26, 42, 47, 49, 50, 51, 53, 54, 58}
+FLUID = {4, 5, 14, 15, 24, 43, 44, 72}
+BRAIN = WHITE | GREY | FLUID | {25, 30, 57, 62}
+T1_OF_TISSUE = {"white": 0.55, "grey": 0.4, "fluid": 0.18, "other": 0.35, "background": 0.0}
+
+
+def tissue(label: int) -> str:
+    """Tissue of a FreeSurfer class."""
+    if label == 0:
+        return "background"
+    return "white" if label in WHITE else "grey" if label in GREY else "fluid" if label in FLUID else "other"
+
+
+def brain_mask(t1: sitk.Image, cortex: sitk.Image) -> sitk.Image:
+    """What lies inside the skull of BrainWeb's T1: the largest eroded component of tissue, grown back and closed."""
+    tissue_like = sitk.Cast((t1 > 70) & (t1 < 200), sitk.sitkUInt8)
+    parts = sitk.RelabelComponent(sitk.ConnectedComponent(sitk.BinaryErode(tissue_like, [3] * 3)))
+    grown = sitk.BinaryDilate(sitk.Cast(parts == 1, sitk.sitkUInt8), [4] * 3) | sitk.Cast(cortex > 0, sitk.sitkUInt8)
+    return sitk.BinaryFillhole(sitk.BinaryMorphologicalClosing(grown, [6] * 3))
+
+
+def to_uint8(image: sitk.Image) -> np.ndarray:
+    array = sitk.GetArrayFromImage(image).astype(float)
+    return np.clip(array / np.percentile(array, 99.8) * 255, 0, 255).astype(np.uint8)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with brain_t1t2pd and brain_labelmaps")
+    parser.add_argument("--output", type=Path, default=Path("build/cohorts/head"))
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+
+    template = {c: sitk.ReadImage(str(args.data / f"brain_t1t2pd/brainweb_{c}.nii.gz")) for c in CONTRASTS}
+    aal = sitk.ReadImage(str(args.data / "brain_t1t2pd/aal_labels.nii.gz"))
+    grid = Grid.of(template["T1"]).axis_aligned(SPACING_MM, multiple=MULTIPLE)
+    reference = grid.empty_image()
+
+    def on_grid(image: sitk.Image, transform: sitk.Transform, how: int = sitk.sitkNearestNeighbor) -> sitk.Image:
+        if how == sitk.sitkLinear:  # as coarse as the grid, or the 2 mm image would alias
+            image = sitk.DiscreteGaussian(sitk.Cast(image, sitk.sitkFloat32), 0.6)
+        return sitk.Resample(image, reference, transform, how, 0.0)
+
+    same = sitk.Transform()
+    subjects = [{"name": "brainweb", "contrasts": CONTRASTS}]
+    np.savez_compressed(
+        args.output / "brainweb.npz",
+        images=np.stack([to_uint8(on_grid(template[c], same, sitk.sitkLinear)) for c in CONTRASTS]),
+        labels=sitk.GetArrayFromImage(on_grid(aal, same)),
+        brain=sitk.GetArrayFromImage(on_grid(brain_mask(template["T1"], aal), same)) > 0,
+    )
+    files = sorted((args.data / "brain_labelmaps").glob("*.nii.gz"))
+    maps = [sitk.Cast(sitk.ReadImage(str(file)), sitk.sitkInt32) for file in files]
+    classes = sorted({int(v) for m in maps for v in np.unique(sitk.GetArrayViewFromImage(m))})
+    index = np.zeros(max(classes) + 1, np.uint8)
+    index[classes] = range(len(classes))
+    for file, labels in zip(tqdm(files, desc="label maps"), maps, strict=True):
+        values = np.array([T1_OF_TISSUE[tissue(v)] for v in range(max(classes) + 1)], np.float32)
+        looks_like_t1 = Grid.of(labels).image(values[sitk.GetArrayFromImage(labels)])
+        to_subject = affine_transform(affine.align(template["T1"], looks_like_t1, "affine"))
+        array = sitk.GetArrayFromImage(on_grid(labels, to_subject))
+        name = file.name.removesuffix(".nii.gz")
+        np.savez_compressed(args.output / f"{name}.npz", labels=index[array], brain=np.isin(array, sorted(BRAIN)))
+        subjects.append({"name": name, "contrasts": []})
+    about = {
+        "spacing": SPACING_MM,
+        "shape": grid.shape,
+        "origin": grid.origin,
+        "subjects": subjects,
+        "classes": classes,
+        "tissues": [tissue(c) for c in classes],
+    }
+    (args.output / "cohort.json").write_text(json.dumps(about, indent=1))
+
+
+if __name__ == "__main__":
+    main()

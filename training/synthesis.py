@@ -1,0 +1,256 @@
+"""Training pairs made on the fly: deform, shade and degrade the subjects of a cohort, on the training device.
+
+Every random number comes from one generator, so a step's pair depends on the seed and the step alone. Lengths are in
+voxels of the cohort's grid, points and components in x, y, z order (see DivRegNetLib/fields.py).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from DivRegNetLib import fields
+from DivRegNetLib.intensity import normalise
+from training.cohort import Cohort, Subject
+
+# Mean intensity of white matter, grey matter and fluid per contrast, as in BrainWeb's images.
+CONTRAST_OF_TISSUE = {
+    "T1": {"white": 0.62, "grey": 0.46, "fluid": 0.2},
+    "T2": {"white": 0.35, "grey": 0.47, "fluid": 0.95},
+    "PD": {"white": 0.74, "grey": 0.85, "fluid": 0.95},
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two images on one grid, and what is known of how they correspond.
+
+    fixed, moving: (1, 1, D, H, W) normalised.
+    brain: (1, 1, D, H, W), 1 inside the fixed skull.
+    truth: (1, 3, D, H, W) displacement from fixed to moving voxels, for two images of one subject.
+    fixed_labels, moving_labels: (1, 1, D, H, W) uint8, for two label maps of the same classes.
+    """
+
+    fixed: Tensor
+    moving: Tensor
+    brain: Tensor
+    truth: Tensor | None
+    fixed_labels: Tensor | None
+    moving_labels: Tensor | None
+
+
+class Random:
+    """Draws from one generator on one device."""
+
+    def __init__(self, seed: int, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, device=self.device)
+
+    def uniform(self, low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(shape, generator=self.generator, device=self.device)
+
+    def number(self, low: float, high: float) -> float:
+        return self.uniform(low, high, 1).item()
+
+    def chance(self, probability: float) -> bool:
+        return self.number(0, 1) < probability
+
+    def choice(self, options):
+        return options[int(self.number(0, len(options) - 1e-6))]
+
+
+def ffd(shape: tuple[int, int, int], spacing: float, sd: float, random: Random) -> Tensor:
+    """Free-form deformation: cubic B-splines with N(0, sd) control points every ``spacing`` voxels, (1, 3, D, H, W).
+
+    Source: Rueckert et al., IEEE TMI 1999; the phantoms of arXiv 1908.08767 use 20 mm and 6 mm.
+    """
+    bases = [_bspline_basis(n, spacing, random.device) for n in shape]
+    control = random.normal(3, *(b.shape[1] for b in bases)) * sd
+    for basis in reversed(bases):  # last axis first; each turn moves the finished axis to the front of the three
+        control = torch.einsum("cijk,nk->cnij", control, basis)
+    return control[None]
+
+
+def _bspline_basis(n: int, spacing: float, device: torch.device) -> Tensor:
+    """(n, controls): weight of each control point at each voxel."""
+    x = torch.arange(n, device=device) / spacing
+    t, first = x.frac(), x.floor().long()
+    weights = torch.stack(
+        ((1 - t) ** 3 / 6, (3 * t**3 - 6 * t**2 + 4) / 6, (-3 * t**3 + 3 * t**2 + 3 * t + 1) / 6, t**3 / 6), 1
+    )
+    basis = torch.zeros(n, int(first.max()) + 4, device=device)
+    return basis.scatter_(1, first[:, None] + torch.arange(4, device=device), weights)
+
+
+def random_affine(random: Random, degrees: float, shift: float, scale: float, shear: float) -> tuple[Tensor, Tensor]:
+    """A 3x3 matrix and a shift (voxels), each parameter uniform up to plus or minus its limit."""
+    turn, stretch = random.uniform(-1, 1, 3) * degrees * torch.pi / 180, torch.zeros(3, 3, device=random.device)
+    skew = torch.zeros(3, 3, device=random.device)
+    for angle, (i, j) in zip(turn, ((0, 1), (0, 2), (1, 2)), strict=True):
+        skew[i, j], skew[j, i] = angle, -angle
+        stretch[i, j] = stretch[j, i] = random.number(-shear, shear)
+    stretch += torch.diag(random.uniform(-scale, scale, 3))
+    return torch.linalg.matrix_exp(skew) @ torch.linalg.matrix_exp(stretch), random.uniform(-shift, shift, 3)
+
+
+def transform(points: Tensor, matrix: Tensor, shift: Tensor, centre: Tensor) -> Tensor:
+    """Points (1, 3, D, H, W) through ``matrix (p - centre) + centre + shift``."""
+    moved = torch.einsum("ij,njdhw->nidhw", matrix, points - centre)
+    return moved + centre + shift.view(1, 3, 1, 1, 1)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How pairs are made.
+
+    same_subject: share of pairs of one subject, whose true deformation is known.
+    real: share of subjects drawn from those with images.
+    """
+
+    same_subject: float = 0.6
+    real: float = 0.5
+    known_contrast: float = 0.6
+    strip: float = 0.4
+    thick: float = 0.15
+
+
+def make_pair(cohort: Cohort, recipe: Recipe, random: Random) -> Pair:
+    """Two subjects (or one twice), deformed, shaded and degraded independently of each other."""
+    with_images = [s for s in cohort.subjects if s.images is not None]
+    maps = [s for s in cohort.subjects if s.images is None]
+    first = random.choice(with_images if random.chance(recipe.real) or not maps else maps)
+    same = random.chance(recipe.same_subject) or len(cohort.subjects) == 1
+    second = first if same else random.choice([s for s in cohort.subjects if s is not first])
+
+    shape = cohort.shape
+    at = fields.identity(shape, like=first.brain)
+    centre = (torch.tensor(shape[::-1], device=random.device).float().view(1, 3, 1, 1, 1) - 1) / 2
+    mm = 1 / cohort.spacing
+    # Both heads are placed alike; the moving one keeps what an affine alignment leaves over.
+    place, placed_by = random_affine(random, 15, 8 * mm, 0.1, 0.03)
+    rest, rest_by = random_affine(random, 4, 4 * mm, 0.05, 0.03)
+    strength = random.number(0, 1.15)
+    control = random.choice((12.0, 20.0, 20.0, 20.0, 30.0, 45.0))
+    warp_fixed = ffd(shape, control * mm, strength * 0.3 * control * mm, random)
+    # Smooth enough to be integrated at half the resolution.
+    half = tuple(n // 2 for n in shape)
+    velocity = ffd(half, 15 * mm, random.number(0, 2) * mm, random) * random.choice((0, 1))
+    warp_moving, unwarp_moving = (fields.resize(fields.integrate(v, 4), shape) for v in (velocity, -velocity))
+
+    bent = at + warp_fixed
+    fixed_points = transform(bent, place, placed_by, centre)
+    moving_points = transform(transform(at + warp_moving, rest, rest_by, centre), place, placed_by, centre)
+    truth = None
+    if same:
+        before_rest = transform(bent - rest_by.view(1, 3, 1, 1, 1), torch.linalg.inv(rest), 0 * rest_by, centre)
+        truth = before_rest + fields.sample(unwarp_moving, before_rest) - at
+
+    strip_both = random.chance(recipe.strip * 0.75)
+    fixed, brain, fixed_labels = _look(first, fixed_points, cohort, recipe, strip_both, random)
+    moving, _, moving_labels = _look(second, moving_points, cohort, recipe, strip_both, random)
+    comparable = first.images is None and second.images is None
+    if not comparable:
+        fixed_labels = moving_labels = None
+    return Pair(fixed, moving, brain, truth, fixed_labels, moving_labels)
+
+
+def _look(subject: Subject, points: Tensor, cohort: Cohort, recipe: Recipe, strip: bool, random: Random):
+    """Image, brain and labels of a subject sampled at ``points``, as some scanner might have seen it."""
+    labels = fields.sample(subject.labels.float(), points, mode="nearest", padding="zeros")
+    brain = fields.sample(subject.brain, points, mode="nearest", padding="zeros")
+    if subject.images is not None:
+        which = int(random.number(0, len(subject.images) - 1e-6))
+        image = fields.sample(subject.images[which : which + 1], points, padding="zeros")
+        image = image ** (2 ** random.number(-0.6, 0.6))
+        if not random.chance(recipe.known_contrast + 0.2):
+            image = _remap(image, random)
+    else:
+        image = _paint(labels.long(), cohort.tissues, recipe, random)
+    if strip or random.chance(recipe.strip * 0.1):
+        width = random.choice((1, 1, 3, 5))
+        image = image * _erode(brain, width)
+    image = image * (ffd(cohort.shape, 35, 0.25, random)[:, :1] * random.number(0, 1)).exp()
+    image = _blur(image, random.number(0.3, 0.9) if subject.images is None else random.number(0, 0.6))
+    if random.chance(recipe.thick):
+        image = _thicken(image, random)
+    image = normalise(image, "robust")
+    image = (image + random.normal(*image.shape) * random.number(0, 0.05)).clamp(0, 1)
+    return image, brain, labels.to(torch.uint8)
+
+
+def _remap(image: Tensor, random: Random) -> Tensor:
+    """Any contrast: [0, 1] through a random piecewise linear curve that keeps the background dark."""
+    knots = random.uniform(0, 1, 8)
+    knots[0] = 0
+    position = image.clamp(0, 1) * (len(knots) - 1)
+    lower = position.floor().long().clamp(max=len(knots) - 2)
+    return torch.lerp(knots[lower], knots[lower + 1], position - lower)
+
+
+def _paint(labels: Tensor, tissues: tuple[str, ...], recipe: Recipe, random: Random) -> Tensor:
+    """An image of a label map: a mean per class, of a known contrast or of none, and some texture."""
+    table = {t: random.number(0.05, 1) for t in ("white", "grey", "fluid")}
+    if random.chance(recipe.known_contrast):
+        table = CONTRAST_OF_TISSUE[random.choice(tuple(CONTRAST_OF_TISSUE))]
+        table = {t: mean + random.number(-0.06, 0.06) for t, mean in table.items()}
+    means = random.uniform(0.05, 1, len(tissues))
+    for i, name in enumerate(tissues):
+        if name in table:
+            means[i] = table[name] + 0.04 * random.normal(1)
+    means[0] = random.number(0, 0.1) * random.choice((0, 1))
+    texture = random.normal(*labels.shape) * random.uniform(0, 0.08, len(tissues))[labels]
+    return (means[labels] + texture).clamp_min(0)
+
+
+def _blur(image: Tensor, sigma: float) -> Tensor:
+    """Gaussian smoothing by ``sigma`` voxels."""
+    if sigma < 0.2:
+        return image
+    x = torch.arange(-2, 3, device=image.device, dtype=image.dtype)
+    kernel = (-0.5 * (x / sigma) ** 2).exp()
+    kernel = kernel / kernel.sum()
+    for dim in range(3):
+        size, pad = [1, 1, 1], [0, 0, 0]
+        size[dim], pad[dim] = 5, 2
+        image = F.conv3d(image, kernel.view(1, 1, *size), padding=pad)
+    return image
+
+
+def _erode(mask: Tensor, width: int) -> Tensor:
+    """A mask less a rim of half of ``width`` voxels."""
+    outside = 1 - mask
+    for dim in range(3):
+        size = [width if d == dim else 1 for d in range(3)]
+        outside = F.max_pool3d(outside, size, 1, [n // 2 for n in size])
+    return 1 - outside
+
+
+def _thicken(image: Tensor, random: Random) -> Tensor:
+    """Slices two or three voxels thick along one axis, interpolated back."""
+    axis, factor = random.choice((0, 1, 2)), random.choice((2, 3))
+    kernel = [factor if d == axis else 1 for d in range(3)]
+    return F.interpolate(F.avg_pool3d(image, kernel), size=image.shape[2:], mode="trilinear", align_corners=False)
+
+
+def phantom(cohort: Cohort, moving: str, fixed: str, seed: int) -> Pair:
+    """An AAL Brain phantom pair of arXiv 1908.08767, section 3.1: the template, and its FFD (20 mm, N(0, 6 mm)).
+
+    Args:
+        moving, fixed: contrasts of the template; the fixed image is the deformed one.
+    """
+    subject = next(s for s in cohort.subjects if s.images is not None)
+    random = Random(seed, subject.brain.device)
+    truth = ffd(cohort.shape, 20 / cohort.spacing, 6 / cohort.spacing, random)
+    image = {c: subject.images[i : i + 1] for i, c in enumerate(subject.contrasts)}
+    return Pair(
+        normalise(fields.warp(image[fixed], truth, padding="zeros"), "robust"),
+        normalise(image[moving], "robust"),
+        fields.warp(subject.brain, truth, mode="nearest", padding="zeros"),
+        truth,
+        fields.warp(subject.labels.float(), truth, mode="nearest", padding="zeros").to(torch.uint8),
+        subject.labels,
+    )
