@@ -20,6 +20,7 @@ from DivRegNetLib.similarity import parzen_mi
 
 MODES = ("none", "centre", "rigid", "affine")
 LEVELS_MM = (8.0, 4.0)
+ITERATIONS = (25, 40)
 BINS = 32
 POINTS = 20000  # fixed voxels looked at, a fixed choice
 TURNS_DEGREES = (-25.0, 25.0)
@@ -56,7 +57,10 @@ def align(
         raise ValueError(f"the initial alignment is one of {', '.join(MODES)}, got {mode!r}")
     if mode == "none":
         return np.eye(4)
-    coarse, fine = (_Level(fixed, moving, fixed_mask, moving_mask, mm, device) for mm in LEVELS_MM)
+    coarse, fine = (
+        _Level(fixed, moving, fixed_mask, moving_mask, mm, iterations, device)
+        for mm, iterations in zip(LEVELS_MM, ITERATIONS, strict=True)
+    )
     starts = coarse.centred_starts()
     if mode == "centre":
         return max(starts, key=coarse.similarity)
@@ -77,30 +81,33 @@ def align(
 class _Level:
     """Both images at one resolution, and the search there."""
 
-    def __init__(self, fixed, moving, fixed_mask, moving_mask, spacing: float, device) -> None:
-        fixed, moving = _shrink(fixed, spacing), _shrink(moving, spacing)
-        self.spacing = spacing
+    def __init__(self, fixed, moving, fixed_mask, moving_mask, spacing: float, iterations: int, device) -> None:
+        fixed, fixed_inside = _shrink(fixed, fixed_mask, spacing)
+        moving, moving_inside = _shrink(moving, moving_mask, spacing)
+        self.spacing, self.iterations = spacing, iterations
         self.fixed_grid, self.moving_grid = Grid.of(fixed), Grid.of(moving)
-        self.fixed_middle, self.moving_middle = _centre_of_mass(fixed), _centre_of_mass(moving)
-        self.centre = self.fixed_middle
-        inside = np.ones(self.fixed_grid.shape, bool) if fixed_mask is None else _mask_on(fixed_mask, fixed)
-        inside &= np.random.default_rng(0).permutation(inside.size).reshape(inside.shape) < POINTS * max(
-            inside.size / max(inside.sum(), 1), 1
-        )
-        index = np.argwhere(inside)[:, ::-1]
+        self.centre = _centre_of_mass(fixed, fixed_inside)
+        self.moving_centre = _centre_of_mass(moving, moving_inside)
+        share = POINTS / max(fixed_inside.sum(), 1)
+        chosen = fixed_inside & (np.random.default_rng(0).random(fixed_inside.shape) < share)
+        index = np.argwhere(chosen)[:, ::-1]
         self.points = torch.tensor(self.fixed_grid.to_physical(index) - self.centre, dtype=torch.float32, device=device)
-        self.values = torch.from_numpy(sitk.GetArrayFromImage(fixed)[inside]).to(device)
+        self.values = torch.from_numpy(sitk.GetArrayFromImage(fixed)[chosen]).to(device)
         # The last channel tells what lies inside the moving image and its mask.
-        inside = np.ones(self.moving_grid.shape, bool) if moving_mask is None else _mask_on(moving_mask, moving)
-        stack = np.stack([sitk.GetArrayFromImage(moving), inside.astype(np.float32)])
+        stack = np.stack([sitk.GetArrayFromImage(moving), moving_inside.astype(np.float32)])
         self.moving = torch.from_numpy(stack)[None].to(device)
+        # A quarter of the smaller of the two must overlap, in points.
+        volumes = [
+            inside.sum() * np.prod(Grid.of(x).spacing) for x, inside in ((fixed, fixed_inside), (moving, moving_inside))
+        ]
+        self.needed = 0.25 * len(index) * min(1.0, volumes[1] / max(volumes[0], 1e-12))
 
     def centred_starts(self) -> list[np.ndarray]:
         """Identity, and the translations that bring together the centres of the grids and those of the contents."""
         shifts = [
             np.zeros(3),
             self.moving_grid.centre - self.fixed_grid.centre,
-            self.moving_middle - self.fixed_middle,
+            self.moving_centre - self.centre,
         ]
         return [_shifted(np.eye(4), shift) for shift in shifts]
 
@@ -115,9 +122,8 @@ class _Level:
         to_index = self.points.new_tensor(self.moving_grid.inverse_matrix)
         index = (self.points @ linear.T + centre) @ to_index[:3, :3].T + to_index[:3, 3]
         sampled = fields.sample(self.moving, index.T[None, :, :, None, None], padding="zeros")[0, :, :, 0, 0]
-        inside = sampled[1].detach() > 0.5
-        needed = 0.25 * min(len(inside), self.moving[0, 1].sum().item())
-        if inside.sum() < needed:
+        inside = sampled[1].detach() > 0.99  # nothing interpolated from beyond
+        if inside.sum() < max(self.needed, 8):
             return sampled.new_tensor(-math.inf)
         pair = (x[inside].view(1, 1, 1, 1, -1) for x in (self.values, sampled[0]))
         return parzen_mi(*pair, bins=BINS, normalised=True)
@@ -132,11 +138,10 @@ class _Level:
         free = torch.ones(12, device=device)
         if rigid:
             free[6:] = 0
-        iterations = 40
         optimiser = torch.optim.Adam([parameters], lr=self.spacing / 4)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, iterations, eta_min=self.spacing / 80)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, self.iterations, eta_min=self.spacing / 80)
         best, best_score = start, -math.inf
-        for _ in range(iterations + 1):
+        for _ in range(self.iterations + 1):
             p = parameters * free
             linear = base @ _linear(p[3:] / RADIUS_MM)
             score = self._similarity(linear, middle + p[:3])
@@ -182,28 +187,31 @@ def _shifted(matrix: np.ndarray, shift: np.ndarray) -> np.ndarray:
     return moved
 
 
-def _shrink(image: sitk.Image, spacing: float) -> sitk.Image:
-    """Averaged in whole blocks to about ``spacing`` mm (never finer than the image), robust range as [0, 1]."""
+def _shrink(image: sitk.Image, mask: sitk.Image | None, spacing: float) -> tuple[sitk.Image, np.ndarray]:
+    """Averaged in whole blocks to about ``spacing`` mm (never finer than the image), robust range as [0, 1].
+
+    Returns:
+        the image, and which of its voxels lie wholly inside the mask, (D, H, W) bool.
+    """
     factors = [
         min(max(int(spacing / s + 0.25), 1), n) for s, n in zip(image.GetSpacing(), image.GetSize(), strict=True)
     ]
     coarse = sitk.BinShrink(sitk.Cast(image, sitk.sitkFloat32), factors)
     array = sitk.GetArrayFromImage(coarse)
-    low, high = np.percentile(array, [0.5, 99.8])
+    inside = np.ones(array.shape, bool)
+    if mask is not None:
+        on_image = sitk.Resample(mask, image, sitk.Transform(), sitk.sitkNearestNeighbor, 0) != 0
+        whole = sitk.GetArrayFromImage(sitk.BinShrink(sitk.Cast(on_image, sitk.sitkFloat32), factors)) > 0.99
+        inside = whole if whole.any() else inside  # a mask thinner than a block says nothing at this resolution
+    low, high = np.percentile(array[inside], [0.5, 99.8])
     if high <= low:
-        low, high = float(array.min()), float(array.max()) + 1e-6
-    return Grid.of(coarse).image(np.clip((array - low) / (high - low), 0, 1).astype(np.float32))
+        low, high = float(array[inside].min()), float(array[inside].max()) + 1e-6
+    return Grid.of(coarse).image(np.clip((array - low) / (high - low), 0, 1).astype(np.float32)), inside
 
 
-def _centre_of_mass(image: sitk.Image) -> np.ndarray:
-    """LPS position of the intensity-weighted middle, mm."""
-    array = sitk.GetArrayFromImage(image).astype(float)
+def _centre_of_mass(image: sitk.Image, inside: np.ndarray) -> np.ndarray:
+    """LPS position of the intensity-weighted middle of what is inside, mm."""
+    array = sitk.GetArrayFromImage(image).astype(float) * inside
     total = max(array.sum(), 1e-12)
     index = [array.sum((0, 1)), array.sum((0, 2)), array.sum((1, 2))]
     return Grid.of(image).to_physical([(profile * np.arange(len(profile))).sum() / total for profile in index])
-
-
-def _mask_on(mask: sitk.Image, image: sitk.Image) -> np.ndarray:
-    """Where the mask is non-zero, on the image's grid: (D, H, W) bool."""
-    on_grid = sitk.Resample(mask, image, sitk.Transform(), sitk.sitkNearestNeighbor, 0)
-    return sitk.GetArrayFromImage(on_grid) != 0

@@ -82,7 +82,9 @@ def _register_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--align", default=default.align, help=f"{', '.join(ALIGNMENTS)}, or a linear transform file (default: affine)"
     )
-    parser.add_argument("--refine", metavar="N", type=int, default=default.refine, help="optimisation steps (default: 0)")
+    parser.add_argument(
+        "--refine", metavar="N", type=int, default=default.refine, help="optimisation steps (default: 0)"
+    )
     parser.add_argument("--interpolation", choices=INTERPOLATIONS, default=default.interpolation)
     parser.add_argument("--default-value", type=float, help="outside the moving volume (default: 0; CT: -1024)")
     parser.add_argument("--spacing", metavar="MM", type=float, help="working resolution (default: the model's)")
@@ -164,9 +166,8 @@ def _summary(report: dict, output: Path) -> str:
 
 
 def _apply(args: argparse.Namespace) -> None:
-    import SimpleITK as sitk
 
-    from DivRegNetLib import files
+    from DivRegNetLib import files, physical
 
     if args.output.exists() and not args.overwrite:
         raise InputError(f"{args.output}: is there already; choose another file, or --overwrite")
@@ -183,7 +184,7 @@ def _apply(args: argparse.Namespace) -> None:
         reference = files.read_image(args.reference)
         if moving.GetDimension() != 3 or reference.GetDimension() != 3:
             raise InputError(f"{args.moving} and {args.reference} must both be 3D volumes")
-        files.write_image(sitk.Resample(moving, reference, transform, how, args.default_value), args.output)
+        files.write_image(physical.resample(moving, reference, transform, how, args.default_value), args.output)
     _show(args, {"output": str(args.output)}, str(args.output))
 
 
@@ -206,7 +207,9 @@ def _evaluate(args: argparse.Namespace) -> None:
         errors = {name: metrics.landmark_error(fixed.points, moving.points, t) for name, t in stages.items()}
         found["landmarks_mm"] = {n: {"mean": float(e.mean()), "largest": float(e.max())} for n, e in errors.items()}
     if not found:
-        raise InputError("give --fixed-labels and --moving-labels, or --fixed-landmarks and --moving-landmarks, or both")
+        raise InputError(
+            "give --fixed-labels and --moving-labels, or --fixed-landmarks and --moving-landmarks, or both"
+        )
     lines = []
     for stage in stages:
         if "labels" in found:
@@ -232,7 +235,9 @@ def _models(args: argparse.Namespace) -> None:
             continue
         found.append(asdict(card) | {"card": str(file)})
         modalities = ", ".join(map(str, card.modalities))
-        lines.append(f"{name} {card.version}: {card.summary} ({card.anatomy}; {modalities}; {card.spacing_mm:g} mm)\n  {file}")
+        lines.append(
+            f"{name} {card.version}: {card.summary} ({card.anatomy}; {modalities}; {card.spacing_mm:g} mm)\n  {file}"
+        )
     _show(args, found, "\n".join(lines) or "no models")
 
 

@@ -127,9 +127,7 @@ def _compare_labels(fixed: sitk.Image, moving: sitk.Image, result: Result) -> tu
     return {name: metrics.label_overlap(fixed, image) for name, image in warped.items()}, warped["after"]
 
 
-def _compare_landmarks(
-    fixed: files.Landmarks, moving: files.Landmarks, result: Result
-) -> tuple[dict, files.Landmarks]:
+def _compare_landmarks(fixed: files.Landmarks, moving: files.Landmarks, result: Result) -> tuple[dict, files.Landmarks]:
     """Target registration error before, after the initial alignment and after registration; moving ones in fixed space."""
     stages = {"before": None, "aligned": affine_transform(result.initial), "after": result.transform}
     errors = {name: metrics.landmark_error(fixed.points, moving.points, t) for name, t in stages.items()}

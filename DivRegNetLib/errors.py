@@ -19,3 +19,11 @@ class DeviceError(DivRegNetError, RuntimeError):
 
 class Cancelled(DivRegNetError):
     """The progress callback asked to stop."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Python's own, torch's of either device, and ITK's."""
+    phrases = ("allocate memory", "not enough memory", "out of memory", "bad allocation", "bad_alloc")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(phrase in str(error).lower() for phrase in phrases)
+    )

@@ -281,4 +281,3 @@ def invert_points(transform: sitk.Transform, points: np.ndarray, iterations: int
 
 def is_landmarks(path: str | Path) -> bool:
     return Path(path).suffix.lower() in LANDMARK_SUFFIXES
-

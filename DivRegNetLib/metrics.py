@@ -181,7 +181,8 @@ def quality(
     limits = points.new_tensor(displacement.shape[:1:-1]).view(1, 3, 1, 1, 1) - 1
     stays = ((points >= 0) & (points <= limits)).all(1)
     error = (fields.compose(inverse, displacement).norm(dim=1) * spacing)[stays]
-    found["inverse_consistency_mm"] = {"mean": error.mean().item(), "largest": error.max().item()}
+    largest = error.max().item() if error.numel() else float("nan")
+    found["inverse_consistency_mm"] = {"mean": error.mean().item(), "largest": largest}
     return _without_nan(found)
 
 

@@ -96,13 +96,13 @@ def card_files() -> dict[str, Path]:
     return found
 
 
-def find(name: str) -> Path:
+def find(name: str | Path) -> Path:
     """The card file of a model, by its name or by the path of its card.
 
     Raises:
         ModelError: there is none of that name; lists those there are.
     """
-    known = card_files()
+    known, name = card_files(), str(name)
     if name in known:
         return known[name]
     if name.endswith(".json") and Path(name).is_file():
@@ -161,7 +161,7 @@ def checksum(file: Path) -> str:
     return digest.hexdigest()
 
 
-def load(name: str, device: "torch.device | str" = "cpu") -> Model:
+def load(name: str | Path, device: "torch.device | str" = "cpu") -> Model:
     """Loads a model by name (see :func:`find`), its checksum verified.
 
     Raises:

@@ -1,6 +1,6 @@
 """Between the working grid of the network and physical space: sampling images in, displacement fields in mm out."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import numpy as np
 import SimpleITK as sitk
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from DivRegNetLib import fields
-from DivRegNetLib.geometry import Grid, affine_transform, apply_matrix
+from DivRegNetLib.geometry import Grid, affine_transform
 
-CHUNK_POINTS = 1_000_000
+CHUNK_VOXELS = 1_000_000
 
 
 def resample_smooth(image: sitk.Image, grid: Grid, matrix: np.ndarray) -> sitk.Image:
@@ -29,75 +29,90 @@ def resample_smooth(image: sitk.Image, grid: Grid, matrix: np.ndarray) -> sitk.I
     return sitk.Resample(image, grid.empty_image(), affine_transform(matrix), sitk.sitkLinear, background)
 
 
+def resample(
+    image: sitk.Image, reference: sitk.Image, transform: sitk.Transform, interpolator: int, default: float
+) -> sitk.Image:
+    """A volume on the grid of another, through a transform from reference to image points, in its own pixel type.
+
+    Interpolated integers are rounded, as in Slicer and unlike ITK, which cuts them off.
+
+    Args:
+        interpolator: of SimpleITK.
+        default: where the image has nothing.
+    """
+    pixel = image.GetPixelID()
+    whole = "integer" in image.GetPixelIDTypeAsString() and image.GetNumberOfComponentsPerPixel() == 1
+    if interpolator == sitk.sitkNearestNeighbor or not whole:
+        return sitk.Resample(image, reference, transform, interpolator, default)
+    exact = sitk.sitkFloat32 if image.GetSizeOfPixelComponent() <= 2 else sitk.sitkFloat64
+    values = sitk.Resample(image, reference, transform, interpolator, default, exact)
+    return sitk.Cast(sitk.Clamp(sitk.Round(values), pixel), pixel)
+
+
 def resample_mask(mask: sitk.Image, grid: Grid, matrix: np.ndarray) -> sitk.Image:
     """A mask on a grid, nearest neighbour, through a (4, 4) LPS map from grid to mask points; 0 outside."""
     return sitk.Resample(mask, grid.empty_image(), affine_transform(matrix), sitk.sitkNearestNeighbor, 0.0)
 
 
-def to_mm(displacement: Tensor, grid: Grid) -> Tensor:
-    """Voxels of a grid -> LPS mm: ``u_mm = direction @ diag(spacing) @ u``, (1, 3, D, H, W) in and out."""
-    return torch.einsum("ij,njdhw->nidhw", displacement.new_tensor(grid.matrix[:3, :3]), displacement)
-
-
 def forward_transform(
-    displacement_mm: Tensor, grid: Grid, initial: np.ndarray, fixed: Grid
+    displacement: Tensor, grid: Grid, initial: np.ndarray, fixed: Grid
 ) -> sitk.DisplacementFieldTransform:
     """``T(p) = initial(p + u(p))``, fixed -> moving points, as a displacement field on the fixed grid (LPS, mm).
 
     Args:
-        displacement_mm: (1, 3, D, H, W) on ``grid``, LPS mm; beyond the grid its border values go on.
+        displacement: u, (1, 3, D, H, W) on the CPU, in voxels of ``grid``; beyond the grid its border values go on.
+        grid: working grid, in fixed space.
         initial: (4, 4) LPS, fixed -> moving.
     """
 
-    def map_points(points: np.ndarray) -> np.ndarray:
-        return apply_matrix(initial, points + _sample_mm(displacement_mm, grid, points))
+    def correction(at: Tensor) -> Tensor:
+        return fields.sample(displacement, at)
 
-    return _displacement_transform(fixed, map_points)
+    to_working = grid.inverse_matrix @ fixed.matrix
+    return _displacement_transform(fixed, initial, to_working, initial[:3, :3] @ grid.matrix[:3, :3], correction)
 
 
 def inverse_transform(
-    displacement_mm: Tensor, inverse_mm: Tensor, grid: Grid, initial: np.ndarray, moving: Grid, iterations: int = 3
+    displacement: Tensor, inverse: Tensor, grid: Grid, initial: np.ndarray, moving: Grid, iterations: int = 3
 ) -> sitk.DisplacementFieldTransform:
     """The inverse of :func:`forward_transform`, moving -> fixed points, on the moving grid (LPS, mm).
 
-    Starts from ``inverse_mm``, the inverse on the working grid, and solves ``p = initial^-1(q) - u(p)`` for every moving
-    voxel q by fixed-point iteration, so that no resolution is lost to the working grid.
+    Starts from ``inverse``, the inverse of ``displacement`` on the working grid, and solves ``p + u(p) = initial^-1(q)``
+    for every moving voxel q by fixed-point iteration, so that no resolution is lost to the working grid.
     """
     back = np.linalg.inv(initial)
 
-    def map_points(points: np.ndarray) -> np.ndarray:
-        start = apply_matrix(back, points)
-        found = start + _sample_mm(inverse_mm, grid, start)
+    def correction(at: Tensor) -> Tensor:
+        found = fields.sample(inverse, at)
         for _ in range(iterations):
-            found = start - _sample_mm(displacement_mm, grid, found)
+            found = -fields.sample(displacement, at + found)
         return found
 
-    return _displacement_transform(moving, map_points)
+    to_working = grid.inverse_matrix @ back @ moving.matrix
+    return _displacement_transform(moving, back, to_working, grid.matrix[:3, :3], correction)
 
 
-def _displacement_transform(grid: Grid, map_points) -> sitk.DisplacementFieldTransform:
-    """A map of LPS points (n, 3) -> (n, 3) as the displacement of every voxel of a grid."""
+def _displacement_transform(
+    grid: Grid, linear: np.ndarray, to_working: np.ndarray, to_mm: np.ndarray, correction: Callable[[Tensor], Tensor]
+) -> sitk.DisplacementFieldTransform:
+    """``q -> linear(q) + to_mm @ correction(q)`` as the displacement of every voxel of a grid, slab by slab.
+
+    Args:
+        linear: (4, 4), LPS -> LPS.
+        to_working: (4, 4), voxels of ``grid`` -> voxels of the working grid, where ``correction`` is asked.
+        to_mm: (3, 3), voxels of the working grid -> mm at the far end of the map.
+        correction: (1, 3, d, h, w) working voxels -> (1, 3, d, h, w) displacement in working voxels.
+    """
     displacement = np.empty((*grid.shape, 3))
-    for part, points in _chunks(grid):
-        displacement[part] = (map_points(points) - points).reshape(displacement[part].shape)
-    # The transform takes over the image's buffer instead of copying it.
+    shift = linear @ grid.matrix - grid.matrix  # voxels -> mm, double precision: origins can be far away
+    height, width = grid.shape[1:]
+    slices = max(CHUNK_VOXELS // (height * width), 1)
+    for first in range(0, grid.shape[0], slices):
+        slab = displacement[first : first + slices]
+        k, j, i = np.ogrid[first : first + len(slab), :height, :width]
+        at = np.stack([row[0] * i + row[1] * j + row[2] * k + row[3] for row in to_working[:3]])[None]
+        found = correction(torch.from_numpy(at).to(torch.float32))[0].numpy()
+        for axis, row in enumerate(shift[:3]):
+            slab[..., axis] = row[0] * i + row[1] * j + row[2] * k + row[3]
+            slab[..., axis] += np.tensordot(to_mm[axis].astype(np.float32), found, 1)
     return sitk.DisplacementFieldTransform(grid.image(displacement))
-
-
-def _chunks(grid: Grid) -> Iterator[tuple[slice, np.ndarray]]:
-    """Slabs of a grid, as a slice along k and the LPS points (n, 3) of its voxels."""
-    depth, height, width = grid.shape
-    slices = max(CHUNK_POINTS // (height * width), 1)
-    j, i = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
-    for first in range(0, depth, slices):
-        k = np.arange(first, min(first + slices, depth))
-        index = np.empty((len(k), height, width, 3))
-        index[..., 0], index[..., 1], index[..., 2] = i, j, k[:, None, None]
-        yield slice(first, first + len(k)), grid.to_physical(index.reshape(-1, 3))
-
-
-def _sample_mm(displacement_mm: Tensor, grid: Grid, points: np.ndarray) -> np.ndarray:
-    """Displacement (mm) at LPS points (n, 3), trilinear, border values beyond the grid; (n, 3)."""
-    index = torch.from_numpy(grid.to_index(points)).to(displacement_mm)
-    sampled = fields.sample(displacement_mm, index.T[None, :, :, None, None])
-    return sampled[0, :, :, 0, 0].T.double().cpu().numpy()

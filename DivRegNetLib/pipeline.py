@@ -13,7 +13,7 @@ from torch import Tensor
 
 from DivRegNetLib import affine, fields, metrics, models, physical
 from DivRegNetLib.check import check_image, check_mask
-from DivRegNetLib.errors import Cancelled, DeviceError, InputError
+from DivRegNetLib.errors import Cancelled, DeviceError, InputError, is_out_of_memory
 from DivRegNetLib.geometry import Grid, affine_matrix, apply_matrix
 from DivRegNetLib.intensity import normalise
 from DivRegNetLib.options import INTERPOLATIONS, STAGES, Options, Progress
@@ -130,11 +130,11 @@ class _Registration:
             try:
                 with torch.inference_mode(False), torch.no_grad():
                     getattr(self, stage)()
-            except torch.OutOfMemoryError as error:
-                raise DeviceError(
-                    f"the memory of {self.device} ran out in step {stage!r}: choose a coarser spacing than "
-                    f"{self.grid.spacing[0]:g} mm, or device cpu"
-                ) from error
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                remedy = "a coarser spacing" + ("" if self.options.device == "cpu" else ", or device cpu")
+                raise DeviceError(f"the memory ran out in step {stage!r}: choose {remedy}") from error
             self.timings[stage] = time.perf_counter() - started
         self.report(1.0)
         return self.result
@@ -211,19 +211,19 @@ class _Registration:
             )
 
     def physical(self) -> None:
-        forward_mm, inverse_u = physical.to_mm(self.u, self.grid), fields.invert(self.u)
+        """On the CPU: full-resolution fields in double precision are large."""
+        self.inverse_u = fields.invert(self.u)
         self.report(0.2)
-        self.transform = physical.forward_transform(forward_mm, self.grid, self.initial, Grid.of(self.fixed))
+        u, inverse_u = self.u.cpu(), self.inverse_u.cpu()
+        self.transform = physical.forward_transform(u, self.grid, self.initial, Grid.of(self.fixed))
         self.report(0.5)
-        inverse_mm = physical.to_mm(inverse_u, self.grid)
-        self.inverse = physical.inverse_transform(forward_mm, inverse_mm, self.grid, self.initial, Grid.of(self.moving))
-        self.inverse_u = inverse_u
+        self.inverse = physical.inverse_transform(u, inverse_u, self.grid, self.initial, Grid.of(self.moving))
 
     def outputs(self) -> None:
         default = self.options.default_value
         if default is None:
             default = -1024.0 if _minimum(self.moving) <= -900 else 0.0
-        warped = sitk.Resample(
+        warped = physical.resample(
             self.moving, self.fixed, self.transform, INTERPOLATIONS[self.options.interpolation], default
         )
         self.report(0.5)

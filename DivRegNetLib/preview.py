@@ -22,7 +22,9 @@ def write_preview(fixed: sitk.Image, moving: sitk.Image, result, path: Path) -> 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    spacing = max(min(fixed.GetSpacing()), max(n * s for n, s in zip(fixed.GetSize(), fixed.GetSpacing(), strict=True)) / 320)
+    spacing = max(
+        min(fixed.GetSpacing()), max(n * s for n, s in zip(fixed.GetSize(), fixed.GetSpacing(), strict=True)) / 320
+    )
     grid = Grid.of(fixed).axis_aligned(spacing)
     reference = grid.empty_image()
 

@@ -27,6 +27,8 @@ class RegNetConfig:
         False the displacement itself.
     integration_steps: number of squarings.
     passes: how often the network is applied, each time to the moving image warped by the passes before.
+    translate: True gives the network each image in the other's intensities as well (see :func:`translate`); False the
+        two images alone, as in the paper.
     """
 
     channels: tuple[int, int, int, int] = (16, 32, 32, 32)
@@ -34,6 +36,7 @@ class RegNetConfig:
     velocity: bool = True
     integration_steps: int = 6
     passes: int = 1
+    translate: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "channels", tuple(self.channels))
@@ -44,8 +47,9 @@ class RegNetConfig:
             raise ValueError(f"RegNet has {LEVELS} levels of 1 to 1024 channels, got channels={self.channels}")
         if self.stride not in (1, 2):
             raise ValueError(f"RegNet's stride is 1 (full resolution) or 2 (half), got {self.stride}")
-        if not isinstance(self.velocity, bool):
-            raise ValueError(f"RegNet's velocity is true or false, got {self.velocity!r}")
+        for name in ("velocity", "translate"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"RegNet's {name} is true or false, got {getattr(self, name)!r}")
         if not 0 <= self.integration_steps <= 16 or not 1 <= self.passes <= 16:
             raise ValueError(
                 "RegNet's integration_steps are 0 to 16 and passes 1 to 16, "
@@ -59,6 +63,31 @@ class RegNetConfig:
 
     def as_dict(self) -> dict:
         return asdict(self) | {"channels": list(self.channels)}
+
+
+def translate(image: Tensor, other: Tensor, bins: int = 32) -> Tensor:
+    """An image in the intensities of another: the mean of ``other`` where ``image`` has that value, E[other | image].
+
+    With roughly aligned images of any two contrasts this makes a pair of like contrast, the estimator inside the
+    correlation ratio (Roche et al., MICCAI 1998). The conditional mean is a piecewise linear curve over ``bins`` knots.
+
+    Args:
+        image, other: (N, 1, D, H, W) in [0, 1].
+    Returns:
+        (N, 1, D, H, W).
+    """
+    translated = []
+    for values, target in zip(image, other, strict=True):
+        position = values.flatten() * (bins - 1)
+        lower = position.floor().clamp(0, bins - 2)
+        upper_share, lower = position - lower, lower.long()
+        knots = torch.cat((lower, lower + 1))
+        weights = torch.cat((1 - upper_share, upper_share))
+        mass = weights.new_zeros(bins).index_add(0, knots, weights)
+        total = weights.new_zeros(bins).index_add(0, knots, weights * target.flatten().repeat(2))
+        curve = total / mass.clamp_min(1e-3)
+        translated.append(torch.lerp(curve[lower], curve[lower + 1], upper_share).view_as(values))
+    return torch.stack(translated)
 
 
 class SwitchableNorm(nn.Module):
@@ -132,9 +161,9 @@ class RegNet(nn.Module):
         super().__init__()
         self.config = config = config or RegNetConfig()
         c = config.channels
-        self.encoders = nn.ModuleList(
-            [Block(2, c[0], stride=config.stride)] + [Block(c[i - 1], c[i], stride=2) for i in range(1, LEVELS)]
-        )
+        inputs = 4 if config.translate else 2
+        self.encoders = nn.ModuleList([Block(inputs, c[0], stride=config.stride)])
+        self.encoders.extend(Block(c[i - 1], c[i], stride=2) for i in range(1, LEVELS))
         # Deepest first; each but the deepest joins the upsampled features with the encoder's of its own level.
         self.decoders = nn.ModuleList(
             [Block(c[-1], c[-1], excite=True)]
@@ -152,7 +181,11 @@ class RegNet(nn.Module):
         Returns:
             (N, 3, D/stride, H/stride, W/stride), components along x, y, z (that is W, H, D).
         """
-        x = torch.cat((fixed, moving), 1)
+        images = [fixed, moving]
+        if self.config.translate:
+            with torch.no_grad():
+                images += [translate(moving, fixed), translate(fixed, moving)]
+        x = torch.cat(images, 1)
         skips = []
         for encoder in self.encoders:
             x = encoder(x)
@@ -163,10 +196,21 @@ class RegNet(nn.Module):
             x = decoder(torch.cat((F.interpolate(x, size=skip.shape[2:], mode="nearest"), skip), 1))
         return self.head(x)
 
-    def step(self, fixed: Tensor, moving: Tensor) -> Tensor:
-        """One pass as a displacement: :meth:`predict`, integrated where the network predicts a velocity."""
-        field = self.predict(fixed, moving)
-        return fields.integrate(field, self.config.integration_steps) if self.config.velocity else field
+    def advance(self, fixed: Tensor, moving: Tensor, displacement: Tensor | None = None) -> Tensor:
+        """One pass further: looks at the moving image as warped so far, and composes what it finds with it.
+
+        Args:
+            fixed, moving: (N, 1, D, H, W), sides multiples of ``config.multiple``.
+            displacement: (N, 3, D/stride, H/stride, W/stride), what this method returned before; None at first.
+        Returns:
+            The displacement on the network's output grid, in voxels of that grid.
+        """
+        if displacement is not None:
+            moving = fields.warp(moving, fields.resize(displacement, moving.shape[2:]))
+        update = self.predict(fixed, moving)
+        if self.config.velocity:
+            update = fields.integrate(update, self.config.integration_steps)
+        return update if displacement is None else fields.compose(displacement, update)
 
     def forward(self, fixed: Tensor, moving: Tensor) -> Tensor:
         """Displacement in voxels of the images' grid.
@@ -179,9 +223,7 @@ class RegNet(nn.Module):
         shape = fixed.shape[2:]
         pad = [amount for side in reversed(shape) for amount in (0, -side % self.config.multiple)]
         fixed, moving = (F.pad(x, pad, mode="replicate") if any(pad) else x for x in (fixed, moving))
-        total = None
+        displacement = None
         for _ in range(self.config.passes):
-            current = moving if total is None else fields.warp(moving, fields.resize(total, moving.shape[2:]))
-            update = self.step(fixed, current)
-            total = update if total is None else fields.compose(total, update)
-        return fields.resize(total, fixed.shape[2:])[:, :, : shape[0], : shape[1], : shape[2]]
+            displacement = self.advance(fixed, moving, displacement)
+        return fields.resize(displacement, fixed.shape[2:])[:, :, : shape[0], : shape[1], : shape[2]]

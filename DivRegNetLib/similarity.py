@@ -44,6 +44,12 @@ class KLDivNetConfig:
     frequencies: int = 0
     context: int = 0
 
+    def __post_init__(self) -> None:
+        for name, least in (("channels", 1), ("patch", 1), ("frequencies", 0), ("context", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= 1024:
+                raise ValueError(f"KLDivNet's {name} is a whole number from {least} to 1024, got {value!r}")
+
     def as_dict(self) -> dict:
         return asdict(self)
 
@@ -88,9 +94,9 @@ class KLDivNet(nn.Module):
             fixed, moving: (N, 1, D, H, W), moving already warped; any intensities (standardised inside).
             mask: (1, 1, D, H, W) bool; patches wholly inside count. None: all.
             samples: patches looked at, at random; fewer where the image has fewer.
-            shuffle: what is permuted for the product of marginals: ``patches`` after the downsampling layer, or the
-                ``voxels`` of the fixed image before it, as in the paper (then no bound, DESIGN of the patch size 1
-                excepted: the texture inside a patch tells shuffled from aligned).
+            shuffle: what is permuted for the product of marginals: ``patches`` after the downsampling layer, or, as in
+                the paper, the ``voxels`` of the fixed image before it. The latter is no bound where a patch has more
+                than one voxel: the texture inside a patch tells shuffled from aligned.
             generator: source of the random choice, on the CPU.
         Raises:
             ValueError: unknown shuffle, images of unlike shape, or fewer than 4 patches inside the mask.
@@ -108,23 +114,17 @@ class KLDivNet(nn.Module):
         chosen = chosen if allowed is None else allowed[chosen]
         f, m = f[:, chosen], m[:, chosen]  # (N, K, patch^3)
         hf, hm = self._branch(self.fixed_branch, f), self._branch(self.moving_branch, m)
-        order = torch.randperm(f.shape[1], generator=generator).to(f.device)
+        context = None
+        if self.summary is not None:  # one half is summarised, the other judged; the shuffle stays inside that
+            half = f.shape[1] // 2
+            context = self.summary(torch.cat((hf[:, :half], hm[:, :half]), -1)).mean(1, keepdim=True)
+            f, hf, hm = f[:, half:], hf[:, half:], hm[:, half:]
         if shuffle == "patches":
-            hf_shuffled = hf[:, order]
+            shuffled = hf[:, torch.randperm(f.shape[1], generator=generator).to(f.device)]
         else:
             voxels = torch.randperm(f[0].numel(), generator=generator).to(f.device)
-            hf_shuffled = self._branch(self.fixed_branch, f.flatten(1)[:, voxels].view_as(f))
-        if self.summary is None:
-            return donsker_varadhan(self._join(hf, hm), self._join(hf_shuffled, hm)).mean()
-        half = f.shape[1] // 2
-        context = self.summary(torch.cat((hf[:, :half], hm[:, :half]), -1)).mean(1, keepdim=True)
-        # The other half alone: the shuffle must stay inside it, or the summary has seen the partners.
-        if shuffle == "patches":
-            hf_shuffled = hf[:, half:][:, torch.randperm(f.shape[1] - half, generator=generator).to(f.device)]
-        else:
-            hf_shuffled = hf_shuffled[:, half:]
-        hf, hm = hf[:, half:], hm[:, half:]
-        return donsker_varadhan(self._join(hf, hm, context), self._join(hf_shuffled, hm, context)).mean()
+            shuffled = self._branch(self.fixed_branch, f.flatten(1)[:, voxels].view_as(f))
+        return donsker_varadhan(self._join(hf, hm, context), self._join(shuffled, hm, context)).mean()
 
     def _branch(self, branch: nn.Sequential, values: Tensor) -> Tensor:
         """(N, K, P) intensities -> (N, K, C): blocks per voxel, then the downsampling layer (mean over the patch)."""
@@ -134,7 +134,7 @@ class KLDivNet(nn.Module):
             x = torch.cat((x, (k * x).sin(), (k * x).cos()), -1)
         return branch(x).mean(2)
 
-    def _join(self, hf: Tensor, hm: Tensor, context: Tensor | None = None) -> Tensor:
+    def _join(self, hf: Tensor, hm: Tensor, context: Tensor | None) -> Tensor:
         parts = (hf, hm) if context is None else (hf, hm, context.expand(-1, hf.shape[1], -1))
         return self.joined(torch.cat(parts, -1))[..., 0]
 
@@ -231,10 +231,12 @@ def lncc(fixed: Tensor, moving: Tensor, *, window: int = 9, mask: Tensor | None 
         window: odd side of the window in voxels.
         mask: (1, 1, D, H, W) bool, windows centred outside do not count.
     Raises:
-        ValueError: an even or non-positive window.
+        ValueError: an even or non-positive window, or an image smaller than half of it.
     """
     if window < 1 or window % 2 == 0:
         raise ValueError(f"the LNCC window is an odd number of voxels, got {window}")
+    if min(fixed.shape[2:]) < window // 2:
+        raise ValueError(f"an LNCC window of {window} voxels is too large for an image of {tuple(fixed.shape[2:])}")
 
     def local_mean(x: Tensor) -> Tensor:
         for dim in range(3):

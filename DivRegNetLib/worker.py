@@ -62,7 +62,6 @@ LOG_LINES = 30
 LOG_BYTES = 8000
 READ_BYTES = 1 << 20
 END_SECONDS = 2.0
-OUT_OF_MEMORY = ("allocate memory", "not enough memory", "out of memory", "bad allocation", "bad_alloc")
 
 
 class WorkerDied(DivRegNetError, RuntimeError):
@@ -490,7 +489,7 @@ def main(folder: str | os.PathLike) -> None:
         send("error", kind=WorkerDied.__name__, message=f"a Python package is missing or damaged: {error}; install it")
     except Exception as error:
         traceback.print_exc()
-        if _is_out_of_memory(error):
+        if errors.is_out_of_memory(error):
             message = (
                 f"the memory ran out ({' '.join(str(error).split())[:200]}): choose a coarser spacing, or device cpu"
             )
@@ -507,13 +506,6 @@ def _end_with_parent(folder: Path) -> None:
     if os.name != "nt" and os.getpgrp() == os.getpid():
         os.killpg(0, signal.SIGKILL)
     os._exit(1)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Python's own, torch's of either device, and ITK's."""
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(phrase in str(error).lower() for phrase in OUT_OF_MEMORY)
-    )
 
 
 if __name__ == "__main__":

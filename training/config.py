@@ -30,13 +30,22 @@ class Weights:
 
 @dataclass(frozen=True)
 class Config:
-    """A training run. Lengths of time are in steps; ``cohort`` is a folder that training/prepare_head.py wrote."""
+    """A training run. Lengths of time are in steps.
+
+    cohort: a folder that training/prepare_head.py wrote.
+    warmup: steps in which KLDivNet learns alone.
+    single_pass: steps after that before the network is applied ``regnet.passes`` times.
+    ema: decay of the averaged weights, which are what is exported.
+    samples: patches that KLDivNet looks at in a step.
+    card: what the model card says beside what is known anyway.
+    """
 
     name: str
     cohort: str
     seed: int = 1
     steps: int = 10_000
     warmup: int = 400
+    single_pass: int = 0
     learning_rate: float = 1e-3
     final_learning_rate: float = 1e-4
     similarity_learning_rate: float = 3e-3
@@ -80,7 +89,7 @@ def _build(kind: type, values: object, where: str):
             built[key] = _build(wanted, value, f"{where}: {key}")
         elif wanted is float and isinstance(value, int | float) and not isinstance(value, bool):
             built[key] = float(value)
-        elif wanted in (int, str, bool, dict) and type(value) is not wanted or wanted is float:
+        elif (wanted in (int, str, bool, dict) and type(value) is not wanted) or wanted is float:
             raise ValueError(f"{where}: {key} must be {wanted.__name__}, got {value!r}")
         else:
             built[key] = value

@@ -109,13 +109,16 @@ class Recipe:
 
     same_subject: share of pairs of one subject, whose true deformation is known.
     real: share of subjects drawn from those with images.
+    known_contrast: share of images that look like T1, T2 or PD; the others have any contrast.
+    strip: share of pairs without skull (and, a tenth of it, of single images).
+    thick: share of images with thick slices.
     """
 
-    same_subject: float = 0.6
-    real: float = 0.5
-    known_contrast: float = 0.6
-    strip: float = 0.4
-    thick: float = 0.15
+    same_subject: float = 0.75
+    real: float = 0.65
+    known_contrast: float = 0.75
+    strip: float = 0.3
+    thick: float = 0.1
 
 
 def make_pair(cohort: Cohort, recipe: Recipe, random: Random) -> Pair:
@@ -131,8 +134,8 @@ def make_pair(cohort: Cohort, recipe: Recipe, random: Random) -> Pair:
     centre = (torch.tensor(shape[::-1], device=random.device).float().view(1, 3, 1, 1, 1) - 1) / 2
     mm = 1 / cohort.spacing
     # Both heads are placed alike; the moving one keeps what an affine alignment leaves over.
-    place, placed_by = random_affine(random, 15, 8 * mm, 0.1, 0.03)
-    rest, rest_by = random_affine(random, 4, 4 * mm, 0.05, 0.03)
+    place, placed_by = random_affine(random, 8, 6 * mm, 0.06, 0.02)
+    rest, rest_by = random_affine(random, 1.5, 1.5 * mm, 0.02, 0.01)
     strength = random.number(0, 1.15)
     control = random.choice((12.0, 20.0, 20.0, 20.0, 30.0, 45.0))
     warp_fixed = ffd(shape, control * mm, strength * 0.3 * control * mm, random)

@@ -78,19 +78,19 @@ class Trainer:
         for group, rate in zip(self.optimiser.param_groups, self._rates(), strict=True):
             group["lr"] = rate
         self.optimiser.zero_grad(set_to_none=True)
-        if self.warming_up:
-            loss, terms = self._warmup_loss(pair)
-        else:
-            loss, terms = self._loss(pair)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()} at step {self.step_number}: {terms}")
-        loss.backward()
+        terms = self._warm_up(pair) if self.warming_up else self._descend(pair)
         torch.nn.utils.clip_grad_norm_(self.regnet.parameters(), 5.0)
         self.optimiser.step()
         self.step_number += 1
         if not self.warming_up:
             self._average()
-        return {"loss": loss.item()} | {name: term.item() for name, term in terms.items()}
+        return {name: term.item() for name, term in terms.items()}
+
+    def _backward(self, loss: Tensor, terms: dict[str, Tensor]) -> None:
+        if not torch.isfinite(loss):
+            values = {name: term.item() for name, term in terms.items()}
+            raise FloatingPointError(f"the loss is {loss.item()} at step {self.step_number}: {values}")
+        loss.backward()
 
     def _rates(self) -> tuple[float, float]:
         c = self.config
@@ -102,29 +102,42 @@ class Trainer:
     def _similarity(self, fixed: Tensor, moving: Tensor) -> Tensor:
         return self.kldivnet(fixed, moving, samples=self.config.samples)
 
-    def _warmup_loss(self, pair: synthesis.Pair):
-        # Partly aligned where it can be, so that D sees all it will be asked about.
+    def _warm_up(self, pair: synthesis.Pair) -> dict[str, Tensor]:
+        """Gradients of KLDivNet alone, on images partly aligned where it can be, so that D sees all it will be asked."""
         moving = pair.moving
         if pair.truth is not None:
             moving = fields.warp(moving, pair.truth * torch.rand(1, device=self.device))
-        similarity = self._similarity(pair.fixed, moving)
-        return -similarity, {"S": similarity}
+        terms = {"S": self._similarity(pair.fixed, moving)}
+        self._backward(-terms["S"], terms)
+        return terms
 
-    def _loss(self, pair: synthesis.Pair):
-        c, weights = self.config, self.config.weights
+    def _descend(self, pair: synthesis.Pair) -> dict[str, Tensor]:
+        """Gradients of the loss of every pass, each judged on all that has been composed so far."""
         self.regnet.train()
         fixed, moving = (x.contiguous(memory_format=torch.channels_last_3d) for x in (pair.fixed, pair.moving))
-        coarse = self.regnet.step(fixed, moving)
-        displacement = fields.resize(coarse, fixed.shape[2:])
+        learning = self.step_number - self.config.warmup
+        passes = 1 if learning < self.config.single_pass else self.config.regnet.passes
+        coarse = None
+        for _ in range(passes):
+            coarse = self.regnet.advance(fixed, moving, coarse)
+            loss, terms = self._loss(pair, coarse)
+            self._backward(loss, terms)
+            coarse = coarse.detach()
+        return {"loss": loss} | terms
+
+    def _loss(self, pair: synthesis.Pair, coarse: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of a displacement on the network's output grid, and its terms."""
+        weights, stride = self.config.weights, self.config.regnet.stride
+        displacement = fields.resize(coarse, pair.fixed.shape[2:])
         similarity = self._similarity(pair.fixed, fields.warp(pair.moving, displacement))
         terms = {"S": similarity, "diffusion": fields.diffusion(coarse)}
         smoothness = weights.diffusion if pair.truth is None else weights.diffusion_known
         loss = -weights.similarity * similarity + smoothness * terms["diffusion"]
         if pair.truth is not None and weights.known:
-            terms["known"] = known_distance(coarse, pair, c.regnet.stride)
+            terms["known"] = known_distance(coarse, pair, stride)
             loss = loss + weights.known * terms["known"]
         if pair.fixed_labels is not None and weights.labels:
-            terms["labels"] = label_distance(coarse, pair, c.regnet.stride)
+            terms["labels"] = label_distance(coarse, pair, stride)
             loss = loss + weights.labels * terms["labels"]
         return loss, terms
 

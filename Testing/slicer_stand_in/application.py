@@ -1,0 +1,125 @@
+"""Puts the stand-in in place and takes it away again."""
+
+import importlib
+import importlib.util
+import os
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import slicer
+import slicer.util
+
+SLICER_PYTHON = "DIVREGNET_SLICER_PYTHON"
+
+
+class Application:
+    """``slicer.app``, as far as it is used; ``shown`` collects what message boxes would have said, ``answers`` are given.
+
+    answers: what the next confirmations return; True where there are none left.
+    """
+
+    applicationName = "Slicer"
+
+    def __init__(self) -> None:
+        self.testing = False
+        self.shown: list[str] = []
+        self.answers: list[bool] = []
+        self.connections: dict[str, list] = {}
+
+    def testingEnabled(self) -> bool:
+        return self.testing
+
+    def connect(self, signal: str, slot) -> None:
+        self.connections.setdefault(signal, []).append(slot)
+
+    def disconnect(self, signal: str, slot) -> None:
+        self.connections[signal].remove(slot)
+
+    def moduleManager(self) -> "Application":
+        return self
+
+    def topLevelWidgets(self) -> list:
+        return []
+
+    def translate(self, context: str, text: str) -> str:
+        return text
+
+    def processEvents(self) -> None:
+        from PySide6.QtWidgets import QApplication
+
+        QApplication.processEvents()
+
+    def confirm(self, text: str, *_args, **_kwargs) -> bool:
+        self.shown.append(text)
+        return self.answers.pop(0) if self.answers else True
+
+    def display(self, text: str, *_args, **_kwargs) -> None:
+        self.shown.append(text)
+
+
+@contextmanager
+def running() -> Iterator[Application]:
+    """``qt``, ``ctk`` and the rest of ``slicer`` can be imported inside, with an empty ``slicer.mrmlScene``; not outside.
+
+    Raises:
+        ImportError: PySide6 or a system library it needs is not there.
+    """
+    os.environ.setdefault("QT_QPA_PLATFORM", "offscreen")
+    from PySide6.QtWidgets import QApplication
+
+    from slicer_stand_in import widgets
+
+    qt_application = QApplication.instance() or QApplication([])
+    app = Application()
+    app.qt = qt_application
+    before_modules = dict(sys.modules)
+    before_names = {name: getattr(slicer, name) for name in dir(slicer)}
+    util_before = {
+        n: getattr(slicer.util, n) for n in ("confirmOkCancelDisplay", "confirmYesNoDisplay", "errorDisplay")
+    }
+    scene = slicer.vtkMRMLScene()
+    try:
+        sys.modules["qt"], sys.modules["ctk"] = widgets.qt_module(), widgets.ctk_module()
+        slicer.app, slicer.mrmlScene = app, scene
+        slicer.modules = types.SimpleNamespace()
+        for kind in (widgets.qMRMLWidget, widgets.qMRMLNodeComboBox, widgets.qMRMLCheckableNodeComboBox):
+            setattr(slicer, kind.__name__, kind)
+        for name in ("qMRMLSliderWidget", "qMRMLSpinBox", "qMRMLRangeWidget"):  # only compared with
+            setattr(slicer, name, type(name, (), {}))
+        slicer.util.confirmOkCancelDisplay = slicer.util.confirmYesNoDisplay = app.confirm
+        slicer.util.errorDisplay = app.display
+        for name in ("i18n", "parameterNodeWrapper", "ScriptedLoadableModule"):
+            module = _slicers_own(name) or importlib.import_module(f"slicer_stand_in.{name}")
+            sys.modules[f"slicer.{name}"] = module
+            setattr(slicer, name, module)
+        yield app
+    finally:
+        widgets.destroy()
+        for name in set(sys.modules) - set(before_modules):
+            if name.split(".")[0] in ("qt", "ctk", "slicer", "DivRegNet", "DivRegNetModule", "slicer_stand_in"):
+                del sys.modules[name]
+        for name in set(dir(slicer)) - set(before_names):
+            delattr(slicer, name)
+        for name, value in before_names.items():
+            setattr(slicer, name, value)
+        for name, value in util_before.items():
+            setattr(slicer.util, name, value)
+        scene.Clear(1)
+
+
+def _slicers_own(name: str):
+    """A module of Slicer's sources, where the environment names them; else None."""
+    folder = os.environ.get(SLICER_PYTHON)
+    if not folder:
+        return None
+    path = Path(folder) / "slicer" / name
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    locations = [str(path)] if path.is_dir() else None
+    spec = importlib.util.spec_from_file_location(f"slicer.{name}", file, submodule_search_locations=locations)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
