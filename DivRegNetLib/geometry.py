@@ -12,6 +12,8 @@ import SimpleITK as sitk
 LPS_FROM_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 """4x4 matrix that takes RAS to LPS; its own inverse, so it takes LPS to RAS as well."""
 
+LARGEST_WORKING_VOXELS = 8_000_000
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -118,6 +120,15 @@ class Grid:
         extent = corners.max(0) - corners.min(0)
         size = np.maximum(np.ceil(extent / (spacing * multiple) - 1e-6), 1).astype(int) * multiple
         return Grid.build(size, [spacing] * 3, self.centre - (size - 1) / 2 * spacing)
+
+    def working_grid(self, spacing: float, *, multiple: int = 1) -> "Grid":
+        """The :meth:`axis_aligned` grid a network works on; coarser than asked only where that has too many voxels."""
+        while True:
+            grid = self.axis_aligned(spacing, multiple=multiple)
+            voxels = int(np.prod(grid.size, dtype=np.int64))
+            if voxels <= LARGEST_WORKING_VOXELS:
+                return grid
+            spacing *= max((voxels / LARGEST_WORKING_VOXELS) ** (1 / 3), 1.02)
 
     def empty_image(self, pixel: int = sitk.sitkFloat32) -> sitk.Image:
         """A SimpleITK image of zeros on this grid (sheared axes are kept where SimpleITK can hold them)."""

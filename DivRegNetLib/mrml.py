@@ -238,6 +238,33 @@ def apply_to(transform_node, nodes: Iterable, *, harden: bool = True, reference_
         return [_carry(node, transform_node, harden, reference_node) for node in nodes]
 
 
+def segment_image(node, segment_id: str) -> sitk.Image:
+    """One segment of a segmentation node as an image of 0 and 1 on its world grid (LPS); the node is only read.
+
+    Raises:
+        InputError: there is no such segment, or it is empty.
+    """
+    segmentation = node.GetSegmentation()
+    segment = segmentation.GetSegment(segment_id) if segmentation else None
+    if segment is None:
+        raise InputError(f"the segmentation {_name(node)} has no segment {segment_id!r}; choose one that it has")
+    _register_representations()
+    binary = slicer.vtkSegmentationConverter.GetBinaryLabelmapRepresentationName()
+    source = node
+    if not segmentation.ContainsRepresentation(binary):
+        copy = slicer.vtkSegmentation()
+        copy.DeepCopy(segmentation)
+        copy.CreateRepresentation(binary)
+        source = slicer.vtkMRMLSegmentationNode()
+        source.SetAndObserveSegmentation(copy)
+    image = slicer.vtkOrientedImageData()
+    if not source.GetBinaryLabelmapRepresentation(segment_id, image) or _is_empty(image):
+        raise InputError(f"the segment {segment.GetName()!r} of {_name(node)} is empty; draw it or leave the mask out")
+    matrix = vtk.vtkMatrix4x4()
+    image.GetImageToWorldMatrix(matrix)
+    return _world_image(image, slicer.util.arrayFromVTKMatrix(matrix), node, linear=False)
+
+
 # --- nodes to images
 
 
@@ -279,33 +306,10 @@ def _mask(mask, name: str, scene) -> sitk.Image | None:
         )
     _check_scene(node, scene)
     if segment is not None:
-        return _segment_image(node, segment)
+        return segment_image(node, segment)
     if _is_empty(node.GetImageData()):
         raise InputError(f"the {name} mask {_name(node)} is empty; draw it or leave it out")
     return _volume_image(node)
-
-
-def _segment_image(node, segment_id: str) -> sitk.Image:
-    """One segment as an image of 0 and 1 on its world grid; what it takes to make one is done on a copy."""
-    segmentation = node.GetSegmentation()
-    segment = segmentation.GetSegment(segment_id) if segmentation else None
-    if segment is None:
-        raise InputError(f"the segmentation {_name(node)} has no segment {segment_id!r}; choose one that it has")
-    _register_representations()
-    binary = slicer.vtkSegmentationConverter.GetBinaryLabelmapRepresentationName()
-    source = node
-    if not segmentation.ContainsRepresentation(binary):
-        copy = slicer.vtkSegmentation()
-        copy.DeepCopy(segmentation)
-        copy.CreateRepresentation(binary)
-        source = slicer.vtkMRMLSegmentationNode()
-        source.SetAndObserveSegmentation(copy)
-    image = slicer.vtkOrientedImageData()
-    if not source.GetBinaryLabelmapRepresentation(segment_id, image) or _is_empty(image):
-        raise InputError(f"the segment {segment.GetName()!r} of {_name(node)} is empty; draw it or leave the mask out")
-    matrix = vtk.vtkMatrix4x4()
-    image.GetImageToWorldMatrix(matrix)
-    return _world_image(image, slicer.util.arrayFromVTKMatrix(matrix), node, linear=False)
 
 
 def _initial_transform(node, moving_node) -> sitk.AffineTransform:

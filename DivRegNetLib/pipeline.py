@@ -21,7 +21,6 @@ from DivRegNetLib.refine import refine
 
 # Share of the time that each stage takes, for the progress bar.
 STAGE_END = dict(zip(STAGES, (0.02, 0.35, 0.45, 0.6, 0.75, 0.9, 1.0), strict=True))
-LARGEST_WORKING_VOXELS = 8_000_000
 
 
 @dataclass(frozen=True)
@@ -157,7 +156,7 @@ class _Registration:
         self.model = self.model or models.load(self.options.model, self.device)
         self.model.regnet.to(self.device)
         spacing = self.options.spacing or self.model.card.spacing_mm
-        self.grid = working_grid(Grid.of(self.fixed), spacing, self.model.regnet.config.multiple)
+        self.grid = Grid.of(self.fixed).working_grid(spacing, multiple=self.model.regnet.config.multiple)
         if self.grid.spacing[0] > spacing * 1.001:
             self.warnings.append(
                 f"the fixed image is so large that the working resolution was lowered from {spacing:g} to "
@@ -268,16 +267,6 @@ class _Registration:
         """An image on the working grid as (1, 1, D, H, W) float32 on the device."""
         array = sitk.GetArrayFromImage(image).astype(np.float32, copy=False)
         return torch.from_numpy(array)[None, None].to(self.device)
-
-
-def working_grid(fixed: Grid, spacing: float, multiple: int) -> Grid:
-    """The network's grid: along the LPS axes, over all of the fixed image, coarser than asked only if too large."""
-    while True:
-        grid = fixed.axis_aligned(spacing, multiple=multiple)
-        voxels = int(np.prod(grid.size, dtype=np.int64))
-        if voxels <= LARGEST_WORKING_VOXELS:
-            return grid
-        spacing *= max((voxels / LARGEST_WORKING_VOXELS) ** (1 / 3), 1.02)
 
 
 def _lattice(image: sitk.Image, n: int = 12) -> np.ndarray:

@@ -6,6 +6,7 @@ normalisation (Luo et al., "Differentiable learning-to-normalize via switchable 
 squeeze-and-excitation (Hu et al., CVPR 2018) in the decoders.
 """
 
+import itertools
 from dataclasses import asdict, dataclass
 
 import torch
@@ -27,8 +28,8 @@ class RegNetConfig:
         False the displacement itself.
     integration_steps: number of squarings.
     passes: how often the network is applied, each time to the moving image warped by the passes before.
-    translate: True gives the network each image in the other's intensities as well (see :func:`translate`); False the
-        two images alone, as in the paper.
+    match: True gives the network, beside the two images, a first guess by block matching (see :func:`matching`); False
+        the two images alone, as in the paper.
     """
 
     channels: tuple[int, int, int, int] = (16, 32, 32, 32)
@@ -36,7 +37,7 @@ class RegNetConfig:
     velocity: bool = True
     integration_steps: int = 6
     passes: int = 1
-    translate: bool = False
+    match: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "channels", tuple(self.channels))
@@ -47,7 +48,7 @@ class RegNetConfig:
             raise ValueError(f"RegNet has {LEVELS} levels of 1 to 1024 channels, got channels={self.channels}")
         if self.stride not in (1, 2):
             raise ValueError(f"RegNet's stride is 1 (full resolution) or 2 (half), got {self.stride}")
-        for name in ("velocity", "translate"):
+        for name in ("velocity", "match"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"RegNet's {name} is true or false, got {getattr(self, name)!r}")
         if not 0 <= self.integration_steps <= 16 or not 1 <= self.passes <= 16:
@@ -88,6 +89,62 @@ def translate(image: Tensor, other: Tensor, bins: int = 32) -> Tensor:
         curve = total / mass.clamp_min(1e-3)
         translated.append(torch.lerp(curve[lower], curve[lower + 1], upper_share).view_as(values))
     return torch.stack(translated)
+
+
+OFFSETS = [offset for offset in itertools.product((-1, 0, 1), repeat=3)]
+OFFSETS += [tuple(2 * sign * (a == axis) for a in range(3)) for axis in range(3) for sign in (-1, 1)]
+"""Offsets along x, y, z at which :func:`matching` compares, in voxels of the network's output grid."""
+
+WINDOWS = 2
+SHARPNESS = 30.0
+
+
+@torch.no_grad()
+def matching(fixed: Tensor, moving: Tensor, stride: int) -> Tensor:
+    """Block matching of two images whose contrasts need not be alike: a first guess of the displacement, and how sure.
+
+    Each image is compared with the other as :func:`translate` makes it, at each of OFFSETS. The squared differences,
+    averaged over a window, become weights by a softmax of their ratio to the mean over the offsets; what comes out is
+    the weighted mean offset and the largest weight. The windows are 5 and, averaged again, about 9 voxels wide. The
+    network learns what to make of these guesses instead of learning first to compare. Not differentiated.
+
+    Args:
+        fixed, moving: (N, 1, D, H, W) in [0, 1], sides multiples of ``stride``.
+    Returns:
+        (N, 4 * WINDOWS, D/stride, H/stride, W/stride): per window x, y, z in voxels of the output grid, and the weight.
+    """
+    # Voxels of an output cell become channels, so that offsets are whole cells but nothing is averaged.
+    images = (fixed, translate(fixed, moving), translate(moving, fixed), moving)
+    still, moved = (_cells(torch.cat(pair, 1), stride) for pair in (images[:2], images[2:]))
+    moved = F.pad(moved, [2] * 6, mode="replicate")
+    d, h, w = still.shape[2:]
+    differences = []
+    for x, y, z in OFFSETS:
+        shifted = moved[:, :, 2 + z : 2 + z + d, 2 + y : 2 + y + h, 2 + x : 2 + x + w]
+        differences.append((still - shifted).square().mean(1))
+    difference = torch.stack(differences, 1)
+    offsets = difference.new_tensor(OFFSETS)
+    floor = 0.05 * difference.mean((1, 2, 3, 4), keepdim=True) + 1e-6
+    found = []
+    for _ in range(WINDOWS):
+        for dim in range(3):
+            size = [5 if i == dim else 1 for i in range(3)]
+            pad = [n // 2 for n in size]
+            difference = F.avg_pool3d(difference, size, stride=1, padding=pad, count_include_pad=False)
+        weights = (-SHARPNESS * difference / (difference.mean(1, keepdim=True) + floor)).softmax(1)
+        found += [torch.einsum("nodhw,oc->ncdhw", weights, offsets), weights.amax(1, keepdim=True)]
+    return torch.cat(found, 1)
+
+
+def _cells(image: Tensor, stride: int) -> Tensor:
+    """(N, C, D, H, W) -> (N, C * stride^3, D/stride, H/stride, W/stride)."""
+    for dim in (2, 3, 4):
+        image = torch.cat([image[_every(dim, i, stride)] for i in range(stride)], 1)
+    return image
+
+
+def _every(dim: int, first: int, stride: int) -> tuple[slice, ...]:
+    return tuple(slice(first, None, stride) if d == dim else slice(None) for d in range(5))
 
 
 class SwitchableNorm(nn.Module):
@@ -139,13 +196,13 @@ class SqueezeExcitation(nn.Module):
 
 
 class Block(nn.Sequential):
-    """3x3x3 convolution, switchable normalisation, leaky ReLU and, in decoders, squeeze-and-excitation.
+    """Convolution, switchable normalisation, leaky ReLU and, in decoders, squeeze-and-excitation.
 
     With stride 2 the kernel is 4 wide, so that an output voxel is centred on the 2x2x2 input voxels it replaces.
     """
 
     def __init__(self, inputs: int, outputs: int, *, stride: int = 1, excite: bool = False) -> None:
-        kernel = {1: 3, 2: 4}[stride]
+        kernel = 4 if stride == 2 else 3
         layers = [
             nn.Conv3d(inputs, outputs, kernel, stride=stride, padding=1, bias=False),
             SwitchableNorm(outputs),
@@ -161,9 +218,9 @@ class RegNet(nn.Module):
         super().__init__()
         self.config = config = config or RegNetConfig()
         c = config.channels
-        inputs = 4 if config.translate else 2
-        self.encoders = nn.ModuleList([Block(inputs, c[0], stride=config.stride)])
+        self.encoders = nn.ModuleList([Block(2, c[0], stride=config.stride)])
         self.encoders.extend(Block(c[i - 1], c[i], stride=2) for i in range(1, LEVELS))
+        self.reader = Block(4 * WINDOWS, c[0]) if config.match else None
         # Deepest first; each but the deepest joins the upsampled features with the encoder's of its own level.
         self.decoders = nn.ModuleList(
             [Block(c[-1], c[-1], excite=True)]
@@ -181,13 +238,11 @@ class RegNet(nn.Module):
         Returns:
             (N, 3, D/stride, H/stride, W/stride), components along x, y, z (that is W, H, D).
         """
-        images = [fixed, moving]
-        if self.config.translate:
-            with torch.no_grad():
-                images += [translate(moving, fixed), translate(fixed, moving)]
-        x = torch.cat(images, 1)
-        skips = []
-        for encoder in self.encoders:
+        x = self.encoders[0](torch.cat((fixed, moving), 1))
+        if self.reader is not None:
+            x = x + self.reader(matching(fixed, moving, self.config.stride))
+        skips = [x]
+        for encoder in self.encoders[1:]:
             x = encoder(x)
             skips.append(x)
         x = self.decoders[0](skips.pop())

@@ -1,5 +1,7 @@
 """What all tests stand on: grids that are never convenient, a head that can be evaluated anywhere, a tiny model."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -37,6 +39,12 @@ def _grid_about(centre, size, spacing, direction) -> Grid:
     matrix[:3, :3] = direction * np.asarray(spacing, float)
     matrix[:3, 3] = centre - matrix[:3, :3] @ ((np.asarray(size) - 1) / 2)
     return Grid(size, matrix)
+
+
+@pytest.fixture(scope="session")
+def sample_data() -> Path:
+    """The folder of the bundled pairs."""
+    return Path(__file__).resolve().parent.parent / "Resources" / "SampleData"
 
 
 @pytest.fixture(scope="session")

@@ -5,11 +5,16 @@
 Three rows (axial, coronal, sagittal, through the middle of the fixed volume) of: fixed with moving half-faded; fixed
 with warped half-faded; and, where a transform (fixed to moving points, as ITK writes it) is given, warped with the grid
 that Slicer draws of it. Layers are blended by Slicer's slice logic and the grid is drawn by its displayable manager, on
-real MRML nodes (``slicer-core``), off screen.
+real MRML nodes (``slicer-core``), off screen; on Linux without a display this takes the system's OSMesa (libosmesa6).
 """
 
 import argparse
+import os
+import sys
 from pathlib import Path
+
+if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+    os.environ.setdefault("VTK_DEFAULT_OPENGL_WINDOW", "vtkOSOpenGLRenderWindow")
 
 import numpy as np
 import SimpleITK as sitk
@@ -83,11 +88,13 @@ class View:
         self.window.SetOffScreenRendering(1)
         self.window.SetSize(SIDE, SIDE)
         self.window.AddRenderer(self.renderer)
-        self.managers = slicer.vtkMRMLDisplayableManagerGroup()
-        self.managers.SetRenderer(self.renderer)
-        manager = getattr(slicer, GRID_MANAGER)()
-        manager.SetMRMLApplicationLogic(application)
-        self.managers.AddDisplayableManager(manager)
+        interactor = vtk.vtkGenericRenderWindowInteractor()
+        interactor.SetRenderWindow(self.window)
+        factory = slicer.vtkMRMLSliceViewDisplayableManagerFactory.GetInstance()
+        factory.SetMRMLApplicationLogic(application)
+        if not factory.IsDisplayableManagerRegistered(GRID_MANAGER):
+            factory.RegisterDisplayableManager(GRID_MANAGER)
+        self.managers = factory.InstantiateDisplayableManagers(self.renderer)
         self.managers.SetMRMLDisplayableNode(self.node)
 
     def picture(self, background, foreground=None) -> np.ndarray:

@@ -967,6 +967,30 @@ def test_the_self_tests_are_complete_and_are_found_by_unittest(module):
     assert len(names) >= 7 and any("WithoutTorch" in name for name in names)
 
 
+def test_slice_views_are_rendered_and_differ_between_fixed_on_moving_and_fixed_on_warped(tmp_path):
+    import ctypes.util
+
+    import SimpleITK as sitk
+
+    if sys.platform != "linux" or not (os.environ.get("DISPLAY") or ctypes.util.find_library("OSMesa")):
+        pytest.skip("there is neither a display nor OSMesa to render with")
+    k, j, i = np.indices((20, 24, 28))
+    for name, shift in (("fixed", 0), ("moving", 6)):
+        array = 100.0 * ((i - 14 - shift) ** 2 + (j - 12) ** 2 + (k - 10) ** 2 < 50)
+        sitk.WriteImage(sitk.GetImageFromArray(array.astype(np.float32)), tmp_path / f"{name}.nii.gz")
+    sitk.WriteTransform(sitk.TranslationTransform(3, (6.0, 0.0, 0.0)), tmp_path / "t.h5")
+    files = [str(tmp_path / name) for name in ("fixed.nii.gz", "moving.nii.gz", "fixed.nii.gz", "out.png")]
+    script = [sys.executable, str(Path(__file__).parent / "render_slices.py")]
+    done = subprocess.run([*script, *files, "--transform", str(tmp_path / "t.h5")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    picture = sitk.GetArrayFromImage(sitk.ReadImage(tmp_path / "out.png")).astype(int)
+    assert picture.shape == (1200, 1200, 3)
+    before, after, grid = picture[:400, :400], picture[:400, 400:800], picture[:400, 800:]
+    assert len(np.unique(after)) > 1 and np.abs(before - after).max() > 50
+    coloured = [(np.ptp(view, axis=-1) > 60).sum() for view in (after, grid)]
+    assert coloured[0] == 0 and coloured[1] > 500  # the lines of the grid are coloured by displacement
+
+
 def test_the_panel_is_rendered(tmp_path, monkeypatch):
     with stand_in():
         pass

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from DivRegNetLib import geometry
 from DivRegNetLib.errors import Cancelled, DeviceError, InputError, ModelError
 from DivRegNetLib.geometry import Grid, affine_matrix, affine_transform
 from DivRegNetLib.options import STAGES
@@ -234,9 +235,7 @@ def test_air_fills_what_a_ct_does_not_show(pair):
 
 
 def test_a_large_field_of_view_lowers_the_working_resolution_and_says_so(monkeypatch, pair):
-    from DivRegNetLib import pipeline
-
-    monkeypatch.setattr(pipeline, "LARGEST_WORKING_VOXELS", 40_000)
+    monkeypatch.setattr(geometry, "LARGEST_WORKING_VOXELS", 40_000)
     result = register(*pair[:2], align="centre", device="cpu")
     assert result.settings["spacing"] > 2
     assert any("resolution" in w for w in result.warnings)

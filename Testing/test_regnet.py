@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from DivRegNetLib import fields
-from DivRegNetLib.regnet import RegNet, RegNetConfig, SqueezeExcitation, SwitchableNorm, translate
+from DivRegNetLib.regnet import RegNet, RegNetConfig, SqueezeExcitation, SwitchableNorm, matching, translate
 
 TINY = (2, 3, 4, 5)
 
@@ -149,15 +149,35 @@ def test_translation_of_a_constant_image_is_finite():
         torch.testing.assert_close(found, moving.mean().expand_as(found), rtol=1e-4, atol=1e-4)
 
 
-def test_a_network_that_sees_translated_images_takes_any_size_and_learns():
-    net = network(0.1, translate=True, passes=2).train()
+def test_a_network_that_is_given_block_matching_takes_any_size_and_learns():
+    net = network(0.1, match=True, passes=2).train()
     fixed, moving = pair()
     field = net(fixed, moving)
     assert field.shape == (1, 3, 17, 26, 21)
     field.square().mean().backward()
-    into_first = net.encoders[0][0].weight.grad
-    assert into_first.shape[1] == 4
-    assert (into_first.abs().amax((0, 2, 3, 4)) > 0).all()
+    into_reader = net.reader[0].weight.grad
+    assert (into_reader.abs().amax((0, 2, 3, 4)) > 0).all()
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("offset", [(1, 0, 0), (0, -1, 0), (0, 1, 1)])
+def test_block_matching_guesses_a_shift_by_whole_cells_between_contrasts(stride, offset):
+    shape = tuple(n * stride for n in (18, 24, 20))
+    coarse = torch.rand(1, 1, 6, 8, 7, generator=torch.Generator().manual_seed(1))
+    moving = torch.nn.functional.interpolate(coarse, size=shape, mode="trilinear")
+    x, y, z = (-o * stride for o in offset)
+    fixed = 0.9 - 0.8 * moving.roll((z, y, x), (2, 3, 4)).square()  # fixed(p) shows what is at p + offset
+    found = matching(fixed, moving, stride)
+    assert found.shape == (1, 8, 18, 24, 20)
+    inside = found[..., 4:-4, 4:-4, 4:-4]
+    torch.testing.assert_close(inside[0, :3].mean((1, 2, 3)), torch.tensor(offset).float(), atol=0.2, rtol=0)
+
+
+def test_block_matching_of_flat_images_is_finite_and_sees_no_motion():
+    flat = torch.full((1, 1, 16, 16, 16), 0.5)
+    found = matching(flat, flat, 2)
+    assert found[:, :3].abs().max() < 1e-3
+    assert torch.isfinite(found).all()
 
 
 # Switchable normalisation
@@ -230,9 +250,7 @@ def test_squeeze_and_excitation_weighs_whole_channels_between_nought_and_one():
 
 
 def test_a_configuration_survives_its_dictionary():
-    config = RegNetConfig(
-        channels=(1, 2, 3, 4), stride=1, velocity=False, integration_steps=3, passes=2, translate=True
-    )
+    config = RegNetConfig(channels=(1, 2, 3, 4), stride=1, velocity=False, integration_steps=3, passes=2, match=True)
     assert RegNetConfig(**config.as_dict()) == config
     assert isinstance(config.as_dict()["channels"], list)
 
@@ -252,7 +270,7 @@ def test_sides_are_padded_to_what_the_levels_need(stride, multiple):
         ({"stride": 3}, "stride"),
         ({"stride": True}, "stride"),
         ({"velocity": 1}, "velocity"),
-        ({"translate": "yes"}, "translate"),
+        ({"match": "yes"}, "match"),
         ({"integration_steps": -1}, "integration_steps"),
         ({"integration_steps": 17}, "integration_steps"),
         ({"passes": 0}, "passes"),

@@ -1,0 +1,95 @@
+"""Do two volumes look like what a model was made for? Sentences for the user; they inform and never block."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from DivRegNetLib.models import Card
+from DivRegNetModule import _
+
+AIR_HU, BONE_HU = -900.0, 200.0
+THICK_SLICES = 3.0  # times the model's spacing
+SMALLEST_VOXELS = 24  # of the model's grid, along the shortest side
+FIELD_OF_VIEW_MM = {"head": (90, 400), "brain": (90, 400), "abdomen": (60, 700), "liver": (60, 700)}
+"""Anatomy in a card -> plausible shortest and longest side of a volume that shows it."""
+FAMILIES = {"CT": ("CT", "CBCT", "CTA"), "MR": ("MR", "MRI", "T1", "T2", "PD", "FLAIR", "T1C", "DWI", "MRA")}
+"""What can be told from intensities or DICOM -> the modalities of a card that belong to it."""
+
+
+@dataclass(frozen=True)
+class VolumeFacts:
+    """What is known of a volume without looking at what it shows.
+
+    size: voxels along i, j, k.
+    spacing: mm along i, j, k.
+    low, high: smallest and largest value.
+    modality: as DICOM says (``CT``, ``MR``, ...), empty where unknown.
+    """
+
+    name: str
+    size: tuple[int, int, int]
+    spacing: tuple[float, float, float]
+    low: float
+    high: float
+    modality: str = ""
+
+    @property
+    def extent(self) -> tuple[float, ...]:
+        """Side lengths in mm."""
+        return tuple(n * s for n, s in zip(self.size, self.spacing, strict=True))
+
+
+def guess_modality(volume: VolumeFacts) -> str:
+    """``CT``, ``MR``, another DICOM modality, or empty: DICOM's word, else a guess from the range of values.
+
+    CT in Hounsfield units reaches from air to bone; MR magnitude has no negative values. CT that is stored with an
+    offset looks like MR, so a guess of MR is never held against a model for CT.
+    """
+    if volume.modality:
+        return volume.modality
+    if volume.low <= AIR_HU and volume.high >= BONE_HU:
+        return "CT"
+    return ""
+
+
+def complaints(card: Card, fixed: VolumeFacts, moving: VolumeFacts) -> list[str]:
+    """Sentences about what does not fit the card; empty where everything seems to."""
+    found = []
+    for volume in (fixed, moving):
+        found += [
+            *_modality_complaint(card, volume),
+            *_spacing_complaint(card, volume),
+            *_field_of_view_complaint(card, volume),
+        ]
+    return found
+
+
+def _modality_complaint(card: Card, volume: VolumeFacts) -> list[str]:
+    guess = guess_modality(volume)
+    known = {str(m).upper() for m in card.modalities}
+    if not guess or not known or guess.upper() in known or known & set(FAMILIES.get(guess.upper(), ())):
+        return []
+    text = _("'{name}' looks like {guess}, but the model was trained on {trained}.")
+    return [text.format(name=volume.name, guess=guess, trained=", ".join(map(str, card.modalities)))]
+
+
+def _spacing_complaint(card: Card, volume: VolumeFacts) -> list[str]:
+    if max(volume.spacing) <= THICK_SLICES * card.spacing_mm:
+        return []
+    text = _(
+        "'{name}' has slices {thick:.3g} mm apart, the model works at {model:.3g} mm: expect less accuracy across."
+    )
+    return [text.format(name=volume.name, thick=max(volume.spacing), model=card.spacing_mm)]
+
+
+def _field_of_view_complaint(card: Card, volume: VolumeFacts) -> list[str]:
+    smallest, largest = min(volume.extent), max(volume.extent)
+    if smallest < SMALLEST_VOXELS * card.spacing_mm:
+        text = _("'{name}' is only {mm:.0f} mm thick, too little for the model to see the anatomy around.")
+        return [text.format(name=volume.name, mm=smallest)]
+    low, high = next((r for word, r in FIELD_OF_VIEW_MM.items() if word in card.anatomy.lower()), (0, np.inf))
+    if smallest < low or largest > high:
+        text = _("'{name}' covers {sides} mm, which is unusual for an image of the {anatomy}.")
+        sides = " x ".join(f"{mm:.0f}" for mm in volume.extent)
+        return [text.format(name=volume.name, sides=sides, anatomy=card.anatomy)]
+    return []
