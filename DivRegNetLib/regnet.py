@@ -118,11 +118,11 @@ def matching(fixed: Tensor, moving: Tensor, stride: int) -> Tensor:
     still, moved = (_cells(torch.cat(pair, 1), stride) for pair in (images[:2], images[2:]))
     moved = F.pad(moved, [2] * 6, mode="replicate")
     d, h, w = still.shape[2:]
-    differences = []
-    for x, y, z in OFFSETS:
-        shifted = moved[:, :, 2 + z : 2 + z + d, 2 + y : 2 + y + h, 2 + x : 2 + x + w]
-        differences.append((still - shifted).square().mean(1))
-    difference = torch.stack(differences, 1)
+    difference = still.new_empty(len(still), len(OFFSETS), d, h, w)
+    buffer = torch.empty_like(still)
+    for i, (x, y, z) in enumerate(OFFSETS):
+        torch.sub(still, moved[:, :, 2 + z : 2 + z + d, 2 + y : 2 + y + h, 2 + x : 2 + x + w], out=buffer)
+        difference[:, i] = buffer.square_().mean(1)
     offsets = difference.new_tensor(OFFSETS)
     floor = 0.05 * difference.mean((1, 2, 3, 4), keepdim=True) + 1e-6
     found = []

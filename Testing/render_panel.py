@@ -1,25 +1,16 @@
 """Renders the panel of the module to Resources/Screenshots/panel.png, with Slicer's widgets replaced by stand-ins.
 
-    python Testing/render_panel.py [OUTPUT.png]
+    python Testing/render_panel.py RESULT [OUTPUT.png]
 
-The volumes, the model and the quality card shown are examples.
+RESULT is the folder that ``make demo`` writes; the panel shows the bundled pair and the quality card from there.
 """
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-QUALITY = {
-    "nmi": {"before": 1.092, "aligned": 1.128, "after": 1.171},
-    "similarity": {"before": 0.412, "aligned": 0.655, "after": 0.913},
-    "folded_percent": 0.0,
-    "log_jacobian_sd": 0.148,
-    "largest_displacement_mm": 9.7,
-    "mean_displacement_mm": 2.4,
-    "inverse_consistency_mm": {"mean": 0.06, "largest": 1.4},
-    "landmark_error_mm": {"before": 21.45, "after": 2.31},
-}
 
 
 def load_module(app):
@@ -62,26 +53,35 @@ def add_volume(name: str, size=(192, 224, 160), spacing=(1.0, 1.0, 1.2), kind="v
     return node
 
 
-def main(output: Path) -> None:
+def main(result: Path, output: Path) -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     from slicer_stand_in import running
 
+    report = json.loads((result / "quality.json").read_text(encoding="utf-8"))
+    quality = report["quality"]
+    quality["dice"] = {stage: labels["mean"]["dice"] for stage, labels in quality["labels"].items()}
+    quality["landmark_error_mm"] = {stage: error["mean"] for stage, error in quality["landmarks_mm"].items()}
     with running() as app:
         import slicer
 
-        from DivRegNetLib import models
+        from DivRegNetLib import files, models
 
         module = load_module(app)
         from DivRegNetModule import verdict
 
         widget = make_widget(module)
-        fixed, moving = add_volume("Patient 12 T1"), add_volume("Patient 12 T2", (180, 180, 24), (1.1, 1.1, 6.6))
-        labels = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode", "T2 lesions")
+        volumes = []
+        for name in ("fixed_T1", "moving_T2"):
+            image = files.read_image(ROOT / "Resources" / "SampleData" / f"{name}.nii.gz")
+            volumes.append(add_volume(name, image.GetSize(), image.GetSpacing()))
+        labels = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode", "moving_T2_labels")
         widget.initializeParameterNode()
         p = widget._parameterNode
-        p.fixedVolume, p.movingVolume, p.alsoApplyTo, p.model = fixed, moving, [labels], models.DEFAULT
-        widget.ui.verdictLabel.text = verdict.as_html(verdict.judge(QUALITY))
-        widget.ui.qualityLabel.text = verdict.table(verdict.rows(QUALITY, 6.8, "cuda:0"))
+        p.fixedVolume, p.movingVolume = volumes
+        p.alsoApplyTo, p.model = [labels], models.DEFAULT
+        widget.ui.verdictLabel.text = verdict.as_html(verdict.judge(quality))
+        rows = verdict.rows(quality, sum(report["seconds"].values()), report["settings"]["device"])
+        widget.ui.qualityLabel.text = verdict.table(rows)
         widget.ui.resultCollapsibleButton.visible = True
         for _ in range(5):
             app.processEvents()
@@ -96,4 +96,6 @@ def main(output: Path) -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "Resources" / "Screenshots" / "panel.png")
+    main(
+        Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else ROOT / "Resources" / "Screenshots" / "panel.png"
+    )
