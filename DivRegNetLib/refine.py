@@ -5,16 +5,20 @@ Source: arXiv 1908.08767, Eq. 8, where theta and the deformation are optimised t
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from DivRegNetLib import fields
-from DivRegNetLib.similarity import KLDivNet
+from DivRegNetLib.similarity import KLDivNet, patches, standardise
 
 SMOOTHNESS = 2.5  # weight of the diffusion of the displacement; less over-warps
 LEVELS = (4, 2)  # voxels of the working grid between the values of the correction, coarse to fine
-PATIENCE = 10
+PATCHES = 8192  # looked at in a step, anew each time
+FIT_STEPS = 30
+PATIENCE = 20
+SQUARINGS = 4
 
 
 def refine(
@@ -44,64 +48,98 @@ def refine(
     """
     with torch.enable_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        theta = (KLDivNet().to(fixed.device) if kldivnet is None else copy.deepcopy(kldivnet)).requires_grad_(True)
-        generator = torch.Generator().manual_seed(0)
-        _fit(theta, fixed, fields.warp(moving, displacement), mask, 30 if kldivnet is not None else 150, generator)
+        theta = copy.deepcopy(kldivnet) if kldivnet is not None else KLDivNet().to(fixed.device)
+        pair = _Pair(fixed, moving, theta.requires_grad_(True), mask, torch.Generator().manual_seed(0))
+        pair.fit(displacement, FIT_STEPS if kldivnet is not None else 5 * FIT_STEPS)
         current, done = displacement, 0
         for level, every in enumerate(LEVELS):
-            share = steps // len(LEVELS) if level + 1 < len(LEVELS) else steps - done
+            share = (steps - done) // (len(LEVELS) - level)
             current = _optimise(
-                fixed, moving, current, theta, every, share, mask, generator,
-                lambda f, done=done, share=share: progress((done + f * share) / max(steps, 1)),
-            )  # fmt: skip
+                pair, current, every, share, lambda f, d=done, n=share: progress((d + f * n) / max(steps, 1))
+            )
             done += share
-        # The judge: one D, one choice of patches, both deformations.
+        better = pair.judge(current) > pair.judge(displacement)
+    return current if better else displacement
+
+
+@dataclass
+class _Pair:
+    """Both images, and the similarity being fitted to them."""
+
+    fixed: Tensor
+    moving: Tensor
+    theta: KLDivNet
+    mask: Tensor | None
+    generator: torch.Generator
+
+    def __post_init__(self) -> None:
+        side = self.theta.config.patch
+        shape = self.fixed.shape[2:]
+        at = fields.identity(shape, like=self.fixed)
+        self.points = torch.stack([patches(at[:, i : i + 1], side)[0] for i in range(3)])  # (3, number, side^3)
+        self.values = patches(standardise(self.fixed, self.mask), side)[0]
+        self.moving = standardise(self.moving, self.mask)
+        if self.mask is not None:
+            inside = patches(self.mask, side)[0].all(-1)
+            self.points, self.values = self.points[:, inside], self.values[inside]
+
+    def similarity(self, deform: Callable[[Tensor], Tensor], count: int = PATCHES) -> Tensor:
+        """S of a random choice of patches; ``deform`` takes voxel coordinates (1, 3, d, h, w) to moving ones.
+
+        Only what is looked at is warped, a small part of the image.
+        """
+        chosen = torch.randperm(len(self.values), generator=self.generator)[: count - count % 2].to(self.fixed.device)
+        at = deform(self.points[:, chosen][None, ..., None])
+        warped = fields.sample(self.moving, at)[0, 0, ..., 0]
+        return self.theta.estimate(self.values[chosen][None], warped[None], generator=self.generator)
+
+    def fit(self, displacement: Tensor, steps: int) -> None:
+        """Brings D to this pair, under a displacement."""
+        optimiser = torch.optim.Adam(self.theta.parameters(), lr=5e-3)
+        for _ in range(steps):
+            optimiser.zero_grad()
+            (-self.similarity(lambda at: at + fields.sample(displacement, at))).backward()
+            optimiser.step()
+
+    def judge(self, displacement: Tensor) -> Tensor:
+        """What is maximised, for a whole displacement: with D fitted to it, on the same patches every time."""
+        self.generator.manual_seed(1)
+        self.fit(displacement, FIT_STEPS)
         with torch.no_grad():
-            scores = [_objective(fixed, moving, u, theta, mask, torch.Generator().manual_seed(1), samples=65536)
-                      for u in (displacement, current)]  # fmt: skip
-    return current if scores[1] > scores[0] else displacement
+            similarity = self.similarity(lambda at: at + fields.sample(displacement, at), 8 * PATCHES)
+            return similarity - SMOOTHNESS * fields.diffusion(displacement)
 
 
-def _objective(fixed, moving, displacement, theta, mask, generator, samples=16384) -> Tensor:
-    warped = fields.warp(moving, displacement)
-    similarity = theta(fixed, warped, mask=mask, samples=samples, generator=generator)
-    return similarity - SMOOTHNESS * fields.diffusion(displacement)
-
-
-def _fit(theta: KLDivNet, fixed: Tensor, warped: Tensor, mask, steps: int, generator: torch.Generator) -> None:
-    """Brings D to this pair."""
-    optimiser = torch.optim.Adam(theta.parameters(), lr=5e-3)
-    for _ in range(steps):
-        optimiser.zero_grad()
-        (-theta(fixed, warped, mask=mask, samples=8192, generator=generator)).backward()
-        optimiser.step()
-
-
-def _optimise(fixed, moving, start, theta, every, steps, mask, generator, progress) -> Tensor:
+def _optimise(pair: _Pair, start: Tensor, every: int, steps: int, progress: Callable[[float], None]) -> Tensor:
     """One level: ``start o exp(v)`` with v on a grid ``every`` voxels apart; the iterate with the best running score."""
-    shape = tuple(max(-(-n // every), 2) for n in fixed.shape[2:])
-    velocity = torch.zeros(1, 3, *shape, device=fixed.device, requires_grad=True)
+    full = pair.fixed.shape[2:]
+    shape = tuple(max(round(n / every), 2) for n in full)
+    coarse_start = fields.resize(start, shape)
+    velocity = torch.zeros_like(coarse_start, requires_grad=True)
+    ratio = start.new_tensor([n / m for n, m in zip(full, shape, strict=True)][::-1]).view(1, 3, 1, 1, 1)
     optimiser = torch.optim.Adam(
-        [{"params": [velocity], "lr": 0.1}, {"params": theta.parameters(), "lr": 1e-3}]
-    )  # velocity in voxels of its own grid
-
-    def deform() -> Tensor:
-        return fields.compose(start, fields.resize(fields.integrate(velocity, 4), fixed.shape[2:]))
-
+        [{"params": [velocity], "lr": 0.2 / every}, {"params": pair.theta.parameters(), "lr": 1e-3}]
+    )
     running, best, waited, best_velocity = None, -torch.inf, 0, velocity.detach().clone()
     for step in range(steps):
-        optimiser.zero_grad()
-        score = _objective(fixed, moving, deform(), theta, mask, generator)
-        running = score.item() if running is None else 0.8 * running + 0.2 * score.item()
-        if running > best + 1e-4:
+        correction = fields.integrate(velocity, SQUARINGS)
+
+        def deform(at: Tensor, correction: Tensor = correction) -> Tensor:
+            moved = at + fields.sample(correction, (at + 0.5) / ratio - 0.5) * ratio
+            return moved + fields.sample(start, moved)
+
+        total = fields.compose(coarse_start, correction)
+        score = pair.similarity(deform) - SMOOTHNESS * fields.diffusion(total)
+        running = score.item() if running is None else 0.9 * running + 0.1 * score.item()
+        if running > best:
             best, waited, best_velocity = running, 0, velocity.detach().clone()
         else:
             waited += 1
             if waited >= PATIENCE:
                 break
+        optimiser.zero_grad()
         (-score).backward()
         optimiser.step()
         progress((step + 1) / steps)
     with torch.no_grad():
-        velocity.copy_(best_velocity)
-        return deform()
+        return fields.compose(start, fields.resize(fields.integrate(best_velocity, SQUARINGS), full))

@@ -101,18 +101,30 @@ class KLDivNet(nn.Module):
         Raises:
             ValueError: unknown shuffle, images of unlike shape, or fewer than 4 patches inside the mask.
         """
-        if shuffle not in SHUFFLES:
-            raise ValueError(f"shuffle is one of {SHUFFLES}, got {shuffle!r}")
         if fixed.shape != moving.shape:
             raise ValueError(f"fixed {tuple(fixed.shape)} and moving {tuple(moving.shape)} differ in shape")
-        allowed = None if mask is None else _patches(mask, self.config.patch).all(-1)[0].nonzero()[:, 0]
-        f, m = (_patches(_standardise(x, mask), self.config.patch) for x in (fixed, moving))
+        allowed = None if mask is None else patches(mask, self.config.patch).all(-1)[0].nonzero()[:, 0]
+        f, m = (patches(standardise(x, mask), self.config.patch) for x in (fixed, moving))
         count = f.shape[1] if allowed is None else len(allowed)
         if count < 4:
             raise ValueError(f"{count} patches of {self.config.patch} voxels lie inside the mask, at least 4 needed")
         chosen = torch.randperm(count, generator=generator)[: samples - samples % 2].to(f.device)
         chosen = chosen if allowed is None else allowed[chosen]
-        f, m = f[:, chosen], m[:, chosen]  # (N, K, patch^3)
+        return self.estimate(f[:, chosen], m[:, chosen], shuffle=shuffle, generator=generator)
+
+    def estimate(
+        self, f: Tensor, m: Tensor, *, shuffle: str = "patches", generator: torch.Generator | None = None
+    ) -> Tensor:
+        """S of patches that correspond (a scalar, mean over N); :meth:`forward` after the choice of patches.
+
+        Args:
+            f, m: (N, K, patch^3) intensities of K patches of the fixed and the warped moving image, standardised.
+            shuffle, generator: see :meth:`forward`.
+        Raises:
+            ValueError: unknown shuffle.
+        """
+        if shuffle not in SHUFFLES:
+            raise ValueError(f"shuffle is one of {SHUFFLES}, got {shuffle!r}")
         hf, hm = self._branch(self.fixed_branch, f), self._branch(self.moving_branch, m)
         context = None
         if self.summary is not None:  # one half is summarised, the other judged; the shuffle stays inside that
@@ -139,14 +151,14 @@ class KLDivNet(nn.Module):
         return self.joined(torch.cat(parts, -1))[..., 0]
 
 
-def _patches(image: Tensor, patch: int) -> Tensor:
+def patches(image: Tensor, patch: int) -> Tensor:
     """(N, 1, D, H, W) -> (N, number of patches, patch^3), the remainder at the far end left out."""
     d, h, w = (n // patch for n in image.shape[2:])
     x = image[:, 0, : d * patch, : h * patch, : w * patch].unflatten(3, (w, patch)).unflatten(2, (h, patch))
     return x.unflatten(1, (d, patch)).permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)
 
 
-def _standardise(image: Tensor, mask: Tensor | None) -> Tensor:
+def standardise(image: Tensor, mask: Tensor | None) -> Tensor:
     """Zero mean, unit variance per image (inside the mask): D hardly learns from inputs in [0, 1]."""
     with torch.no_grad():
         inside = image.flatten(1) if mask is None else image[mask.expand_as(image)].view(len(image), -1)
