@@ -30,6 +30,8 @@ class RegNetConfig:
     passes: how often the network is applied, each time to the moving image warped by the passes before.
     match: True gives the network, beside the two images, a first guess by block matching (see :func:`matching`); False
         the two images alone, as in the paper.
+    symmetric: True takes half of what is predicted for (fixed, moving) less what is predicted for (moving, fixed), at
+        twice the cost: identical images then do not move, and a velocity is the opposite of that of the swapped pair.
     """
 
     channels: tuple[int, int, int, int] = (16, 32, 32, 32)
@@ -38,6 +40,7 @@ class RegNetConfig:
     integration_steps: int = 6
     passes: int = 1
     match: bool = False
+    symmetric: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "channels", tuple(self.channels))
@@ -48,7 +51,7 @@ class RegNetConfig:
             raise ValueError(f"RegNet has {LEVELS} levels of 1 to 1024 channels, got channels={self.channels}")
         if self.stride not in (1, 2):
             raise ValueError(f"RegNet's stride is 1 (full resolution) or 2 (half), got {self.stride}")
-        for name in ("velocity", "match"):
+        for name in ("velocity", "match", "symmetric"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"RegNet's {name} is true or false, got {getattr(self, name)!r}")
         if not 0 <= self.integration_steps <= 16 or not 1 <= self.passes <= 16:
@@ -238,6 +241,11 @@ class RegNet(nn.Module):
         Returns:
             (N, 3, D/stride, H/stride, W/stride), components along x, y, z (that is W, H, D).
         """
+        if not self.config.symmetric:
+            return self._predict(fixed, moving)
+        return (self._predict(fixed, moving) - self._predict(moving, fixed)) / 2
+
+    def _predict(self, fixed: Tensor, moving: Tensor) -> Tensor:
         x = self.encoders[0](torch.cat((fixed, moving), 1))
         if self.reader is not None:
             x = x + self.reader(matching(fixed, moving, self.config.stride))

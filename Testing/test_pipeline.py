@@ -40,8 +40,8 @@ def test_a_known_rotation_and_deformation_between_contrasts_is_recovered(pair, r
     after = errors_mm(result.transform, fixed_points, moving_points).mean()
     assert start > 20
     assert aligned < 4.5
-    assert after < 0.75 * aligned
-    assert after < 2.7
+    assert after < 0.8 * aligned
+    assert after < 3.0
 
 
 def test_warped_is_the_moving_volume_resampled_by_the_returned_transform(pair, result):

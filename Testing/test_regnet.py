@@ -159,6 +159,15 @@ def test_a_network_that_is_given_block_matching_takes_any_size_and_learns():
     assert (into_reader.abs().amax((0, 2, 3, 4)) > 0).all()
 
 
+def test_a_symmetric_network_predicts_opposite_velocities_for_the_swapped_pair_and_none_for_one_image():
+    net = network(0.1, symmetric=True, match=True)
+    fixed, moving = pair((16, 16, 16))
+    with torch.no_grad():
+        torch.testing.assert_close(net.predict(fixed, moving), -net.predict(moving, fixed))
+        assert net.predict(fixed, moving).abs().max() > 1e-4
+        assert net(fixed, fixed).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("offset", [(1, 0, 0), (0, -1, 0), (0, 1, 1)])
 def test_block_matching_guesses_a_shift_by_whole_cells_between_contrasts(stride, offset):

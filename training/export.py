@@ -37,7 +37,7 @@ def export(trainer: Trainer, folder: Path) -> Path:
         regnet=config.regnet.as_dict(),
         kldivnet=config.kldivnet.as_dict(),
         training=about.pop("training", {}) | {"steps": trainer.step_number, "configuration": config.as_dict()},
-        scores={name: round(value, 4) for name, value in trainer.validate(count=10).items()},
+        scores={name: round(value, 4) for name, value in trainer.validate().items()},
         licence=about.pop("licence", ""),
         sha256="",
     )
