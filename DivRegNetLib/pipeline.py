@@ -132,8 +132,10 @@ class _Registration:
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
-                remedy = "a coarser spacing" + ("" if self.options.device == "cpu" else ", or device cpu")
-                raise DeviceError(f"the memory ran out in step {stage!r}: choose {remedy}") from error
+                spacing = f" than {self.grid.spacing[0]:g} mm" if hasattr(self, "grid") else ""
+                raise DeviceError(
+                    f"the memory ran out in step {stage!r}: choose a coarser spacing{spacing}, or device cpu"
+                ) from error
             self.timings[stage] = time.perf_counter() - started
         self.report(1.0)
         return self.result

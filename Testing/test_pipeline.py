@@ -105,7 +105,7 @@ def test_voxel_order_does_not_matter(pair, result):
 
 
 def test_refinement_improves_similarity_and_does_not_fold(pair, result):
-    refined = register(pair[0], pair[1], device="cpu", refine=12)
+    refined = register(pair[0], pair[1], device="cpu", refine=30)
     assert refined.quality["nmi"]["after"] > result.quality["nmi"]["after"]
     assert refined.quality["folded_percent"] < 0.1
 

@@ -94,7 +94,9 @@ def test_landmarks_go_in_slicer_where_the_transform_takes_them(scene, registered
         for point in fixed:
             ras = from_parent.TransformPoint((LPS_FROM_RAS[:3, :3] @ point).tolist())
             expected = transform.TransformPoint(point.tolist())
-            assert LPS_FROM_RAS[:3, :3] @ ras == pytest.approx(expected, abs=0.02)
+            assert LPS_FROM_RAS[:3, :3] @ ras == pytest.approx(
+                expected, abs=0.05
+            )  # Slicer interpolates displacements cubically, ITK linearly
 
 
 def test_the_displacement_volume_is_the_transform(registered):
