@@ -16,9 +16,9 @@ from torch import Tensor
 
 from DivRegNetLib import fields
 from DivRegNetLib.geometry import Grid, apply_matrix
+from DivRegNetLib.options import ALIGNMENTS
 from DivRegNetLib.similarity import parzen_mi
 
-MODES = ("none", "centre", "rigid", "affine")
 LEVELS_MM = (8.0, 4.0)
 ITERATIONS = (25, 40)
 BINS = 32
@@ -53,8 +53,8 @@ def align(
     Raises:
         ValueError: unknown mode.
     """
-    if mode not in MODES:
-        raise ValueError(f"the initial alignment is one of {', '.join(MODES)}, got {mode!r}")
+    if mode not in ALIGNMENTS:
+        raise ValueError(f"the initial alignment is one of {', '.join(ALIGNMENTS)}, got {mode!r}")
     if mode == "none":
         return np.eye(4)
     coarse, fine = (

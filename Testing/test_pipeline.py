@@ -10,8 +10,6 @@ from DivRegNetLib.geometry import Grid, affine_matrix, affine_transform
 from DivRegNetLib.options import STAGES
 from DivRegNetLib.pipeline import register
 
-SAMPLE_STAGES = list(STAGES)
-
 
 @pytest.fixture(scope="module")
 def pair(sample_data):
@@ -40,8 +38,8 @@ def test_a_known_rotation_and_deformation_between_contrasts_is_recovered(pair, r
     after = errors_mm(result.transform, fixed_points, moving_points).mean()
     assert start > 20
     assert aligned < 4.5
-    assert after < 0.8 * aligned
-    assert after < 3.0
+    assert after < 0.75 * aligned
+    assert after < 2.7
 
 
 def test_warped_is_the_moving_volume_resampled_by_the_returned_transform(pair, result):
@@ -121,7 +119,7 @@ def test_progress_names_every_stage_in_order_and_ends_at_one(pair):
     register(pair[0], pair[1], align="centre", device="cpu", progress=lambda stage, f: seen.append((stage, f)))
     stages = [stage for stage, _ in seen]
     fractions = [f for _, f in seen]
-    assert list(dict.fromkeys(stages)) == SAMPLE_STAGES
+    assert list(dict.fromkeys(stages)) == list(STAGES)
     assert fractions == sorted(fractions)
     assert fractions[-1] == 1.0
 
