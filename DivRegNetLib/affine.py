@@ -19,7 +19,8 @@ from DivRegNetLib.geometry import Grid, apply_matrix
 from DivRegNetLib.options import ALIGNMENTS
 from DivRegNetLib.similarity import parzen_mi
 
-LEVELS_MM = (8.0, 4.0)
+COARSE_MM = 8.0  # of the first level, half of that of the second; less where an image is smaller than SMALL_MM
+SMALL_MM = 80.0
 ITERATIONS = (25, 40)
 BINS = 32
 POINTS = 20000  # fixed voxels looked at, a fixed choice
@@ -57,9 +58,10 @@ def align(
         raise ValueError(f"the initial alignment is one of {', '.join(ALIGNMENTS)}, got {mode!r}")
     if mode == "none":
         return np.eye(4)
+    mm = COARSE_MM * min(_extent(fixed) / SMALL_MM, _extent(moving) / SMALL_MM, 1.0)
     coarse, fine = (
-        _Level(fixed, moving, fixed_mask, moving_mask, mm, iterations, device)
-        for mm, iterations in zip(LEVELS_MM, ITERATIONS, strict=True)
+        _Level(fixed, moving, fixed_mask, moving_mask, spacing, iterations, device)
+        for spacing, iterations in zip((mm, mm / 2), ITERATIONS, strict=True)
     )
     starts = coarse.centred_starts()
     if mode == "centre":
@@ -207,6 +209,11 @@ def _shrink(image: sitk.Image, mask: sitk.Image | None, spacing: float) -> tuple
     if high <= low:
         low, high = float(array[inside].min()), float(array[inside].max()) + 1e-6
     return Grid.of(coarse).image(np.clip((array - low) / (high - low), 0, 1).astype(np.float32)), inside
+
+
+def _extent(image: sitk.Image) -> float:
+    """Side of a cube as large as an image, mm."""
+    return float(np.prod(image.GetSize()) * abs(np.linalg.det(Grid.of(image).matrix[:3, :3]))) ** (1 / 3)
 
 
 def _centre_of_mass(image: sitk.Image, inside: np.ndarray) -> np.ndarray:

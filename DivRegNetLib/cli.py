@@ -77,6 +77,11 @@ def _register_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("moving", metavar="MOVING", type=Path, nargs="?", help="volume or DICOM folder")
     parser.add_argument("--output", metavar="DIR", type=Path, required=True)
     parser.add_argument("--pairs", metavar="CSV", type=Path, help="a cohort: table with columns fixed, moving, ...")
+    parser.add_argument(
+        "--dask",
+        metavar="ADDRESS",
+        help="register a cohort on the workers of a Dask scheduler (tcp://HOST:PORT), or in N processes here (local:N)",
+    )
     parser.add_argument("--model", default=default.model, help="name, or path of a card (default: %(default)s)")
     parser.add_argument("--device", default=default.device, help="auto, cpu, cuda, cuda:N (default: %(default)s)")
     parser.add_argument(
@@ -103,6 +108,8 @@ def _comparison_arguments(parser: argparse.ArgumentParser) -> None:
 def _register(args: argparse.Namespace) -> None:
     if (args.pairs is None) == (args.fixed is None or args.moving is None):
         raise InputError("give FIXED and MOVING, or --pairs and a table")
+    if args.dask is not None and args.pairs is None:
+        raise InputError("--dask is for a cohort: give --pairs and a table")
     align = args.align
     if align not in ALIGNMENTS:
         from DivRegNetLib import files
@@ -129,8 +136,10 @@ def _register(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     pairs = cohort.read_pairs(args.pairs)
-    bar = tqdm(pairs, desc="pairs", unit="pair", disable=args.json or None)
-    rows = cohort.register_pairs(pairs, args.output, options, overwrite=args.overwrite, bar=bar)
+    with tqdm(total=len(pairs), desc="pairs", unit="pair", disable=args.json or None) as bar:
+        rows = cohort.register_pairs(
+            pairs, args.output, options, overwrite=args.overwrite, dask=args.dask, finished=bar.update
+        )
     failed = [row for row in rows if row["status"] != "ok"]
     table = args.output / cohort.TABLE
     _show(args, rows, f"{len(rows) - len(failed)} of {len(rows)} pairs registered: {table}")

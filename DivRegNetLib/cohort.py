@@ -1,8 +1,12 @@
 """One pair of files registered into one folder, and a table of pairs into a folder each."""
 
+import contextlib
 import csv
 import json
-from collections.abc import Iterable
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -18,6 +22,7 @@ from DivRegNetLib.pipeline import Result, pick_device, register
 from DivRegNetLib.preview import write_preview
 
 QUALITY = "quality.json"
+STAGING = ".divregnet-"
 TABLE = "results.csv"
 TABLE_COLUMNS = (
     "name", "status", "dice_before", "dice_after", "tre_mm_before", "tre_mm_after", "nmi_before", "nmi_after",
@@ -51,7 +56,7 @@ def register_files(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict:
-    """Registers files and writes the results; ``quality.json`` comes last, so where it is, all is there.
+    """Registers files and writes the results, which appear in the folder together, ``quality.json`` last.
 
     Writes ``warped.nii.gz``, ``transform.h5``, ``inverse.h5``, ``displacement.nii.gz`` (3-vectors, LPS mm, on the fixed
     grid), ``preview.png``, ``quality.json`` and, where they are given, ``warped_labels.nii.gz`` and
@@ -95,9 +100,6 @@ def register_files(
     for name in (*written, QUALITY):
         if (output / name).resolve() in inputs:
             raise InputError(f"{output / name}: is an input of this registration; choose another output folder")
-    (output / QUALITY).unlink(missing_ok=True)
-    for name, write in written.items():
-        write(output / name)
     report |= {
         "files": sorted([*written, QUALITY]),
         "inputs": {f.name: str(getattr(pair, f.name)) for f in fields(pair) if getattr(pair, f.name) is not None},
@@ -106,8 +108,45 @@ def register_files(
         "initial_alignment_lps": result.initial.tolist(),
         "warnings": list(result.warnings),
     }
-    files.write_json(report, output / QUALITY)
+    with _staging(output) as folder:
+        for name, write in written.items():
+            write(folder / name)
+        files.write_json(report, folder / QUALITY)
+        (output / QUALITY).unlink(missing_ok=True)
+        for name in (*written, QUALITY):
+            os.replace(folder / name, output / name)
     return report
+
+
+@contextlib.contextmanager
+def _staging(output: Path) -> Iterator[Path]:
+    """A folder in the output folder where files wait until all are written; on failure nothing is left behind.
+
+    Raises:
+        InputError: names the output folder and why it cannot be written.
+    """
+    tidy(output)
+    new = not output.exists()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=STAGING, dir=output, ignore_cleanup_errors=True) as folder:
+            yield Path(folder)
+    except BaseException as error:
+        if new:
+            with contextlib.suppress(OSError):
+                output.rmdir()
+        if isinstance(error, OSError):
+            raise InputError(f"{output}: cannot be written ({error.strerror or error})") from error
+        raise
+
+
+def tidy(output: Path) -> None:
+    """Removes what a killed registration left in its output folder, and the folder where it held nothing else."""
+    if left := list(output.glob(f"{STAGING}*")):
+        for folder in left:
+            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            output.rmdir()
 
 
 def _read_checked(path: Path) -> sitk.Image:
@@ -173,35 +212,79 @@ def read_pairs(table: Path) -> dict[str, Pair]:
 
 
 def register_pairs(
-    pairs: dict[str, Pair], output: Path, options: Options, *, overwrite: bool = False, bar: Iterable | None = None
+    pairs: dict[str, Pair],
+    output: Path,
+    options: Options,
+    *,
+    overwrite: bool = False,
+    dask: str | None = None,
+    finished: Callable[[], object] | None = None,
 ) -> list[dict]:
-    """Registers a cohort with one model load; each pair into a folder of its name, all into ``results.csv``.
+    """Registers a cohort, each pair into a folder of its name, all into ``results.csv``, which grows as pairs finish.
 
-    Pairs that are done are not done again. A pair that fails is a row that says why.
+    A model is loaded once per process. Pairs that are done are not done again. A pair that fails is a row that says why.
 
     Args:
-        bar: the names in ``pairs``, perhaps wrapped to show progress.
+        dask: where :mod:`DivRegNetLib.cohort_dask` finds its workers; None: here, one pair after another.
+        finished: called after each pair.
     Returns:
-        The rows of the table.
+        The rows of the table, in the order of ``pairs``.
+    Raises:
+        DivRegNetError: the model, or with ``dask`` the scheduler or its workers, cannot be used.
     """
-    model = models.load(options.model, pick_device(options.device))
-    rows = []
-    for name in pairs if bar is None else bar:
-        folder = output / name
-        try:
-            done = folder / QUALITY
-            if done.exists() and not overwrite:
-                report = json.loads(done.read_text(encoding="utf-8"))
-            else:
-                report = register_files(pairs[name], folder, options, model=model, overwrite=overwrite)
-            row = _row(name, report)
-        except Cancelled:
-            raise
-        except (DivRegNetError, OSError, ValueError) as error:
-            row = dict.fromkeys(TABLE_COLUMNS, "") | {"name": name, "status": "failed", "message": str(error)}
-        rows.append(row)
-        files.write_text(_csv(rows), output / TABLE)
+    if dask is None:
+        source = _one_after_another(pairs, output, options, overwrite)
+    else:
+        from DivRegNetLib import cohort_dask
+
+        source = cohort_dask.register_pairs(pairs, output, options, dask, overwrite=overwrite)
+    found: dict[str, dict] = {}
+    with contextlib.closing(source):  # an interruption here must end what the workers do
+        for row in source:
+            found[row["name"]] = row
+            rows = [found[name] for name in pairs if name in found]
+            files.write_text(csv_text(rows), output / TABLE)
+            if finished is not None:
+                finished()
     return rows
+
+
+def _one_after_another(pairs: dict[str, Pair], output: Path, options: Options, overwrite: bool) -> Iterator[dict]:
+    model = models.load(options.model, pick_device(options.device))
+    for name, pair in pairs.items():
+        yield register_row(name, pair, output, options, lambda: model, overwrite=overwrite)
+
+
+def register_row(
+    name: str,
+    pair: Pair,
+    output: Path,
+    options: Options,
+    model: Callable[[], models.Model],
+    *,
+    overwrite: bool,
+    progress: Progress | None = None,
+) -> dict:
+    """Registers a pair of a cohort into ``output / name`` unless that is done; returns its row, also where it failed.
+
+    Raises:
+        Cancelled: the progress callback returned False.
+    """
+    folder = output / name
+    try:
+        if (folder / QUALITY).exists() and not overwrite:
+            report = json.loads((folder / QUALITY).read_text(encoding="utf-8"))
+        else:
+            report = register_files(pair, folder, options, model=model(), overwrite=overwrite, progress=progress)
+        return _row(name, report)
+    except Cancelled:
+        raise
+    except (DivRegNetError, OSError, ValueError) as error:
+        return failed_row(name, str(error))
+
+
+def failed_row(name: str, message: str) -> dict:
+    return dict.fromkeys(TABLE_COLUMNS, "") | {"name": name, "status": "failed", "message": message}
 
 
 def _row(name: str, report: dict) -> dict:
@@ -226,7 +309,7 @@ def _short(value: float | None) -> str:
     return "" if value is None or not np.isfinite(value) else f"{value:.4g}"
 
 
-def _csv(rows: list[dict]) -> str:
+def csv_text(rows: list[dict]) -> str:
     lines = [",".join(TABLE_COLUMNS)]
     for row in rows:
         cells = [str(row[c]).replace('"', '""').replace("\n", " ") for c in TABLE_COLUMNS]

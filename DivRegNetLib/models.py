@@ -1,7 +1,8 @@
 """Models on disk: weights as safetensors, and a card (JSON) beside them that says what they are for.
 
-A model is two files, ``NAME.safetensors`` and ``NAME.json``, in ``Resources/Models`` or in a folder that the environment
-variable ``DIVREGNET_MODELS`` names (several are separated as in PATH). Cards can be read without torch.
+A model is two files, ``NAME.safetensors`` and ``NAME.json``, in ``Resources/Models`` or in a folder of the user's own: those
+that the environment variable ``DIVREGNET_MODELS`` names (separated as in PATH), else ``.divregnet/models`` in the home
+folder. Cards can be read without torch.
 """
 
 import hashlib
@@ -81,10 +82,15 @@ def bundled_folder() -> Path:
     return next((c for c in candidates if c.is_dir()), candidates[-1])
 
 
+def own_folders() -> list[Path]:
+    """The user's own folders of models, whether they exist or not; trained models go to the first."""
+    named = [Path(entry).expanduser() for entry in os.environ.get(ENVIRONMENT, "").split(os.pathsep) if entry]
+    return named or [Path.home() / ".divregnet" / "models"]
+
+
 def folders() -> list[Path]:
     """Folders that are searched, the user's own first."""
-    own = [Path(entry).expanduser() for entry in os.environ.get(ENVIRONMENT, "").split(os.pathsep) if entry]
-    return [*own, bundled_folder()]
+    return [*own_folders(), bundled_folder()]
 
 
 def card_files() -> dict[str, Path]:

@@ -1,5 +1,6 @@
 """What all tests stand on: grids that are never convenient, a head that can be evaluated anywhere, a tiny model."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import SimpleITK as sitk
 import torch
 from hypothesis import settings
 
-from DivRegNetLib import models
+from DivRegNetLib import fields, models
 from DivRegNetLib.geometry import Grid, apply_matrix
 from DivRegNetLib.regnet import RegNet, RegNetConfig
 from DivRegNetLib.similarity import KLDivNet, KLDivNetConfig
@@ -155,3 +156,78 @@ def tiny_model(tmp_path, monkeypatch) -> str:
     )
     models.save(folder, card, regnet, kldivnet)
     return card.name
+
+
+@pytest.fixture(scope="session")
+def write_cohort():
+    """``(folder, volumes, spacing=4.0, **about) -> folder``: a prepared cohort, as training/data/cohort.py reads it.
+
+    volumes: name -> arrays of its file and ``subject``, ``role``, ``split``, ``contrasts``, where they are not its name,
+    ``both``, ``train`` and ``image``.
+    """
+
+    def write(folder: Path, volumes: dict[str, dict], spacing: float = 4.0, **about) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        entries = []
+        for name, volume in volumes.items():
+            arrays = {k: np.asarray(v) for k, v in volume.items() if k in ("images", "labels", "brain")}
+            np.savez(folder / f"{name}.npz", **arrays)
+            rest = {k: v for k, v in volume.items() if k not in arrays}
+            entries.append(
+                {"name": name, "subject": name, "role": "both", "split": "train", "contrasts": ["image"]} | rest
+            )
+        listed = {"format": 2, "spacing": spacing, "shape": next(iter(arrays.values())).shape[-3:], "origin": [1, -2, 3],
+                  "normalisation": "robust", "volumes": entries} | about  # fmt: skip
+        (folder / "cohort.json").write_text(json.dumps(listed))
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def anatomy():
+    """``(shape, seed=0) -> (images (3, D, H, W) float16, labels uint8, brain bool)``: T1, T2 and PD of a small head.
+
+    Each seed bends the same head otherwise.
+    """
+
+    def build(shape: tuple[int, int, int], seed: int = 0):
+        random = torch.Generator().manual_seed(0)
+        coarse = torch.rand(1, 1, 6, 7, 6, generator=random)
+        axes = torch.meshgrid(*(torch.linspace(-1, 1, n) for n in shape), indexing="ij")
+        inside = (sum(x.square() for x in axes).sqrt() < 0.8)[None, None].float()
+        texture = torch.nn.functional.interpolate(coarse, size=shape, mode="trilinear")
+        if seed:
+            knots = torch.randn(1, 3, 4, 4, 4, generator=random.manual_seed(seed)) * 0.05 * min(shape)
+            bent = torch.nn.functional.interpolate(knots, size=shape, mode="trilinear")
+            inside, texture = fields.warp(inside, bent, mode="nearest"), fields.warp(texture, bent)
+        t1 = (0.2 + texture) * inside
+        t1 = t1 / t1.max()
+        labels = (1 + (texture * 3).floor().clamp(0, 2)) * inside
+        images = torch.cat((t1, 0.9 * torch.sin(torch.pi * t1), inside * (1 - t1 / 2)), 1)[0]
+        return images.half().numpy(), labels[0, 0].byte().numpy(), inside[0, 0].bool().numpy()
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_cohort(tmp_path_factory, write_cohort, anatomy) -> Path:
+    """Two kinds of images of seven subjects, 16 x 32 x 16 voxels of 4 mm: three to train on, two and two held out."""
+    volumes = {}
+    for i, split in enumerate(("train",) * 3 + ("validation",) * 2 + ("test",) * 2):
+        images, labels, _ = anatomy((16, 32, 16), seed=i + 1)
+        volumes[f"v{i}"] = {"images": images[:2], "labels": labels, "split": split, "contrasts": ["T1", "T2"]}
+    return write_cohort(tmp_path_factory.mktemp("tiny") / "cohort", volumes)
+
+
+@pytest.fixture(scope="session")
+def head_cohort(tmp_path_factory, write_cohort, anatomy) -> Path:
+    """What phantoms and synthesis need: a template of three contrasts and a label map, 32 x 32 x 32 voxels of 4 mm."""
+    volumes = {}
+    for name, seed in (("template", 0), ("map", 1)):
+        images, labels, brain = anatomy((32, 32, 32), seed)
+        volumes[name] = {"labels": labels, "brain": brain, "contrasts": []}
+        if name == "template":
+            volumes[name] |= {"images": images, "contrasts": ["T1", "T2", "PD"]}
+    folder = tmp_path_factory.mktemp("head") / "cohort"
+    return write_cohort(folder, volumes, tissues=["background", "white", "grey", "fluid"])

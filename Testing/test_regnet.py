@@ -1,10 +1,10 @@
-"""RegNet: shapes, the identity it starts from, normalisation, passes, configuration."""
+"""RegNet: shapes, what it starts from, normalisation, passes, symmetry, configuration."""
 
 import pytest
 import torch
 
-from DivRegNetLib import fields
-from DivRegNetLib.regnet import RegNet, RegNetConfig, SqueezeExcitation, SwitchableNorm, matching, translate
+from DivRegNetLib import fields, newton
+from DivRegNetLib.regnet import RegNet, RegNetConfig, SqueezeExcitation, SwitchableNorm
 
 TINY = (2, 3, 4, 5)
 
@@ -124,69 +124,46 @@ def test_the_integration_steps_are_those_of_the_configuration():
             torch.testing.assert_close(net.advance(*pair((16, 16, 16))), expected)
 
 
-# Each image in the other's intensities
+# A network that starts from Gauss-Newton steps (DivRegNetLib/newton.py)
 
 
-def test_translation_finds_the_intensity_map_between_aligned_images():
-    image = torch.rand(2, 1, 20, 24, 18, generator=torch.Generator().manual_seed(0))
-    other = torch.stack([0.5 + 0.5 * torch.sin(5 * image[0]), 1 - image[1]])  # another map for each of the batch
-    error = (translate(image, other) - other).abs()
-    assert error.max() < 0.04  # a third of a bin at the ends of the range, where the knots see one side alone
-    assert error.mean() < 0.004
+def test_it_starts_where_those_steps_end():
+    """With a head of nought each pass adds a step of theirs."""
+    net = network(0.0, newton=3, stride=1, velocity=False)
+    fixed, moving = pair((16, 24, 32))
+    with torch.no_grad():
+        begun = newton.approach(fixed, moving, 3, 1)
+        warped = fields.warp(moving, begun)
+        expected = fields.compose(begun, newton.guess(fixed, warped, 1)[0])
+        assert begun.abs().max() > 0.5
+        torch.testing.assert_close(net(fixed, moving), expected)
+        torch.testing.assert_close(net.begin(fixed, moving, 1), newton.approach(fixed, moving, 1, 1))
 
 
-def test_translation_into_an_unrelated_image_is_its_mean():
-    image, other = torch.rand(2, 1, 1, 40, 40, 40, generator=torch.Generator().manual_seed(0))
-    found = translate(image, other)
-    assert found.shape == image.shape
-    assert (found - 0.5).abs().max() < 0.05
+def test_without_those_steps_it_starts_from_the_identity():
+    assert network().begin(*pair()) is None
 
 
-def test_translation_of_a_constant_image_is_finite():
-    _, moving = pair()
-    for constant in (0.0, 1.0):
-        found = translate(torch.full_like(moving, constant), moving)
-        torch.testing.assert_close(found, moving.mean().expand_as(found), rtol=1e-4, atol=1e-4)
-
-
-def test_a_network_that_is_given_block_matching_takes_any_size_and_learns():
-    net = network(0.1, match=True, passes=2).train()
-    fixed, moving = pair()
-    field = net(fixed, moving)
-    assert field.shape == (1, 3, 17, 26, 21)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("shape", [(17, 26, 21), (5, 40, 1)])
+def test_such_a_network_takes_any_size_and_learns(symmetric, shape):
+    net = network(0.1, newton=2, passes=2, symmetric=symmetric).train()
+    field = net(*pair(shape))
+    assert field.shape == (1, 3, *shape)
     field.square().mean().backward()
+    assert all(torch.isfinite(p.grad).all() for p in net.parameters())
     into_reader = net.reader[0].weight.grad
-    assert (into_reader.abs().amax((0, 2, 3, 4)) > 0).all()
+    assert (into_reader.abs().amax((0, 2, 3, 4)) > 0).all(), "a part of the guess is not read"
 
 
-def test_a_symmetric_network_predicts_opposite_velocities_for_the_swapped_pair_and_none_for_one_image():
-    net = network(0.1, symmetric=True, match=True)
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_symmetric_network_predicts_the_opposite_for_the_swapped_pair_and_nothing_for_one_image(steps):
+    net = network(0.1, symmetric=True, newton=steps)
     fixed, moving = pair((16, 16, 16))
     with torch.no_grad():
-        torch.testing.assert_close(net.predict(fixed, moving), -net.predict(moving, fixed))
-        assert net.predict(fixed, moving).abs().max() > 1e-4
-        assert net(fixed, fixed).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("offset", [(1, 0, 0), (0, -1, 0), (0, 1, 1)])
-def test_block_matching_guesses_a_shift_by_whole_cells_between_contrasts(stride, offset):
-    shape = tuple(n * stride for n in (18, 24, 20))
-    coarse = torch.rand(1, 1, 6, 8, 7, generator=torch.Generator().manual_seed(1))
-    moving = torch.nn.functional.interpolate(coarse, size=shape, mode="trilinear")
-    x, y, z = (-o * stride for o in offset)
-    fixed = 0.9 - 0.8 * moving.roll((z, y, x), (2, 3, 4)).square()  # fixed(p) shows what is at p + offset
-    found = matching(fixed, moving, stride)
-    assert found.shape == (1, 8, 18, 24, 20)
-    inside = found[..., 4:-4, 4:-4, 4:-4]
-    torch.testing.assert_close(inside[0, :3].mean((1, 2, 3)), torch.tensor(offset).float(), atol=0.2, rtol=0)
-
-
-def test_block_matching_of_flat_images_is_finite_and_sees_no_motion():
-    flat = torch.full((1, 1, 16, 16, 16), 0.5)
-    found = matching(flat, flat, 2)
-    assert found[:, :3].abs().max() < 1e-3
-    assert torch.isfinite(found).all()
+        torch.testing.assert_close(net.predict(fixed, moving), -net.predict(moving, fixed), atol=1e-5, rtol=1e-4)
+        assert net.predict(fixed, moving).abs().max() > 1e-3
+        assert net(fixed, fixed).abs().max() < 1e-3
 
 
 # Switchable normalisation
@@ -259,7 +236,7 @@ def test_squeeze_and_excitation_weighs_whole_channels_between_nought_and_one():
 
 
 def test_a_configuration_survives_its_dictionary():
-    config = RegNetConfig(channels=(1, 2, 3, 4), stride=1, velocity=False, integration_steps=3, passes=2, match=True)
+    config = RegNetConfig(channels=(1, 2, 3, 4), stride=1, velocity=False, integration_steps=3, passes=2, newton=4)
     assert RegNetConfig(**config.as_dict()) == config
     assert isinstance(config.as_dict()["channels"], list)
 
@@ -279,7 +256,10 @@ def test_sides_are_padded_to_what_the_levels_need(stride, multiple):
         ({"stride": 3}, "stride"),
         ({"stride": True}, "stride"),
         ({"velocity": 1}, "velocity"),
-        ({"match": "yes"}, "match"),
+        ({"symmetric": "yes"}, "symmetric"),
+        ({"newton": -1}, "newton"),
+        ({"newton": 65}, "newton"),
+        ({"newton": True}, "newton"),
         ({"integration_steps": -1}, "integration_steps"),
         ({"integration_steps": 17}, "integration_steps"),
         ({"passes": 0}, "passes"),

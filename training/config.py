@@ -1,5 +1,8 @@
-"""What a training run is: one YAML file, checked key by key."""
+"""What a training run is: one YAML file, checked key by key, with presets and overrides from the command line."""
 
+import re
+import typing
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 
@@ -7,93 +10,207 @@ import yaml
 
 from DivRegNetLib.regnet import RegNetConfig
 from DivRegNetLib.similarity import KLDivNetConfig
-from training.synthesis import Recipe
+from training.data.pairs import Augmentation
+from training.data.phantoms import TASKS
+from training.data.synthesis import Recipe
+
+CONFIGS = Path(__file__).resolve().parent / "configs"
+SIMILARITIES = ("kldiv", "mi", "lncc")
+PAIRS = ("cohort", "phantoms", "synthesis")
 
 
 @dataclass(frozen=True)
-class Weights:
-    """What the loss adds up; each is 0 to leave it out.
+class Data:
+    """What is trained on.
 
-    similarity: S of KLDivNet (nats).
-    diffusion: smoothness of the displacement, where nothing but S says how to deform; ``diffusion_known`` where the
-        true deformation is known.
-    known: distance to the true deformation of pairs made from one subject, in voxels.
-    labels: 1 - soft Dice of pairs of label maps.
+    cohort: the folder of a prepared cohort.
+    pairs: ``cohort`` (two volumes of it), ``phantoms`` (AAL Brain of the paper) or ``synthesis`` (made on the fly).
+    tasks: of phantoms, moving-fixed.
+    held_out: pairs that validation looks at (of phantoms, per task).
+    augmentation: of cohort and phantoms.
+    recipe: of synthesis.
     """
 
-    similarity: float = 1.0
+    cohort: str = ""
+    pairs: str = "cohort"
+    tasks: list[str] = field(default_factory=lambda: list(TASKS))
+    held_out: int = 10
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    recipe: Recipe = field(default_factory=Recipe)
+
+    def __post_init__(self) -> None:
+        _one_of("data.pairs", self.pairs, PAIRS)
+        for task in self.tasks:
+            _one_of("data.tasks", task, TASKS)
+        if self.held_out < 1:
+            raise ValueError(f"data.held_out is at least 1, got {self.held_out}")
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What the loss adds up, each weight 0 to leave it out.
+
+    similarity: ``kldiv`` (S of a KLDivNet trained along), ``mi`` (Parzen windows) or ``lncc``.
+    weight: of the similarity.
+    samples: patches (``kldiv``) or voxels (``mi``) looked at in a step, at random.
+    bins: of ``mi``.
+    window: of ``lncc``, side in voxels.
+    diffusion: smoothness of the displacement (mean squared gradient, voxels of the network's output grid), where the true
+        deformation is not known or not used; ``diffusion_known`` where it is.
+    known: distance to the true deformation, in voxels, of pairs where it is known. 0: unsupervised, as in the paper.
+    labels: 1 - soft Dice of pairs of label maps. 0: labels are for validation only.
+    """
+
+    similarity: str = "kldiv"
+    weight: float = 1.0
+    samples: int = 16384
+    bins: int = 64
+    window: int = 9
     diffusion: float = 2.0
     diffusion_known: float = 0.2
-    known: float = 1.0
-    labels: float = 1.0
+    known: float = 0.0
+    labels: float = 0.0
+
+    def __post_init__(self) -> None:
+        _one_of("loss.similarity", self.similarity, SIMILARITIES)
 
 
 @dataclass(frozen=True)
 class Config:
     """A training run. Lengths of time are in steps.
 
-    cohort: a folder that training/prepare_head.py wrote.
+    start: a bundled model, or the path of a card, whose weights and architecture training starts from; "" for none.
+    batch: pairs per step, over all processes; ``micro_batch``: pairs at a time in one process, gradients accumulated.
     warmup: steps in which KLDivNet learns alone.
     single_pass: steps after that before the network is applied ``regnet.passes`` times.
-    ema: decay of the averaged weights, which are what is exported.
-    samples: patches that KLDivNet looks at in a step.
-    card: what the model card says beside what is known anyway.
+    learning_rate: of RegNet, falling by a cosine to ``final_learning_rate``; ``similarity_learning_rate``: of KLDivNet.
+    ema: decay of the averaged weights, which are what is validated and exported.
+    precision: of Lightning Fabric: ``32-true``, ``bf16-mixed``, ``16-mixed``, ``64-true``.
+    card: what the model card says beside what is known anyway: version, summary, modalities, anatomy, skull, licence,
+        training.
     """
 
     name: str
-    cohort: str
     seed: int = 1
+    start: str = ""
     steps: int = 10_000
-    warmup: int = 400
+    batch: int = 1
+    micro_batch: int = 1
+    warmup: int = 200
     single_pass: int = 0
     learning_rate: float = 1e-3
     final_learning_rate: float = 1e-4
-    similarity_learning_rate: float = 3e-3
+    similarity_learning_rate: float = 5e-3
     ema: float = 0.999
-    samples: int = 16384
+    precision: str = "32-true"
     checkpoint_every: int = 100
     validate_every: int = 250
+    data: Data = field(default_factory=Data)
+    loss: Loss = field(default_factory=Loss)
     regnet: RegNetConfig = field(default_factory=RegNetConfig)
     kldivnet: KLDivNetConfig = field(default_factory=KLDivNetConfig)
-    weights: Weights = field(default_factory=Weights)
-    recipe: Recipe = field(default_factory=Recipe)
     card: dict = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "micro_batch", "checkpoint_every", "validate_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is at least 1, got {getattr(self, name)}")
+        if not re.fullmatch(r"\w[\w.-]*", self.name):
+            raise ValueError(f"name becomes a file name: letters, digits, '_', '-' and '.', got {self.name!r}")
 
     def as_dict(self) -> dict:
         return asdict(self) | {"regnet": self.regnet.as_dict(), "kldivnet": self.kldivnet.as_dict()}
 
 
-def load(file: Path) -> Config:
+def load(file: Path, *, preset: str | None = None, overrides: Sequence[str] = (), **values: object) -> Config:
     """Reads a configuration.
 
+    Args:
+        preset: one of those the file has under ``presets``, laid over the rest of it.
+        overrides: ``key=value`` or ``section.key=value``, the value in YAML; laid over that.
+        values: top-level keys, laid over all.
     Raises:
         ValueError: names the file and the key that is unknown, missing or of the wrong type.
     """
     try:
-        values = yaml.safe_load(file.read_text())
+        read = yaml.safe_load(file.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{file}: cannot be read as YAML: {error}") from error
-    return _build(Config, values, str(file))
+    if not isinstance(read, dict):
+        raise ValueError(f"{file}: expected keys and values, got {read!r}")
+    presets = read.pop("presets", None) or {}
+    if not isinstance(presets, dict) or not all(isinstance(laid, dict) for laid in presets.values()):
+        raise ValueError(f"{file}: presets: expected a name and its keys and values for each, got {presets!r}")
+    if preset is not None:
+        if preset not in presets:
+            raise ValueError(f"{file}: has no preset {preset!r}; it has {', '.join(presets) or 'none'}")
+        read = _merge(read, presets[preset])
+    for override in overrides:
+        read = _merge(read, _parse(override))
+    return build(_merge(read, values), str(file))
+
+
+def build(values: dict, where: str = "configuration") -> Config:
+    """A configuration of plain values, as :meth:`Config.as_dict` gives them.
+
+    Raises:
+        ValueError: names the key that is unknown, missing or of the wrong type.
+    """
+    return _build(Config, values, where)
+
+
+def _parse(override: str) -> dict:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"{override!r}: an override is KEY=VALUE, such as loss.diffusion=1.5")
+    try:
+        nested = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{override!r}: the value is not YAML") from error
+    for part in reversed(key.split(".")):
+        nested = {part: nested}
+    return nested
+
+
+def _merge(below: dict, above: dict) -> dict:
+    merged = dict(below)
+    for key, value in above.items():
+        nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if nested else value
+    return merged
 
 
 def _build(kind: type, values: object, where: str):
     if not isinstance(values, dict):
         raise ValueError(f"{where}: expected keys and values, got {values!r}")
-    known = {f.name: f for f in fields(kind)}
+    known = {f.name: f.type for f in fields(kind)}
     if unknown := sorted(str(key) for key in values if key not in known):
         raise ValueError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(known)}")
-    built = {}
-    for key, value in values.items():
-        wanted = known[key].type
-        if is_dataclass(wanted):
-            built[key] = _build(wanted, value, f"{where}: {key}")
-        elif wanted is float and isinstance(value, int | float) and not isinstance(value, bool):
-            built[key] = float(value)
-        elif (wanted in (int, str, bool, dict) and type(value) is not wanted) or wanted is float:
-            raise ValueError(f"{where}: {key} must be {wanted.__name__}, got {value!r}")
-        else:
-            built[key] = value
+    built = {key: _check(known[key], value, f"{where}: {key}") for key, value in values.items()}
     try:
         return kind(**built)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def _check(wanted: type, value: object, where: str):
+    """The value as the wanted type: int, float, str, bool, dict, a list or tuple of one of these, or a dataclass."""
+    if is_dataclass(wanted):
+        return _build(wanted, value, where)
+    if wanted is float and type(value) is int:
+        return float(value)
+    if wanted is float and isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value, re.IGNORECASE):
+        return float(value)  # 1e-3, which YAML 1.1 takes for text
+    if typing.get_origin(wanted) in (list, tuple):
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{where} must be a list, got {value!r}")
+        made = [_check(typing.get_args(wanted)[0], v, where) for v in value]
+        return typing.get_origin(wanted)(made)
+    if type(value) is not wanted:
+        raise ValueError(f"{where} must be {wanted.__name__}, got {value!r}")
+    return value
+
+
+def _one_of(key: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{key} is one of {', '.join(known)}, got {value!r}")

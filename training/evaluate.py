@@ -15,6 +15,8 @@ import csv
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import numpy as np
 import SimpleITK as sitk
 from tqdm import tqdm
@@ -22,7 +24,7 @@ from tqdm import tqdm
 from DivRegNetLib import files, metrics, models
 from DivRegNetLib.geometry import Grid, affine_transform
 from DivRegNetLib.pipeline import Result, register
-from training.prepare_head import brain_mask
+from training.data.prepare_head import brain_mask
 
 TASKS = (("T1", "T2"), ("PD", "T2"), ("T2", "T2"))  # moving, fixed
 FIRST_SEED = 5000

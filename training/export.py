@@ -1,66 +1,133 @@
 """Turns a training run into a model: weights and card, where ``divregnet models`` and Slicer find them.
 
-python training/export.py --run build/training/head-mr --models Resources/Models
+    python training/export.py --run build/training/NAME [--models DIR]
+
+``train.py`` does this at its end; on its own it exports the best weights of a run that still goes on.
 """
 
 import argparse
 import json
+import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import torch
+from lightning_fabric import Fabric
 
 from DivRegNetLib import models
-from training import cohort as cohorts
 from training import config as configs
-from training.train import Trainer
+from training.data import cohort as cohorts
+from training.data.sources import Source, source_of
+from training.trainer import BEST, LAST, Trainer
 
 
-def export(trainer: Trainer, folder: Path) -> Path:
-    """Writes the averaged weights with a card filled from the configuration, and loads them back as a check.
+def export(trainer: Trainer, run: Path, folder: Path) -> Path:
+    """Writes the best weights of a run with a card filled from its configuration, and tries the model as users will.
 
+    Args:
+        run: the folder that :func:`training.trainer.fit` wrote.
+        folder: where the model goes.
     Returns:
         The card's file.
+    Raises:
+        ValueError: an unknown key under ``card``.
     """
-    config = trainer.config
-    about = dict(config.card)
-    card = models.Card(
-        name=config.name,
-        version=about.pop("version", "1.0"),
-        summary=about.pop("summary", ""),
-        modalities=about.pop("modalities", []),
-        anatomy=about.pop("anatomy", ""),
-        skull=about.pop("skull", "not applicable"),
-        spacing_mm=trainer.cohort.spacing,
-        normalisation="robust",
-        regnet=config.regnet.as_dict(),
-        kldivnet=config.kldivnet.as_dict(),
-        training=about.pop("training", {}) | {"steps": trainer.step_number, "configuration": config.as_dict()},
-        scores={name: round(value, 4) for name, value in trainer.validate().items()},
-        licence=about.pop("licence", ""),
-        sha256="",
-    )
-    if about:
-        raise ValueError(f"unknown key {sorted(about)[0]!r} under card; known are version, summary, modalities, "
-                         "anatomy, skull, training and licence")  # fmt: skip
-    card.training["configuration"].pop("card")
-    file = models.save(folder, card, trainer.ema, trainer.kldivnet)
-    models.load(str(file))
+    config, cohort = trainer.config, trainer.source.cohort
+    best = torch.load(run / BEST, map_location=trainer.fabric.device, weights_only=True)
+    trainer.objective.load_state_dict(best["objective"])
+    trainer.ema.load_state_dict(best["ema"])
+    contrasts = sorted({c for v in cohort.volumes for c in v.contrasts})
+    about = {
+        "version": "1.0",
+        "summary": f"{config.name}, trained on {len(cohort.volumes)} volumes",
+        "modalities": contrasts,
+        "anatomy": "not stated",
+        "skull": "not applicable",
+        "licence": "not stated",
+        "training": {},
+    } | config.card
+    split = "test" if any(True for _ in trainer.source.held_out("test")) else "validation"
+    scores = {name: round(value, 4) for name, value in trainer.validate(split).items()}
+    scores |= {f"{name} at the start": round(v, 4) for name, v in trainer.validate(split, start=True).items()}
+    settings = config.as_dict()
+    settings.pop("card")
+    about["training"] = about["training"] | {
+        "steps": best["step"],
+        "volumes": {s: len(cohort.split(s)) for s in cohorts.SPLITS},
+        "scores of": split,
+        "git": _git_version(),
+        "torch": torch.__version__,
+        "configuration": settings,
+    }
+    kldivnet = trainer.objective.kldivnet
+    known = {
+        "name": config.name,
+        "spacing_mm": float(cohort.spacing),
+        "normalisation": cohort.normalisation,
+        "regnet": config.regnet.as_dict(),
+        "kldivnet": None if kldivnet is None else config.kldivnet.as_dict(),
+        "scores": scores,
+        "sha256": "",
+    }
+    try:
+        card = models.Card(**known, **about)
+    except TypeError as error:
+        raise ValueError(f"card: {error}; known are version, summary, modalities, anatomy, skull, licence, training"
+                         ) from error  # fmt: skip
+    file = models.save(folder, card, trainer.ema, kldivnet)
+    _try(file, trainer.source, split)
     return file
+
+
+def _try(file: Path, source: Source, split: str) -> None:
+    """Loads the model back and registers a held-out pair with it, through the pipeline that users run."""
+    try:
+        import SimpleITK as sitk
+    except ImportError:
+        print("SimpleITK is not installed: the model was not tried on a pair", file=sys.stderr)
+        return
+    from DivRegNetLib.pipeline import register
+
+    cohort = source.cohort
+    _, pair = next(iter(source.held_out(split)))
+    images = []
+    for tensor in (pair.fixed, pair.moving):
+        image = sitk.GetImageFromArray(tensor[0, 0].float().cpu().numpy())
+        image.SetSpacing([cohort.spacing] * 3)
+        image.SetOrigin(cohort.origin)
+        images.append(image)
+    quality = register(*images, model=models.load(str(file)), align="none", device="cpu").quality
+    print(f"tried on a held-out pair: NMI {quality['nmi']['before']:.3f} -> {quality['nmi']['after']:.3f}, "
+          f"{quality['folded_percent']:.2g} % folded")  # fmt: skip
+
+
+def _git_version() -> str:
+    asked = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return asked.stdout.strip() or "not in a git repository"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="the --output of training/train.py")
-    parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--models", type=Path, required=True, help="folder the model goes to")
+    parser.add_argument("--models", type=Path, help=f"default: {models.own_folders()[0]}")
     args = parser.parse_args()
-    config = configs.load(args.config)
-    trainer = Trainer(config, cohorts.load(Path(config.cohort)), torch.device("cpu"))
-    trainer.restore(torch.load(args.run / "last.pt", map_location="cpu", weights_only=True))
-    file = export(trainer, args.models)
-    print(file, json.dumps(asdict(models.read_card(file))["scores"], indent=1))
+    try:
+        settings = torch.load(args.run / LAST, map_location="cpu", weights_only=True)["config"]
+        config = configs.build(settings)
+        trainer = Trainer(config, source_of(config), Fabric(accelerator="cpu", devices=1))
+        file = export(trainer, args.run, args.models or models.own_folders()[0])
+    except (ValueError, FileNotFoundError) as error:
+        print(f"export.py: {error}", file=sys.stderr)
+        return 2
+    print(file, json.dumps(models.read_card(file).scores, indent=1))
     return 0
 
 

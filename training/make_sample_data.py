@@ -9,14 +9,17 @@ pair is another person's T2, skull-stripped (MS07); the truth is not known there
 """
 
 import argparse
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import SimpleITK as sitk
 
 from DivRegNetLib import files
 from DivRegNetLib.geometry import Grid, affine_matrix
-from training.prepare_head import to_uint8
+from training.data.prepare_head import to_uint8
 
 SEED = 20
 CONTROL_MM, SD_MM = 20.0, 6.0

@@ -1,7 +1,6 @@
 """Training pairs made on the fly: deform, shade and degrade the subjects of a cohort, on the training device.
 
-Every random number comes from one generator, so a step's pair depends on the seed and the step alone. Lengths are in
-voxels of the cohort's grid, points and components in x, y, z order (see DivRegNetLib/fields.py).
+Lengths are in voxels of the cohort's grid, points and components in x, y, z order.
 """
 
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ from torch.nn import functional as F
 
 from DivRegNetLib import fields
 from DivRegNetLib.intensity import normalise
-from training.cohort import Cohort, Subject
+from training.data.cohort import Cohort, Volume
+from training.data.pairs import Pair, Random, ffd, random_affine, transform
 
 # Mean intensity of white matter, grey matter and fluid per contrast, as in BrainWeb's images.
 CONTRAST_OF_TISSUE = {
@@ -20,87 +20,6 @@ CONTRAST_OF_TISSUE = {
     "T2": {"white": 0.35, "grey": 0.47, "fluid": 0.95},
     "PD": {"white": 0.74, "grey": 0.85, "fluid": 0.95},
 }
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two images on one grid, and what is known of how they correspond.
-
-    fixed, moving: (1, 1, D, H, W) normalised.
-    brain: (1, 1, D, H, W), 1 inside the fixed skull.
-    truth: (1, 3, D, H, W) displacement from fixed to moving voxels, for two images of one subject.
-    fixed_labels, moving_labels: (1, 1, D, H, W) uint8, for two label maps of the same classes.
-    """
-
-    fixed: Tensor
-    moving: Tensor
-    brain: Tensor
-    truth: Tensor | None
-    fixed_labels: Tensor | None
-    moving_labels: Tensor | None
-
-
-class Random:
-    """Draws from one generator on one device."""
-
-    def __init__(self, seed: int, device: torch.device | str = "cpu") -> None:
-        self.device = torch.device(device)
-        self.generator = torch.Generator(self.device).manual_seed(seed)
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator, device=self.device)
-
-    def uniform(self, low: float, high: float, *shape: int) -> Tensor:
-        return low + (high - low) * torch.rand(shape, generator=self.generator, device=self.device)
-
-    def number(self, low: float, high: float) -> float:
-        return self.uniform(low, high, 1).item()
-
-    def chance(self, probability: float) -> bool:
-        return self.number(0, 1) < probability
-
-    def choice(self, options):
-        return options[int(self.number(0, len(options) - 1e-6))]
-
-
-def ffd(shape: tuple[int, int, int], spacing: float, sd: float, random: Random) -> Tensor:
-    """Free-form deformation: cubic B-splines with N(0, sd) control points every ``spacing`` voxels, (1, 3, D, H, W).
-
-    Source: Rueckert et al., IEEE TMI 1999; the phantoms of arXiv 1908.08767 use 20 mm and 6 mm.
-    """
-    bases = [_bspline_basis(n, spacing, random.device) for n in shape]
-    control = random.normal(3, *(b.shape[1] for b in bases)) * sd
-    for basis in reversed(bases):  # last axis first; each turn moves the finished axis to the front of the three
-        control = torch.einsum("cijk,nk->cnij", control, basis)
-    return control[None]
-
-
-def _bspline_basis(n: int, spacing: float, device: torch.device) -> Tensor:
-    """(n, controls): weight of each control point at each voxel."""
-    x = torch.arange(n, device=device) / spacing
-    t, first = x.frac(), x.floor().long()
-    weights = torch.stack(
-        ((1 - t) ** 3 / 6, (3 * t**3 - 6 * t**2 + 4) / 6, (-3 * t**3 + 3 * t**2 + 3 * t + 1) / 6, t**3 / 6), 1
-    )
-    basis = torch.zeros(n, int(first.max()) + 4, device=device)
-    return basis.scatter_(1, first[:, None] + torch.arange(4, device=device), weights)
-
-
-def random_affine(random: Random, degrees: float, shift: float, scale: float, shear: float) -> tuple[Tensor, Tensor]:
-    """A 3x3 matrix and a shift (voxels), each parameter uniform up to plus or minus its limit."""
-    turn, stretch = random.uniform(-1, 1, 3) * degrees * torch.pi / 180, torch.zeros(3, 3, device=random.device)
-    skew = torch.zeros(3, 3, device=random.device)
-    for angle, (i, j) in zip(turn, ((0, 1), (0, 2), (1, 2)), strict=True):
-        skew[i, j], skew[j, i] = angle, -angle
-        stretch[i, j] = stretch[j, i] = random.number(-shear, shear)
-    stretch += torch.diag(random.uniform(-scale, scale, 3))
-    return torch.linalg.matrix_exp(skew) @ torch.linalg.matrix_exp(stretch), random.uniform(-shift, shift, 3)
-
-
-def transform(points: Tensor, matrix: Tensor, shift: Tensor, centre: Tensor) -> Tensor:
-    """Points (1, 3, D, H, W) through ``matrix (p - centre) + centre + shift``."""
-    moved = torch.einsum("ij,njdhw->nidhw", matrix, points - centre)
-    return moved + centre + shift.view(1, 3, 1, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -123,14 +42,14 @@ class Recipe:
 
 def make_pair(cohort: Cohort, recipe: Recipe, random: Random) -> Pair:
     """Two subjects (or one twice), deformed, shaded and degraded independently of each other."""
-    with_images = [s for s in cohort.subjects if s.images is not None]
-    maps = [s for s in cohort.subjects if s.images is None]
-    first = random.choice(with_images if random.chance(recipe.real) or not maps else maps)
-    same = random.chance(recipe.same_subject) or len(cohort.subjects) == 1
-    second = first if same else random.choice([s for s in cohort.subjects if s is not first])
+    with_images = [s for s in cohort.volumes if s.images is not None]
+    maps = [s for s in cohort.volumes if s.images is None]
+    first = random.choice(with_images if with_images and (random.chance(recipe.real) or not maps) else maps)
+    same = random.chance(recipe.same_subject) or len(cohort.volumes) == 1
+    second = first if same else random.choice([s for s in cohort.volumes if s is not first])
 
     shape = cohort.shape
-    at = fields.identity(shape, like=first.brain)
+    at = fields.identity(shape, like=first.brain.float())
     centre = (torch.tensor(shape[::-1], device=random.device).float().view(1, 3, 1, 1, 1) - 1) / 2
     mm = 1 / cohort.spacing
     # Both heads are placed alike; the moving one keeps what an affine alignment leaves over.
@@ -161,13 +80,13 @@ def make_pair(cohort: Cohort, recipe: Recipe, random: Random) -> Pair:
     return Pair(fixed, moving, brain, truth, fixed_labels, moving_labels)
 
 
-def _look(subject: Subject, points: Tensor, cohort: Cohort, recipe: Recipe, strip: bool, random: Random):
+def _look(subject: Volume, points: Tensor, cohort: Cohort, recipe: Recipe, strip: bool, random: Random):
     """Image, brain and labels of a subject sampled at ``points``, as some scanner might have seen it."""
     labels = fields.sample(subject.labels.float(), points, mode="nearest", padding="zeros")
-    brain = fields.sample(subject.brain, points, mode="nearest", padding="zeros")
+    brain = fields.sample(subject.brain.float(), points, mode="nearest", padding="zeros")
     if subject.images is not None:
         which = int(random.number(0, len(subject.images) - 1e-6))
-        image = fields.sample(subject.images[which : which + 1], points, padding="zeros")
+        image = fields.sample(subject.images[which : which + 1].float(), points, padding="zeros")
         image = image ** (2 ** random.number(-0.6, 0.6))
         if not random.chance(recipe.known_contrast + 0.2):
             image = _remap(image, random)
@@ -237,23 +156,3 @@ def _thicken(image: Tensor, random: Random) -> Tensor:
     axis, factor = random.choice((0, 1, 2)), random.choice((2, 3))
     kernel = [factor if d == axis else 1 for d in range(3)]
     return F.interpolate(F.avg_pool3d(image, kernel), size=image.shape[2:], mode="trilinear", align_corners=False)
-
-
-def phantom(cohort: Cohort, moving: str, fixed: str, seed: int) -> Pair:
-    """An AAL Brain phantom pair of arXiv 1908.08767, section 3.1: the template, and its FFD (20 mm, N(0, 6 mm)).
-
-    Args:
-        moving, fixed: contrasts of the template; the fixed image is the deformed one.
-    """
-    subject = next(s for s in cohort.subjects if s.images is not None)
-    random = Random(seed, subject.brain.device)
-    truth = ffd(cohort.shape, 20 / cohort.spacing, 6 / cohort.spacing, random)
-    image = {c: subject.images[i : i + 1] for i, c in enumerate(subject.contrasts)}
-    return Pair(
-        normalise(fields.warp(image[fixed], truth, padding="zeros"), "robust"),
-        normalise(image[moving], "robust"),
-        fields.warp(subject.brain, truth, mode="nearest", padding="zeros"),
-        truth,
-        fields.warp(subject.labels.float(), truth, mode="nearest", padding="zeros").to(torch.uint8),
-        subject.labels,
-    )

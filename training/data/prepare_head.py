@@ -1,6 +1,6 @@
 """Makes the head cohort: BrainWeb's T1, T2 and PD with AAL labels, and whole-head label maps, on one 2 mm grid.
 
-    python training/prepare_head.py --data DIR --output build/cohorts/head
+    python training/data/prepare_head.py --data DIR --output build/cohorts/head
 
 DIR holds ``brain_t1t2pd`` and ``brain_labelmaps``. The label maps are brought to BrainWeb by the affine alignment that
 registration starts with too.
@@ -8,7 +8,10 @@ registration starts with too.
 
 import argparse
 import json
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import SimpleITK as sitk
@@ -16,6 +19,7 @@ from tqdm import tqdm
 
 from DivRegNetLib import affine
 from DivRegNetLib.geometry import Grid, affine_transform
+from training.data.cohort import FORMAT
 
 SPACING_MM = 2.0
 MULTIPLE = 16
@@ -35,6 +39,11 @@ def tissue(label: int) -> str:
     return "white" if label in WHITE else "grey" if label in GREY else "fluid" if label in FLUID else "other"
 
 
+def entry(name: str, contrasts: tuple[str, ...]) -> dict:
+    """What cohort.json says of a volume; all are trained on, as validation has deformations of its own."""
+    return {"name": name, "subject": name, "role": "both", "split": "train", "contrasts": list(contrasts)}
+
+
 def brain_mask(t1: sitk.Image, cortex: sitk.Image) -> sitk.Image:
     """What lies inside the skull of BrainWeb's T1: the largest eroded component of tissue, grown back and closed."""
     tissue_like = sitk.Cast((t1 > 70) & (t1 < 200), sitk.sitkUInt8)
@@ -44,38 +53,45 @@ def brain_mask(t1: sitk.Image, cortex: sitk.Image) -> sitk.Image:
 
 
 def to_uint8(image: sitk.Image) -> np.ndarray:
+    return (to_unit(image) * 255).astype(np.uint8)
+
+
+def to_unit(image: sitk.Image) -> np.ndarray:
+    """(D, H, W) in [0, 1]."""
     array = sitk.GetArrayFromImage(image).astype(float)
-    return np.clip(array / np.percentile(array, 99.8) * 255, 0, 255).astype(np.uint8)
+    return np.clip(array / np.percentile(array, 99.8), 0, 1)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with brain_t1t2pd and brain_labelmaps")
     parser.add_argument("--output", type=Path, default=Path("build/cohorts/head"))
+    parser.add_argument("--spacing", type=float, default=SPACING_MM, help="mm of the grid")
+    parser.add_argument("--template", action="store_true", help="BrainWeb alone, for the phantoms of AAL Brain")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
 
     template = {c: sitk.ReadImage(str(args.data / f"brain_t1t2pd/brainweb_{c}.nii.gz")) for c in CONTRASTS}
     aal = sitk.ReadImage(str(args.data / "brain_t1t2pd/aal_labels.nii.gz"))
-    grid = Grid.of(template["T1"]).axis_aligned(SPACING_MM, multiple=MULTIPLE)
+    grid = Grid.of(template["T1"]).axis_aligned(args.spacing, multiple=MULTIPLE)
     reference = grid.empty_image()
 
     def on_grid(image: sitk.Image, transform: sitk.Transform, how: int = sitk.sitkNearestNeighbor) -> sitk.Image:
         if how == sitk.sitkLinear:  # as coarse as the grid, or the 2 mm image would alias
-            image = sitk.DiscreteGaussian(sitk.Cast(image, sitk.sitkFloat32), 0.6)
+            image = sitk.DiscreteGaussian(sitk.Cast(image, sitk.sitkFloat32), 0.15 * args.spacing**2)
         return sitk.Resample(image, reference, transform, how, 0.0)
 
     same = sitk.Transform()
-    subjects = [{"name": "brainweb", "contrasts": CONTRASTS}]
+    volumes = [entry("brainweb", CONTRASTS)]
     np.savez_compressed(
         args.output / "brainweb.npz",
-        images=np.stack([to_uint8(on_grid(template[c], same, sitk.sitkLinear)) for c in CONTRASTS]),
+        images=np.stack([to_unit(on_grid(template[c], same, sitk.sitkLinear)) for c in CONTRASTS]).astype(np.float16),
         labels=sitk.GetArrayFromImage(on_grid(aal, same)),
         brain=sitk.GetArrayFromImage(on_grid(brain_mask(template["T1"], aal), same)) > 0,
     )
-    files = sorted((args.data / "brain_labelmaps").glob("*.nii.gz"))
+    files = [] if args.template else sorted((args.data / "brain_labelmaps").glob("*.nii.gz"))
     maps = [sitk.Cast(sitk.ReadImage(str(file)), sitk.sitkInt32) for file in files]
-    classes = sorted({int(v) for m in maps for v in np.unique(sitk.GetArrayViewFromImage(m))})
+    classes = sorted({0} | {int(v) for m in maps for v in np.unique(sitk.GetArrayViewFromImage(m))})
     index = np.zeros(max(classes) + 1, np.uint8)
     index[classes] = range(len(classes))
     for file, labels in zip(tqdm(files, desc="label maps"), maps, strict=True):
@@ -85,12 +101,14 @@ def main() -> None:
         array = sitk.GetArrayFromImage(on_grid(labels, to_subject))
         name = file.name.removesuffix(".nii.gz")
         np.savez_compressed(args.output / f"{name}.npz", labels=index[array], brain=np.isin(array, sorted(BRAIN)))
-        subjects.append({"name": name, "contrasts": []})
+        volumes.append(entry(name, ()))
     about = {
-        "spacing": SPACING_MM,
+        "format": FORMAT,
+        "spacing": args.spacing,
         "shape": grid.shape,
         "origin": grid.origin,
-        "subjects": subjects,
+        "normalisation": "robust",
+        "volumes": volumes,
         "classes": classes,
         "tissues": [tissue(c) for c in classes],
     }

@@ -1,0 +1,277 @@
+"""Gauss-Newton steps on mutual information: what they find, what they leave alone, and the equations by hand."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from DivRegNetLib import fields, newton
+
+XX, XY, XZ, YY, YZ, ZZ, X, Y, Z = range(9)
+
+
+def textured(shape, seed: int = 0) -> torch.Tensor:
+    """Blobs of about four voxels, (1, 1, D, H, W), 0 to 1."""
+    coarse = torch.rand(1, 1, *(max(n // 4, 2) for n in shape), generator=torch.Generator().manual_seed(seed))
+    return to_unit(newton.smooth(F.interpolate(coarse, size=shape, mode="trilinear"), 1.0))
+
+
+def to_unit(image: torch.Tensor) -> torch.Tensor:
+    return (image - image.min()) / (image.max() - image.min())
+
+
+def other_contrast(image: torch.Tensor) -> torch.Tensor:
+    """Not monotone: dark and bright become dark and middling, what was between becomes bright."""
+    return to_unit(0.8 * torch.sin(math.pi * image) + 0.2 * image)
+
+
+def deformed(shape, mean: float, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A moving image, the same deformed and in another contrast, and the displacement, of ``mean`` voxels."""
+    moving = textured(shape, seed)
+    knots = torch.randn(1, 3, 3, 3, 3, generator=torch.Generator().manual_seed(100 + seed))
+    displacement = F.interpolate(knots, size=shape, mode="trilinear", align_corners=True)
+    displacement = displacement / displacement.norm(dim=1).mean() * mean
+    return moving, other_contrast(fields.warp(moving, displacement)), displacement
+
+
+def inner(field: torch.Tensor) -> torch.Tensor:
+    """Without four voxels at each border, which may have come from outside."""
+    return field[..., 4:-4, 4:-4, 4:-4]
+
+
+# What the steps find
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("shape", [(32, 32, 32), (32, 40, 24)])
+def test_a_smooth_deformation_between_contrasts_is_mostly_recovered(stride, shape):
+    moving, fixed, truth = deformed(shape, 2.0, seed=0)
+    found = fields.resize(newton.approach(fixed, moving, 8, stride), shape)
+    before, after = (inner(error).norm(dim=1).mean() for error in (truth, found - truth))
+    assert before > 1.2
+    assert after < 0.3 * before
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_shift_between_contrasts_is_found_along_its_axis(axis):
+    moving, shape = textured((32, 24, 28), seed=1), (32, 24, 28)
+    shift = torch.zeros(1, 3, 1, 1, 1)
+    shift[0, axis] = -1.6
+    fixed = other_contrast(fields.warp(moving, shift.expand(1, 3, *shape)))
+    found = fields.resize(newton.approach(fixed, moving, 8, 2), shape)
+    torch.testing.assert_close(inner(found).mean((0, 2, 3, 4)), shift.flatten(), atol=0.25, rtol=0)
+
+
+def test_more_steps_come_closer():
+    moving, fixed, truth = deformed((32, 32, 32), 2.5, seed=2)
+    errors = [
+        inner(fields.resize(newton.approach(fixed, moving, steps, 2), (32, 32, 32)) - truth).norm(dim=1).mean()
+        for steps in (1, 3, 8)
+    ]
+    assert errors[2] < 0.7 * errors[1] < 0.7 * 0.9 * errors[0]
+
+
+def test_the_next_step_is_the_narrow_windows_and_both_windows_are_told():
+    """Fixed image, moving image, and what a network gets: for each window a step and how much is known."""
+    moving, fixed, _ = deformed((24, 32, 16), 1.0, seed=3)
+    step, forward, backward = newton.guess(fixed, moving, 2)
+    normal = newton.equations(fixed, moving, 2)
+    wide, narrow = (newton.solve(normal, window) for window in newton.WINDOWS)
+    torch.testing.assert_close(step, newton.smooth(narrow[0], newton.FLUID))
+    torch.testing.assert_close(forward, torch.cat((*wide, *narrow), 1))
+    torch.testing.assert_close(backward, torch.cat((-wide[0], wide[1], -narrow[0], narrow[1]), 1))
+    assert step.shape == (1, 3, 12, 16, 8)
+
+
+# What they leave alone
+
+
+@given(seed=st.integers(0, 10**6), stride=st.sampled_from((1, 2)))
+def test_identical_images_do_not_move(seed, stride):
+    image = textured((16, 24, 16), seed)
+    assert newton.approach(image, image, 2, stride).abs().max() < 1e-3
+    assert newton.guess(image, image, stride)[0].abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("value", [0.0, 0.3, 1.0])
+def test_flat_images_do_not_move(value):
+    flat = torch.full((1, 1, 16, 16, 16), value)
+    for other in (flat, torch.full_like(flat, 1 - value)):
+        assert torch.equal(newton.approach(flat, other, 2, 2), torch.zeros(1, 3, 8, 8, 8))
+        step, *told = newton.guess(flat, other, 2)
+        assert torch.equal(step, torch.zeros(1, 3, 8, 8, 8))
+        assert all(torch.isfinite(x).all() for x in told)
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_a_flat_and_a_textured_image_give_something_finite(swap):
+    images = torch.full((1, 1, 16, 16, 16), 0.5), textured((16, 16, 16))
+    fixed, moving = reversed(images) if swap else images
+    found = newton.approach(fixed, moving, 3, 2)
+    assert torch.isfinite(found).all()
+
+
+@given(seed=st.integers(0, 10**6))
+def test_the_equations_of_the_swapped_pair_ask_for_the_opposite_step(seed):
+    fixed, moving = textured((16, 24, 16), seed), other_contrast(textured((16, 24, 16), seed + 1))
+    forward, backward = newton.equations(fixed, moving, 2), newton.equations(moving, fixed, 2)
+    torch.testing.assert_close(forward[:, :X], backward[:, :X])
+    torch.testing.assert_close(forward[:, X:], -backward[:, X:])
+    torch.testing.assert_close(newton.solve(forward, 1.5)[0], -newton.solve(backward, 1.5)[0], atol=1e-5, rtol=1e-4)
+    told, swapped = newton.guess(fixed, moving, 2)[2], newton.guess(moving, fixed, 2)[1]
+    torch.testing.assert_close(told, swapped, atol=1e-5, rtol=1e-4)
+
+
+def test_a_batch_of_two_is_two_batches_of_one():
+    pairs = [deformed((16, 24, 16), 1.0, seed)[:2] for seed in (4, 5)]
+    moving, fixed = (torch.cat(images) for images in zip(*pairs, strict=True))
+    together = newton.approach(fixed, moving, 3, 2)
+    apart = torch.cat([newton.approach(f, m, 3, 2) for m, f in pairs])
+    torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-4)
+
+
+def test_the_arithmetic_is_that_of_the_images():
+    moving, fixed, _ = deformed((16, 24, 16), 1.0, seed=6)
+    single = newton.approach(fixed, moving, 3, 2)
+    double = newton.approach(fixed.double(), moving.double(), 3, 2)
+    assert (single.dtype, double.dtype) == (torch.float32, torch.float64)
+    assert all(x.dtype == torch.float64 for x in newton.guess(fixed.double(), moving.double(), 2))
+    assert (single - double).abs().max() < 0.05  # a voxel may fall into another bin
+
+
+def test_mixed_precision_changes_nothing():
+    moving, fixed, _ = deformed((16, 24, 16), 1.0, seed=6)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = newton.approach(fixed, moving, 2, 2), *newton.guess(fixed, moving, 2)
+    for found, expected in zip(
+        mixed, (newton.approach(fixed, moving, 2, 2), *newton.guess(fixed, moving, 2)), strict=True
+    ):
+        assert torch.equal(found, expected)
+
+
+def test_nothing_is_differentiated():
+    moving, fixed, _ = deformed((16, 16, 16), 1.0, seed=7)
+    moving.requires_grad_()
+    assert not newton.approach(fixed, moving, 1, 2).requires_grad
+    assert not any(x.requires_grad for x in newton.guess(fixed, moving, 2))
+
+
+def test_unrelated_images_hold_little_information_and_related_ones_much():
+    noise, other = torch.rand(2, 1, 1, 32, 32, 32, generator=torch.Generator().manual_seed(0))
+    unrelated, related = (
+        newton.equations(noise, image, 2)[:, [XX, YY, ZZ]].mean() for image in (other, other_contrast(noise))
+    )
+    assert related > 100 * unrelated
+
+
+# The equations
+
+
+def constant(values: dict[int, float], shape=(6, 7, 8)) -> torch.Tensor:
+    """Equations that are the same everywhere."""
+    normal = torch.zeros(1, 9, *shape, dtype=torch.float64)
+    for part, value in values.items():
+        normal[:, part] = value
+    return normal
+
+
+@pytest.mark.parametrize("window", newton.WINDOWS)
+def test_a_window_over_equal_equations_solves_them_with_the_prior(window):
+    """(A + prior) u = b, A with an off-diagonal term, by torch's solver."""
+    parts = {XX: 4.0, XY: 1.0, XZ: -0.5, YY: 3.0, YZ: 0.25, ZZ: 2.0, X: 0.6, Y: -0.3, Z: 0.9}
+    step, known = newton.solve(constant(parts), window)
+    prior = newton.PRIOR * (3.0 + 1e-6)
+    matrix = torch.tensor([[4.0, 1.0, -0.5], [1.0, 3.0, 0.25], [-0.5, 0.25, 2.0]], dtype=torch.float64)
+    expected = torch.linalg.solve(
+        matrix + prior * torch.eye(3, dtype=torch.float64), torch.tensor([0.6, -0.3, 0.9]).double()
+    )
+    assert expected.norm() < newton.LONGEST
+    torch.testing.assert_close(step, expected.view(1, 3, 1, 1, 1).expand_as(step), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(known, torch.full_like(known, 0.5), atol=1e-6, rtol=1e-6)
+
+
+def test_a_step_is_cut_at_its_longest_in_its_own_direction():
+    parts = {XX: 1.0, YY: 1.0, ZZ: 1.0, X: 30.0, Y: -40.0, Z: 0.0}
+    step, _ = newton.solve(constant(parts), 1.5)
+    expected = newton.LONGEST * torch.tensor([0.6, -0.8, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(step, expected.view(1, 3, 1, 1, 1).expand_as(step), atol=1e-6, rtol=1e-6)
+
+
+def test_a_window_gathers_what_lies_within_it():
+    """Information in the middle alone: known there, unknown where the window does not reach."""
+    normal = constant({}, (25, 25, 25))
+    normal[:, [XX, YY, ZZ], 12, 12, 12] = 1.0
+    normal[:, X, 12, 12, 12] = 0.5
+    step, known = newton.solve(normal, 1.5)
+    assert known[0, 0, 12, 12, 12] > 0.9 > 0.1 > known[0, 0, 12, 12, 18] >= 0
+    assert step[0, 0, 12, 12, 12] > 0.4
+    assert step[0, 0, 12, 12, 12] > step[0, 0, 12, 12, 15] > step[0, 0, 12, 12, 18] == 0
+    assert step[0, 1:].abs().max() == 0
+
+
+def test_the_equations_of_jointly_gaussian_images_are_those_of_their_correlation():
+    """Of standard normal f and m with correlation r, dL/dm = (r f - r^2 m) / (1 - r^2) and E[(dL/dm)^2 | f], in closed form.
+
+    Voxels are independent of each other, so what the tables say is compared at every intensity.
+    """
+    r, n, sd = 0.8, 400_000, 0.12
+    z = torch.randn(2, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    f, m = z[0], r * z[0] + math.sqrt(1 - r * r) * z[1]
+    tables = newton._tables(0.5 + sd * f, 0.5 + sd * m)
+    at = (torch.linspace(0, 1, newton.BINS, dtype=torch.float64) - 0.5) / sd
+    blur = 1 + (newton.PARZEN / (newton.BINS - 1) / sd) ** 2  # the histogram's window widens both variances
+    rho, width = r / blur, math.sqrt(blur)
+    of_f, of_m = torch.meshgrid(at / width, at / width, indexing="ij")
+    along_m = (rho * of_f - rho**2 * of_m) / (1 - rho**2) / width / sd
+    seen = (of_f.abs() < 1.2) & (of_m.abs() < 1.2)
+    scale = along_m[seen].abs().mean()
+    assert (tables[0] - along_m)[seen].abs().mean() < 0.1 * scale
+    assert (tables[1] - along_m.T)[seen].abs().mean() < 0.1 * scale
+    # E[(r f - r^2 m)^2 | f] with m ~ N(r f, 1 - r^2)
+    info = ((rho * of_f * (1 - rho**2)) ** 2 + rho**4 * (1 - rho**2)) / (1 - rho**2) ** 2 / (width * sd) ** 2
+    assert (tables[2] - info)[seen].abs().mean() < 0.2 * info[seen].mean()
+    assert (tables[3] - info.T)[seen].abs().mean() < 0.2 * info[seen].mean()
+
+
+# Smoothing and differences
+
+
+@given(sigma=st.floats(0.3, 4), value=st.floats(-5, 5), sides=st.tuples(*[st.integers(1, 9)] * 3))
+def test_smoothing_keeps_a_constant(sigma, value, sides):
+    field = torch.full((2, 3, *sides), value)
+    torch.testing.assert_close(newton.smooth(field, sigma), field, atol=1e-5, rtol=1e-5)
+
+
+@given(sigma=st.floats(0.3, 2), at=st.tuples(*[st.integers(6, 8)] * 3))
+def test_smoothing_spreads_one_voxel_evenly_and_loses_nothing(sigma, at):
+    field = torch.zeros(1, 1, 15, 15, 15, dtype=torch.float64)
+    field[0, 0, at[0], at[1], at[2]] = 1
+    smoothed = newton.smooth(field, sigma)
+    torch.testing.assert_close(smoothed.sum().item(), 1.0)
+    torch.testing.assert_close(smoothed.argmax().item(), field.argmax().item())
+    flipped = newton.smooth(field.flip(2, 3, 4), sigma).flip(2, 3, 4)
+    torch.testing.assert_close(smoothed, flipped)
+    centre, beside = smoothed[0, 0, at[0], at[1], at[2]], smoothed[0, 0, at[0], at[1], at[2] + 1]
+    torch.testing.assert_close((beside / centre).item(), math.exp(-0.5 / sigma**2), atol=1e-6, rtol=1e-5)
+
+
+@given(slopes=st.tuples(*[st.floats(-2, 2)] * 3))
+def test_the_gradient_of_a_ramp_is_its_slope_and_nought_at_the_border(slopes):
+    at = fields.identity((5, 7, 6), like=torch.zeros((), dtype=torch.float64))
+    ramp = sum(slope * at[:, axis : axis + 1] for axis, slope in enumerate(slopes))
+    for axis, (slope, found) in enumerate(zip(slopes, newton.gradient(ramp), strict=True)):
+        assert found.shape == ramp.shape
+        along = found.movedim(4 - axis, 0)
+        torch.testing.assert_close(along[1:-1], torch.full_like(along[1:-1], slope))
+        assert not along[[0, -1]].any()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cpu_and_cuda_agree():
+    moving, fixed, _ = deformed((32, 32, 32), 1.5, seed=8)
+    on_cpu, on_cuda = newton.approach(fixed, moving, 4, 2), newton.approach(fixed.cuda(), moving.cuda(), 4, 2)
+    assert on_cuda.device.type == "cuda"
+    assert (on_cuda.cpu() - on_cpu).abs().max() < 0.05

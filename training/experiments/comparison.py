@@ -1,0 +1,219 @@
+"""What the paper's Tables 2 to 4 and Figure 4 have in common: methods that register the same test pairs, scored alike.
+
+An experiment says what it is about (:class:`Experiment`); :func:`run` trains the networks, registers, and writes the table
+and the figures. Rows are kept as they are done, and trainings resume, so the same command goes on after an interruption.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from matplotlib.figure import Figure
+from torch import Tensor
+from tqdm import tqdm
+
+from DivRegNetLib import fields, files, metrics, newton
+from DivRegNetLib.geometry import Grid
+from training import config as configs
+from training import pictures
+from training.data.pairs import Pair
+from training.data.sources import source_of
+from training.experiments import report, semi
+from training.trainer import fit
+
+NETWORKS = {
+    "RegNet + LNCC": ("loss.similarity=lncc", "loss.diffusion=1.0"),
+    "RegNet + MI 16": ("loss.similarity=mi", "loss.bins=16", "loss.samples=65536"),
+    "RegNet + MI 64": ("loss.similarity=mi", "loss.bins=64", "loss.samples=65536"),
+    "RegNet + MI 256": ("loss.similarity=mi", "loss.bins=256", "loss.samples=65536"),
+    "DivRegNet": (),
+    "DivRegNet from Newton steps": (
+        "regnet.newton=10", "regnet.velocity=true", "regnet.symmetric=true", "kldivnet.frequencies=3",
+    ),
+}  # fmt: skip
+"""Row -> what it changes in the experiment's configuration."""
+
+NEWTON_STEPS, NEWTON_STRIDE = 10, 2
+METHODS = ("affine", "FFD+SEMI", *list(NETWORKS)[:-1], "Newton steps alone", list(NETWORKS)[-1])
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A table of the paper.
+
+    name: of its report, and of its file in training/configs.
+    tasks: the groups of rows.
+    overrides: what a task changes in the configuration.
+    paper: (method, task) -> Dice, ASD mm, HD mm as the paper reports them.
+    note: what stands above the table.
+    """
+
+    name: str
+    tasks: tuple[str, ...]
+    paper: dict[tuple[str, str], tuple[float, float, float]]
+    note: str
+    overrides: Callable[[str], tuple[str, ...]] = field(default=lambda task: ())
+
+
+def add_arguments(parser: argparse.ArgumentParser, experiment: Experiment) -> None:
+    """The options that :func:`run` needs, but for ``cohort``."""
+    parser.add_argument("--preset", default="quick", choices=("quick", "cpu", "paper"))
+    parser.add_argument("--pairs", type=int, default=50, help="test pairs per task, at most (default: %(default)s)")
+    parser.add_argument("--tasks", nargs="+", default=list(experiment.tasks), choices=experiment.tasks)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--output", type=Path, default=Path("build/experiments") / experiment.name)
+
+
+def run(experiment: Experiment, settings: argparse.Namespace) -> list[dict]:
+    """Trains, registers and measures what is not done yet; writes ``NAME.md``, ``.csv``, ``.json`` and a PNG per task.
+
+    Raises:
+        ValueError, FileNotFoundError: the configuration or the cohort cannot be used.
+        FloatingPointError: a training diverged.
+    """
+    started = time.time()
+    wanted = [(task, method) for task in settings.tasks for method in settings.methods]
+    rows = [_row(experiment, task, method, settings) for task, method in tqdm(wanted, desc="rows")]
+    about = {
+        "preset": settings.preset,
+        "seeds": f"training {_config(experiment, settings.tasks[0], 'DivRegNet', settings).seed}; test pairs as in "
+        "training/data/sources.py",
+        "pairs": settings.pairs,
+        "device": settings.device,
+        "seconds": round(time.time() - started),
+        "note": experiment.note,
+    }
+    report.write(settings.output, experiment.name, rows, about)
+    for task in settings.tasks:
+        drawn = figure(experiment, task, settings)
+        file = settings.output / f"{experiment.name}-{task}.png"
+        files.write_whole(file, lambda part, drawn=drawn: drawn.savefig(part, dpi=110, format="png"))
+    return rows
+
+
+def scores(pair: Pair, displacement: Tensor, spacing: float) -> dict[str, float]:
+    """Overlap and surface distances (mm) of the union of labels, error inside it (mm) and folded voxels (%).
+
+    Args:
+        displacement: (1, 3, D, H, W) in voxels of ``spacing`` mm.
+    """
+    warped = fields.warp(pair.moving_labels.float(), displacement, mode="nearest", padding="zeros")
+    inside, found = (x[0, 0].cpu().numpy() > 0 for x in (pair.fixed_labels, warped))
+    grid = Grid(inside.shape[::-1], np.diag([spacing, spacing, spacing, 1.0]))
+    surface = metrics.surface_distances(inside, found, grid)
+    values = {"Dice": metrics.dice(inside, found), "ASD mm": surface["asd"], "HD mm": surface["hd"]}
+    if pair.truth is not None:
+        error = (displacement - pair.truth).norm(dim=1)[0].cpu().numpy()[inside]
+        values["error mm"] = float(error.mean()) * spacing
+    values["folded %"] = 100 * (fields.jacobian_determinant(displacement) <= 0).float().mean().item()
+    return values
+
+
+def figure(experiment: Experiment, task: str, settings: argparse.Namespace) -> Figure:
+    """All methods side by side on the first test pair: warped image with the outline of the fixed labels, and what is
+    wrong: the error where the truth is known, else the outline of the warped labels."""
+    _, pair = next(_test_pairs(experiment, task, settings))
+    source = source_of(_config(experiment, task, "DivRegNet", settings))
+    methods = settings.methods
+    drawn = Figure(figsize=(1.9 * (len(methods) + 1), 4.8), layout="constrained")
+    axes = drawn.subplots(2, len(methods) + 1)
+    pictures.show(axes[0, 0], pair.fixed, "fixed", pair.fixed_labels)
+    pictures.show(axes[1, 0], pair.moving, "moving", pair.moving_labels)
+    shown = None
+    for i, method in enumerate(methods, 1):
+        with np.load(_kept(settings, task, method).with_suffix(".npz")) as kept:
+            displacement = torch.from_numpy(kept["displacement"]).float()
+        labels = fields.warp(pair.moving_labels.float(), displacement, mode="nearest", padding="zeros")
+        warped = fields.warp(pair.moving, displacement)
+        pictures.show(axes[0, i], warped, method, pair.fixed_labels)
+        dice = metrics.dice(*((x > 0).numpy() for x in (pair.fixed_labels, labels)))
+        if pair.truth is None:
+            pictures.show(axes[1, i], pair.fixed, f"Dice {dice:.3f}", labels)
+        else:
+            error = (displacement - pair.truth).norm(dim=1, keepdim=True) * source.cohort.spacing
+            shown = axes[1, i].imshow(pictures.plane(error * (pair.fixed_labels > 0)), cmap="magma", vmin=0, vmax=6)
+            axes[1, i].set_title(f"Dice {dice:.3f}", fontsize=9)
+            axes[1, i].set_axis_off()
+    if shown is not None:
+        drawn.colorbar(shown, ax=axes[1, :], shrink=0.8, label="error, mm")
+    below = (
+        "outline of the warped labels on the fixed image" if pair.truth is None else "distance to the true deformation"
+    )
+    drawn.suptitle(f"{task}. Above: warped images, outline of the fixed labels. Below: {below}", fontsize=10)
+    return drawn
+
+
+def _config(experiment: Experiment, task: str, method: str, settings: argparse.Namespace) -> configs.Config:
+    return configs.load(
+        configs.CONFIGS / f"{experiment.name}.yaml",
+        preset=settings.preset,
+        overrides=[*experiment.overrides(task), *NETWORKS[method]],
+        name=f"{task}_{method}".replace(" + ", "_").replace(" ", "_"),
+        data={"cohort": str(settings.cohort)},
+    )
+
+
+def _test_pairs(experiment: Experiment, task: str, settings: argparse.Namespace) -> Iterator[tuple[str, Pair]]:
+    config = _config(experiment, task, "DivRegNet", settings).as_dict()
+    config["data"]["held_out"] = settings.pairs
+    return source_of(configs.build(config)).held_out("test")
+
+
+def _kept(settings: argparse.Namespace, task: str, method: str) -> Path:
+    return settings.output / "rows" / f"{task} {method}.json"
+
+
+def _row(experiment: Experiment, task: str, method: str, settings: argparse.Namespace) -> dict:
+    """A row of the table, means over the test pairs; kept on disk, with the first pair's deformation."""
+    kept = _kept(settings, task, method)
+    if kept.exists():
+        return json.loads(kept.read_text())
+    fabric = Fabric(accelerator=settings.device, devices=1)
+    register = _method(experiment, task, method, settings, fabric)
+    spacing = source_of(_config(experiment, task, "DivRegNet", settings)).cohort.spacing
+    found, seconds = [], 0.0
+    for _, pair in _test_pairs(experiment, task, settings):
+        fixed, moving = pair.fixed.to(fabric.device), pair.moving.to(fabric.device)
+        started = time.perf_counter()
+        with torch.set_grad_enabled(method == "FFD+SEMI"):
+            displacement = register(fixed, moving).detach().cpu()
+        seconds += time.perf_counter() - started
+        if not found:
+            files.write_whole(kept.with_suffix(".npz"), lambda part, field=displacement: _save(part, field))
+        found.append(scores(pair, displacement, spacing))
+    row = {"task": task, "method": method} | {k: float(np.mean([s[k] for s in found])) for k in found[0]}
+    row["seconds"] = seconds / len(found)
+    paper = experiment.paper.get((method, task), (None,) * 3)
+    row |= dict(zip(("paper Dice", "paper ASD", "paper HD"), paper, strict=True))
+    files.write_json(row, kept)
+    return row
+
+
+def _method(
+    experiment: Experiment, task: str, method: str, settings: argparse.Namespace, fabric: Fabric
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """A way to register, trained first where it has to be: (fixed, moving) -> displacement in voxels."""
+    if method == "affine":
+        return lambda fixed, moving: torch.zeros_like(fixed).repeat(1, 3, 1, 1, 1)
+    if method == "FFD+SEMI":
+        return lambda fixed, moving: semi.register(fixed, moving)
+    if method == "Newton steps alone":
+        return lambda fixed, moving: fields.resize(
+            newton.approach(fixed, moving, NEWTON_STEPS, NEWTON_STRIDE), tuple(fixed.shape[2:])
+        )
+    config = _config(experiment, task, method, settings)
+    return fit(
+        config, source_of(config, fabric.device), settings.output / "runs" / config.name, fabric, resume=True
+    ).ema
+
+
+def _save(part: Path, displacement: Tensor) -> None:
+    with part.open("wb") as stream:
+        np.savez_compressed(stream, displacement=displacement.half().numpy())
