@@ -25,6 +25,7 @@ from DivRegNetLib import files, metrics, models
 from DivRegNetLib.geometry import Grid, affine_transform
 from DivRegNetLib.pipeline import Result, register
 from training.data.prepare_head import brain_mask
+from training.experiments import report
 
 TASKS = (("T1", "T2"), ("PD", "T2"), ("T2", "T2"))  # moving, fixed
 FIRST_SEED = 5000
@@ -118,13 +119,6 @@ def real_pairs(data: Path, settings: dict) -> list[dict]:
     return rows
 
 
-def table(rows: list[dict]) -> str:
-    """Markdown."""
-    cells = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *cells]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with brain_t1t2pd and brain_multicontrast")
@@ -145,7 +139,7 @@ def main() -> int:
             writer = csv.DictWriter(stream, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
-        print(f"\n{table(rows)}\n\n{file}")
+        print(f"\n{report.table(rows)}\n\n{file}")
     return 0
 
 

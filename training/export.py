@@ -53,6 +53,7 @@ def export(trainer: Trainer, run: Path, folder: Path) -> Path:
     scores |= {f"{name} at the start": round(v, 4) for name, v in trainer.validate(split, start=True).items()}
     settings = config.as_dict()
     settings.pop("card")
+    settings["data"]["cohort"] = Path(config.data.cohort).name  # where it lay is nobody's business
     about["training"] = about["training"] | {
         "steps": best["step"],
         "volumes": {s: len(cohort.split(s)) for s in cohorts.SPLITS},

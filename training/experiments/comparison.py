@@ -74,13 +74,18 @@ def add_arguments(parser: argparse.ArgumentParser, experiment: Experiment) -> No
 def run(experiment: Experiment, settings: argparse.Namespace) -> list[dict]:
     """Trains, registers and measures what is not done yet; writes ``NAME.md``, ``.csv``, ``.json`` and a PNG per task.
 
+    The report holds all rows that are in the output folder, also those of an earlier choice of tasks and methods.
+
     Raises:
         ValueError, FileNotFoundError: the configuration or the cohort cannot be used.
         FloatingPointError: a training diverged.
     """
     started = time.time()
     wanted = [(task, method) for task in settings.tasks for method in settings.methods]
-    rows = [_row(experiment, task, method, settings) for task, method in tqdm(wanted, desc="rows")]
+    for task, method in tqdm(wanted, desc="rows"):
+        _row(experiment, task, method, settings)
+    done = {task: [m for m in METHODS if _kept(settings, task, m).exists()] for task in experiment.tasks}
+    rows = [_row(experiment, task, method, settings) for task, methods in done.items() for method in methods]
     about = {
         "preset": settings.preset,
         "seeds": f"training {_config(experiment, settings.tasks[0], 'DivRegNet', settings).seed}; test pairs as in "
@@ -92,7 +97,7 @@ def run(experiment: Experiment, settings: argparse.Namespace) -> list[dict]:
     }
     report.write(settings.output, experiment.name, rows, about)
     for task in settings.tasks:
-        drawn = figure(experiment, task, settings)
+        drawn = figure(experiment, task, done[task], settings)
         file = settings.output / f"{experiment.name}-{task}.png"
         files.write_whole(file, lambda part, drawn=drawn: drawn.savefig(part, dpi=110, format="png"))
     return rows
@@ -116,12 +121,11 @@ def scores(pair: Pair, displacement: Tensor, spacing: float) -> dict[str, float]
     return values
 
 
-def figure(experiment: Experiment, task: str, settings: argparse.Namespace) -> Figure:
-    """All methods side by side on the first test pair: warped image with the outline of the fixed labels, and what is
+def figure(experiment: Experiment, task: str, methods: list[str], settings: argparse.Namespace) -> Figure:
+    """Methods side by side on the first test pair: warped image with the outline of the fixed labels, and what is
     wrong: the error where the truth is known, else the outline of the warped labels."""
     _, pair = next(_test_pairs(experiment, task, settings))
     source = source_of(_config(experiment, task, "DivRegNet", settings))
-    methods = settings.methods
     drawn = Figure(figsize=(1.9 * (len(methods) + 1), 4.8), layout="constrained")
     axes = drawn.subplots(2, len(methods) + 1)
     pictures.show(axes[0, 0], pair.fixed, "fixed", pair.fixed_labels)
