@@ -15,8 +15,9 @@ demo: $(VENV)/installed
 	  --fixed-landmarks $(SAMPLE)/fixed_T1.mrk.json --moving-landmarks $(SAMPLE)/moving_T2.mrk.json
 	@echo "picture: build/demo/preview.png"
 
+# Two files at a time, with a thread each.
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -38,8 +38,8 @@ def test_a_known_rotation_and_deformation_between_contrasts_is_recovered(pair, r
     after = errors_mm(result.transform, fixed_points, moving_points).mean()
     assert start > 20
     assert aligned < 4.5
-    assert after < 0.75 * aligned
-    assert after < 2.7
+    assert after < 0.25 * aligned
+    assert after < 0.8
 
 
 def test_warped_is_the_moving_volume_resampled_by_the_returned_transform(pair, result):
@@ -102,10 +102,11 @@ def test_voxel_order_does_not_matter(pair, result):
     assert np.abs(difference).max() < 0.6
 
 
-def test_refinement_improves_similarity_and_does_not_fold(pair, result):
+def test_refinement_makes_nothing_worse(pair, result):
     refined = register(pair[0], pair[1], device="cpu", refine=30)
-    assert refined.quality["nmi"]["after"] > result.quality["nmi"]["after"]
+    assert refined.quality["nmi"]["after"] > result.quality["nmi"]["after"] - 1e-3
     assert refined.quality["folded_percent"] < 0.1
+    assert errors_mm(refined.transform, *pair[2:]).mean() < errors_mm(result.transform, *pair[2:]).mean() + 0.1
 
 
 def test_a_given_transform_replaces_the_initial_alignment(pair, result):

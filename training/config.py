@@ -80,7 +80,8 @@ class Config:
     """A training run. Lengths of time are in steps.
 
     start: a bundled model, or the path of a card, whose weights and architecture training starts from; "" for none.
-    batch: pairs per step, over all processes; ``micro_batch``: pairs at a time in one process, gradients accumulated.
+    batch: pairs per step, over all processes; ``micro_batch``: pairs at a time in one process, gradients
+        accumulated; the network's batch statistics are over those that go together in all processes.
     warmup: steps in which KLDivNet learns alone.
     single_pass: steps after that before the network is applied ``regnet.passes`` times.
     learning_rate: of RegNet, falling by a cosine to ``final_learning_rate``; ``similarity_learning_rate``: of KLDivNet.
@@ -112,6 +113,9 @@ class Config:
     card: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in ("learning_rate", "similarity_learning_rate"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is above 0, got {getattr(self, name)}")
         for name in ("steps", "batch", "micro_batch", "checkpoint_every", "validate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is at least 1, got {getattr(self, name)}")

@@ -277,7 +277,7 @@ def _judge(trainer: Trainer, output: Path, board) -> dict[str, float]:
     board.add_figure("registration", trainer.example(), trainer.step_number)
     judged_by = [v for k, v in scores.items() if k.endswith(("Dice", "NMI"))]
     score = sum(judged_by) / len(judged_by)
-    if score > trainer.best:
+    if score > trainer.best or not (output / BEST).exists():  # a score may be NaN
         trainer.best = score
         kept = {
             "objective": trainer.objective.state_dict(),

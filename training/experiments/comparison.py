@@ -82,6 +82,9 @@ def run(experiment: Experiment, settings: argparse.Namespace) -> list[dict]:
     """
     started = time.time()
     wanted = [(task, method) for task in settings.tasks for method in settings.methods]
+    for task in settings.tasks:
+        if next(_test_pairs(experiment, task, settings), None) is None:
+            raise ValueError(f"{settings.cohort}: the split 'test' has no fixed and moving volume to make a pair of")
     for task, method in tqdm(wanted, desc="rows"):
         _row(experiment, task, method, settings)
     done = {task: [m for m in METHODS if _kept(settings, task, m).exists()] for task in experiment.tasks}
