@@ -2,10 +2,10 @@
 
 The discriminant that maximises the Donsker-Varadhan bound (arXiv 1908.08767, Eq. 9) is the pointwise mutual information
 ``L(f, m) = log p(f, m) / (p(f) p(m))``. For a single pair joint histograms give it in closed form, and with it the
-force that raises S: ``L_m grad m`` on the moving image less ``L_f grad f`` on the fixed one (half of the latter each, in
-the middle between them: Vercauteren et al., "Symmetric log-domain diffeomorphic registration", MICCAI 2008). The Fisher
-information ``E[L_m^2 | f] grad m grad m^T`` takes the place of the Hessian. Both are gathered over a window and solved
-for a displacement (Lucas and Kanade, IJCAI 1981), which says how far to go without a step length being chosen.
+force that raises S: ``L_m grad m`` on the moving image and its opposite ``-L_f grad f`` on the fixed one, taken together
+(as in Vercauteren et al., "Symmetric log-domain diffeomorphic registration", MICCAI 2008). The Fisher information
+``E[L_m^2 | f] grad m grad m^T``, and that of the fixed image, take the place of the Hessian. Both are gathered over a
+window and solved for a displacement (Lucas and Kanade, IJCAI 1981).
 
 The histograms are those of overlapping neighbourhoods, as in spatially encoded MI (Zhuang et al., IEEE TMI 2011): what
 two intensities have to do with each other differs from place to place, with the tissues there and with the bias field.
