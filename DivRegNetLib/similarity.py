@@ -190,10 +190,7 @@ def parzen_mi(
     Raises:
         ValueError: fewer than 4 bins, or images of unlike shape.
     """
-    if bins < 4:
-        raise ValueError(f"Parzen windows need at least 4 bins, got {bins}")
-    if fixed.shape != moving.shape:
-        raise ValueError(f"fixed {tuple(fixed.shape)} and moving {tuple(moving.shape)} differ in shape")
+    check_histogram(fixed, moving, bins)
     total = fixed.new_zeros(())
     for f, m in zip(fixed, moving, strict=True):
         f, m = (x.flatten() if mask is None else x[mask[0]] for x in (f, m))
@@ -207,12 +204,20 @@ def parzen_mi(
             )
             joint = joint + part
         p = joint / joint.sum()
-        both, one, other = _entropy(p), _entropy(p.sum(1)), _entropy(p.sum(0))
+        both, one, other = entropy(p), entropy(p.sum(1)), entropy(p.sum(0))
         total = total + ((one + other) / both.clamp_min(1e-12) if normalised else one + other - both)
     return total / len(fixed)
 
 
-def _entropy(p: Tensor) -> Tensor:
+def check_histogram(fixed: Tensor, moving: Tensor, bins: int) -> None:
+    """Raises ValueError for images that no joint histogram can be made of: fewer than 4 bins, or unlike shapes."""
+    if bins < 4:
+        raise ValueError(f"Parzen windows need at least 4 bins, got {bins}")
+    if fixed.shape != moving.shape:
+        raise ValueError(f"fixed {tuple(fixed.shape)} and moving {tuple(moving.shape)} differ in shape")
+
+
+def entropy(p: Tensor) -> Tensor:
     """Shannon entropy in nats of probabilities of any shape."""
     return -torch.special.xlogy(p, p.clamp_min(1e-30)).sum()
 
@@ -224,10 +229,10 @@ def _to_bins(x: Tensor, bins: int) -> Tensor:
 
 
 def _joint_histogram(f: Tensor, m: Tensor, bins: int) -> Tensor:
-    return _window(f, bins).T @ _window(m, bins)
+    return parzen_window(f, bins).T @ parzen_window(m, bins)
 
 
-def _window(x: Tensor, bins: int) -> Tensor:
+def parzen_window(x: Tensor, bins: int) -> Tensor:
     """(V,) -> (V, bins): weight of each bin under a cubic B-spline centred on the value."""
     t = (x[:, None] - torch.arange(bins, device=x.device, dtype=x.dtype)).abs()
     return torch.where(t < 1, 2 / 3 - t.square() * (1 - t / 2), (2 - t).clamp_min(0).pow(3) / 6)

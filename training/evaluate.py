@@ -24,18 +24,18 @@ from tqdm import tqdm
 from DivRegNetLib import files, metrics, models
 from DivRegNetLib.geometry import Grid, affine_transform
 from DivRegNetLib.pipeline import Result, register
+from training.data.phantoms import CONTROL_MM, SD_MM, TASKS
 from training.data.prepare_head import brain_mask
 from training.experiments import report
 
-TASKS = (("T1", "T2"), ("PD", "T2"), ("T2", "T2"))  # moving, fixed
 FIRST_SEED = 5000
 
 
 def phantom_deformation(image: sitk.Image, seed: int) -> sitk.Transform:
     """A free-form deformation with control points 20 mm apart, moved by N(0, 6 mm)."""
-    mesh = [max(int(n * s / 20), 1) for n, s in zip(image.GetSize(), image.GetSpacing(), strict=True)]
+    mesh = [max(int(n * s / CONTROL_MM), 1) for n, s in zip(image.GetSize(), image.GetSpacing(), strict=True)]
     transform = sitk.BSplineTransformInitializer(image, mesh, 3)
-    transform.SetParameters(np.random.default_rng(seed).normal(0, 6, len(transform.GetParameters())).tolist())
+    transform.SetParameters(np.random.default_rng(seed).normal(0, SD_MM, len(transform.GetParameters())).tolist())
     return transform
 
 
@@ -68,12 +68,13 @@ def phantoms(data: Path, count: int, settings: dict) -> list[dict]:
             deformation, sitk.sitkVectorFloat64, labels.GetSize(), labels.GetOrigin(), labels.GetSpacing(),
             labels.GetDirection(),
         )  # fmt: skip
-        for moving, fixed in TASKS:
+        for task in TASKS:
+            moving, fixed = task.split("-")
             deformed = sitk.Resample(image[fixed], labels, deformation, sitk.sitkLinear, 0)
             result = register(deformed, image[moving], align="none", **settings)
             for method, of in (("start", None), ("DivRegNet", result)):
                 scores = phantom_scores(of, truth, fixed_labels, labels)
-                rows.setdefault((f"{moving}-{fixed}", method), []).append(scores)
+                rows.setdefault((task, method), []).append(scores)
     return [
         {"task": task, "method": method} | {k: float(np.mean([s[k] for s in scores])) for k in scores[0]}
         for (task, method), scores in rows.items()

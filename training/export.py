@@ -7,7 +7,6 @@
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from training import config as configs
 from training.data import cohort as cohorts
 from training.data.sources import Source, source_of
 from training.trainer import BEST, LAST, Trainer
+from training.version import version
 
 
 def export(trainer: Trainer, run: Path, folder: Path) -> Path:
@@ -58,7 +58,7 @@ def export(trainer: Trainer, run: Path, folder: Path) -> Path:
         "steps": best["step"],
         "volumes": {s: len(cohort.split(s)) for s in cohorts.SPLITS},
         "scores of": split,
-        "git": _git_version(),
+        "git": version(),
         "torch": torch.__version__,
         "configuration": settings,
     }
@@ -102,17 +102,6 @@ def _try(file: Path, source: Source, split: str) -> None:
     quality = register(*images, model=models.load(str(file)), align="none", device="cpu").quality
     print(f"tried on a held-out pair: NMI {quality['nmi']['before']:.3f} -> {quality['nmi']['after']:.3f}, "
           f"{quality['folded_percent']:.2g} % folded")  # fmt: skip
-
-
-def _git_version() -> str:
-    asked = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return asked.stdout.strip() or "not in a git repository"
 
 
 def main() -> int:

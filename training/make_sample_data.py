@@ -19,10 +19,10 @@ import SimpleITK as sitk
 
 from DivRegNetLib import files
 from DivRegNetLib.geometry import Grid, affine_matrix
+from training.data.phantoms import CONTROL_MM, SD_MM
 from training.data.prepare_head import to_uint8
 
 SEED = 20
-CONTROL_MM, SD_MM = 20.0, 6.0
 LANDMARK_REGIONS = (1, 2, 9, 10, 31, 32, 37, 38, 43, 44, 71, 72, 77, 78, 81, 82)
 
 

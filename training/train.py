@@ -69,13 +69,10 @@ def configuration(args: argparse.Namespace, cohort: Path | None) -> configs.Conf
 
 def fabric_of(device: str, precision: str) -> Fabric:
     """One process, or as many as torchrun started."""
-    accelerator = {"auto": "auto", "cpu": "cpu", "cuda": "cuda"}[device]
     here, world = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), int(os.environ.get("WORLD_SIZE", 1))
     # While KLDivNet warms up, RegNet has no gradient.
     strategy = DDPStrategy(find_unused_parameters=True) if world > 1 else "auto"
-    fabric = Fabric(
-        accelerator=accelerator, strategy=strategy, devices=here, num_nodes=world // here, precision=precision
-    )
+    fabric = Fabric(accelerator=device, strategy=strategy, devices=here, num_nodes=world // here, precision=precision)
     fabric.launch()
     return fabric
 

@@ -54,8 +54,12 @@ class Random:
     def chance(self, probability: float) -> bool:
         return self.number(0, 1) < probability
 
+    def index(self, count: int) -> int:
+        """A whole number from 0 to ``count - 1``."""
+        return int(self.number(0, count - 1e-6))
+
     def choice(self, options):
-        return options[int(self.number(0, len(options) - 1e-6))]
+        return options[self.index(len(options))]
 
 
 def ffd(shape: tuple[int, int, int], spacing: float, sd: float, random: Random) -> Tensor:
@@ -98,6 +102,11 @@ def transform(points: Tensor, matrix: Tensor, shift: Tensor, centre: Tensor) -> 
     return moved + centre + shift.view(1, 3, 1, 1, 1)
 
 
+def untransform(points: Tensor, matrix: Tensor, shift: Tensor, centre: Tensor) -> Tensor:
+    """The inverse of :func:`transform`."""
+    return transform(points - shift.view(1, 3, 1, 1, 1), torch.linalg.inv(matrix), 0 * shift, centre)
+
+
 @dataclass(frozen=True)
 class Augmentation:
     """Random translation and rotation of both images, as in arXiv 1908.08767; each uniform up to plus or minus its limit.
@@ -134,8 +143,7 @@ def augment(pair: Pair, augmentation: Augmentation, spacing: float, random: Rand
     truth = None
     if pair.truth is not None:  # from a turned fixed voxel to the moving voxel that shows the same
         there = fixed_points + fields.sample(pair.truth, fixed_points)
-        back = transform(there - rest_by.view(1, 3, 1, 1, 1), torch.linalg.inv(rest), 0 * rest_by, centre)
-        truth = transform(back - placed_by.view(1, 3, 1, 1, 1), torch.linalg.inv(place), 0 * placed_by, centre) - at
+        truth = untransform(untransform(there, rest, rest_by, centre), place, placed_by, centre) - at
     return Pair(
         look(pair.fixed, fixed_points, "bilinear"),
         look(pair.moving, moving_points, "bilinear"),

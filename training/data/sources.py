@@ -51,13 +51,13 @@ class CohortPairs:
     def held_out(self, split: str) -> Iterator[tuple[str, Pair]]:
         random, choices = Random(0), list(self._choices(split))
         for _ in range(min(self.count, len(choices))):
-            fixed, moving = choices.pop(int(random.number(0, len(choices) - 1e-6)))
+            fixed, moving = choices.pop(random.index(len(choices)))
             yield "cohort", _pair(fixed, moving, random)
 
 
 def _pair(fixed: Volume, moving: Volume, random: Random) -> Pair:
     def shown(volume: Volume):
-        return volume.images[int(random.number(0, len(volume.images) - 1e-6))][None].float()
+        return random.choice(volume.images)[None].float()
 
     labels = (fixed.labels, moving.labels) if fixed.labels is not None and moving.labels is not None else (None, None)
     return Pair(shown(fixed), shown(moving), None, None, *labels)
@@ -73,7 +73,7 @@ class Phantoms:
     tasks: tuple[str, ...] = phantoms.TASKS
 
     def draw(self, random: Random) -> Pair:
-        number = int(random.number(0, phantoms.COUNTS["train"] - 1e-6))
+        number = random.index(phantoms.COUNTS["train"])
         pair = phantoms.phantom(self.cohort, random.choice(self.tasks), phantoms.seed_of("train", number))
         return augment(pair, self.augmentation, self.cohort.spacing, random)
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from DivRegNetLib import fields
 from DivRegNetLib.intensity import normalise
 from training.data.cohort import Cohort, Volume
-from training.data.pairs import Pair, Random, ffd, random_affine, transform
+from training.data.pairs import Pair, Random, ffd, random_affine, transform, untransform
 
 # Mean intensity of white matter, grey matter and fluid per contrast, as in BrainWeb's images.
 CONTRAST_OF_TISSUE = {
@@ -68,7 +68,7 @@ def make_pair(cohort: Cohort, recipe: Recipe, random: Random) -> Pair:
     moving_points = transform(transform(at + warp_moving, rest, rest_by, centre), place, placed_by, centre)
     truth = None
     if same:
-        before_rest = transform(bent - rest_by.view(1, 3, 1, 1, 1), torch.linalg.inv(rest), 0 * rest_by, centre)
+        before_rest = untransform(bent, rest, rest_by, centre)
         truth = before_rest + fields.sample(unwarp_moving, before_rest) - at
 
     strip_both = random.chance(recipe.strip * 0.75)
@@ -85,7 +85,7 @@ def _look(subject: Volume, points: Tensor, cohort: Cohort, recipe: Recipe, strip
     labels = fields.sample(subject.labels.float(), points, mode="nearest", padding="zeros")
     brain = fields.sample(subject.brain.float(), points, mode="nearest", padding="zeros")
     if subject.images is not None:
-        which = int(random.number(0, len(subject.images) - 1e-6))
+        which = random.index(len(subject.images))
         image = fields.sample(subject.images[which : which + 1].float(), points, padding="zeros")
         image = image ** (2 ** random.number(-0.6, 0.6))
         if not random.chance(recipe.known_contrast + 0.2):

@@ -7,7 +7,7 @@ and the figures. Rows are kept as they are done, and trainings resume, so the sa
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from DivRegNetLib.geometry import Grid
 from training import config as configs
 from training import pictures
 from training.data.pairs import Pair
-from training.data.sources import source_of
+from training.data.sources import Source, source_of
 from training.experiments import report, semi
 from training.trainer import fit
 
@@ -83,7 +83,7 @@ def run(experiment: Experiment, settings: argparse.Namespace) -> list[dict]:
     started = time.time()
     wanted = [(task, method) for task in settings.tasks for method in settings.methods]
     for task in settings.tasks:
-        if next(_test_pairs(experiment, task, settings), None) is None:
+        if next(_tested(experiment, task, settings).held_out("test"), None) is None:
             raise ValueError(f"{settings.cohort}: the split 'test' has no fixed and moving volume to make a pair of")
     for task, method in tqdm(wanted, desc="rows"):
         _row(experiment, task, method, settings)
@@ -127,8 +127,8 @@ def scores(pair: Pair, displacement: Tensor, spacing: float) -> dict[str, float]
 def figure(experiment: Experiment, task: str, methods: list[str], settings: argparse.Namespace) -> Figure:
     """Methods side by side on the first test pair: warped image with the outline of the fixed labels, and what is
     wrong: the error where the truth is known, else the outline of the warped labels."""
-    _, pair = next(_test_pairs(experiment, task, settings))
-    source = source_of(_config(experiment, task, "DivRegNet", settings))
+    source = _tested(experiment, task, settings)
+    _, pair = next(source.held_out("test"))
     drawn = Figure(figsize=(1.9 * (len(methods) + 1), 4.8), layout="constrained")
     axes = drawn.subplots(2, len(methods) + 1)
     pictures.show(axes[0, 0], pair.fixed, "fixed", pair.fixed_labels)
@@ -167,10 +167,11 @@ def _config(experiment: Experiment, task: str, method: str, settings: argparse.N
     )
 
 
-def _test_pairs(experiment: Experiment, task: str, settings: argparse.Namespace) -> Iterator[tuple[str, Pair]]:
+def _tested(experiment: Experiment, task: str, settings: argparse.Namespace) -> Source:
+    """Where the test pairs come from, as many as were asked for."""
     config = _config(experiment, task, "DivRegNet", settings).as_dict()
     config["data"]["held_out"] = settings.pairs
-    return source_of(configs.build(config)).held_out("test")
+    return source_of(configs.build(config))
 
 
 def _kept(settings: argparse.Namespace, task: str, method: str) -> Path:
@@ -184,9 +185,9 @@ def _row(experiment: Experiment, task: str, method: str, settings: argparse.Name
         return json.loads(kept.read_text())
     fabric = Fabric(accelerator=settings.device, devices=1)
     register = _method(experiment, task, method, settings, fabric)
-    spacing = source_of(_config(experiment, task, "DivRegNet", settings)).cohort.spacing
+    source = _tested(experiment, task, settings)
     found, seconds = [], 0.0
-    for _, pair in _test_pairs(experiment, task, settings):
+    for _, pair in source.held_out("test"):
         fixed, moving = pair.fixed.to(fabric.device), pair.moving.to(fabric.device)
         started = time.perf_counter()
         with torch.set_grad_enabled(method == "FFD+SEMI"):
@@ -194,7 +195,7 @@ def _row(experiment: Experiment, task: str, method: str, settings: argparse.Name
         seconds += time.perf_counter() - started
         if not found:
             files.write_whole(kept.with_suffix(".npz"), lambda part, field=displacement: _save(part, field))
-        found.append(scores(pair, displacement, spacing))
+        found.append(scores(pair, displacement, source.cohort.spacing))
     row = {"task": task, "method": method} | {k: float(np.mean([s[k] for s in found])) for k in found[0]}
     row["seconds"] = seconds / len(found)
     paper = experiment.paper.get((method, task), (None,) * 3)

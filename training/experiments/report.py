@@ -6,14 +6,13 @@ import math
 import os
 import platform
 import shlex
-import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from DivRegNetLib import files
+from training.version import version
 
 REQUIRED = ("preset", "seeds", "device", "seconds")
 
@@ -59,20 +58,11 @@ def environment() -> dict:
     words = [f".../{Path(a).name}" if Path(a).is_absolute() or ".." in Path(a).parts else a for a in sys.argv]
     return {
         "command": shlex.join(["python", *words]),
-        "version": _version(),
+        "version": version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "machine": f"Python {platform.python_version()}, {platform.system()} {platform.machine()}, {os.cpu_count()} cores",
     }
-
-
-def _version() -> str:
-    """The commit (``-dirty`` where files differ from it), or else the installed package's version."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return next((d.version for d in metadata.distributions(name="divregnet")), "unknown")
 
 
 def _columns(rows: list[dict]) -> list[str]:

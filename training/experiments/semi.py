@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from DivRegNetLib import fields
-from DivRegNetLib.similarity import _window
+from DivRegNetLib.similarity import check_histogram, entropy, parzen_window
 from training.data.pairs import bspline_basis
 
 
@@ -64,10 +64,7 @@ def local_mi(fixed: Tensor, moving: Tensor, *, window: float, bins: int = 32) ->
     Raises:
         ValueError: fewer than 4 bins, or images of unlike shape.
     """
-    if bins < 4:
-        raise ValueError(f"Parzen windows need at least 4 bins, got {bins}")
-    if fixed.shape != moving.shape:
-        raise ValueError(f"fixed {tuple(fixed.shape)} and moving {tuple(moving.shape)} differ in shape")
+    check_histogram(fixed, moving, bins)
     shape = fixed.shape[2:]
     side = math.ceil(min(window / 4, max(shape)))
     blocks = tuple(math.ceil(n / side) for n in shape)
@@ -79,17 +76,12 @@ def local_mi(fixed: Tensor, moving: Tensor, *, window: float, bins: int = 32) ->
     below = m.detach().floor().clamp(max=bins - 3)
     first = (block * bins + f.round().long()) * bins + below.long() - 1
     cells = first.flatten()[:, None] + torch.arange(4, device=fixed.device)
-    weights = _window((m - below).flatten() + 1, 4) / m.numel()
+    weights = parzen_window((m - below).flatten() + 1, 4) / m.numel()
     joint = weights.new_zeros(math.prod(blocks) * bins * bins).scatter_add(0, cells.flatten(), weights.flatten())
 
     bases = (bspline_basis(n, window / side, fixed.device).to(joint) for n in blocks)
     p = torch.einsum("zyxfm,zi,yj,xk->ijkfm", joint.view(*blocks, bins, bins), *bases)
-    return _negentropy(p) - _negentropy(p.sum(-1)) - _negentropy(p.sum(-2)) + _negentropy(p.sum((-2, -1)))
-
-
-def _negentropy(p: Tensor) -> Tensor:
-    """Sum of p log p."""
-    return torch.special.xlogy(p, p.clamp_min(1e-30)).sum()
+    return -entropy(p) + entropy(p.sum(-1)) + entropy(p.sum(-2)) - entropy(p.sum((-2, -1)))
 
 
 def register(
