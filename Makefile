@@ -7,7 +7,12 @@ SAMPLE := Resources/SampleData
 # or PIP_INDEX_URL to an index that has one.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test lint clean
+# The oldest versions that pyproject.toml allows, but for PyTorch's, which has no small build for the CPU on every index.
+OLDEST := .venv-oldest
+OLDEST_PYTHON ?= $(shell command -v python3.11 || echo $(PYTHON))
+CORE := test_geometry test_fields test_physical test_models test_cli test_supply
+
+.PHONY: demo test test-oldest lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/divregnet register $(SAMPLE)/fixed_T1.nii.gz $(SAMPLE)/moving_T2.nii.gz --output build/demo --overwrite \
@@ -17,7 +22,10 @@ demo: $(VENV)/installed
 
 # Two files at a time, with a thread each.
 test: $(VENV)/installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 PYTHONUTF8=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-oldest: $(OLDEST)/installed
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -p no:cacheprovider $(CORE:%=Testing/%.py)
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
@@ -33,5 +41,12 @@ $(VENV)/installed-test: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet -e ".[test]"
 	touch $@
 
+$(OLDEST)/installed: pyproject.toml
+	$(OLDEST_PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet "$(TORCH)"
+	sed -n '/^dependencies/,/^]/s/^ *"\(.*\)>=\(.*\)",$$/\1==\2/p' pyproject.toml | grep -v ^torch > $(OLDEST)/versions
+	$(OLDEST)/bin/python -m pip install --quiet -r $(OLDEST)/versions "pytest>=8" "hypothesis>=6.100"
+	touch $@
+
 clean:
-	rm -rf $(VENV) build
+	rm -rf $(VENV) $(OLDEST) build

@@ -315,7 +315,9 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     def _describe(self) -> None:
         """The model's card, what does not fit it, and the memory."""
-        from DivRegNetModule import fit, inputs, memory
+        from DivRegNetModule import fit, inputs
+
+        from DivRegNetLib import memory
 
         p = self._parameterNode
         self.ui.cardLabel.text, self.ui.cardLabel.toolTip = inputs.card_lines(p.model)
@@ -323,10 +325,8 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         complaints, needed = [], _("Choose two volumes first.")
         if card and not inputs.why_not(p):
             complaints = fit.complaints(card, inputs.facts(p.fixedVolume), inputs.facts(p.movingVolume))
-            moving = p.movingVolume.GetImageData().GetDimensions()
-            estimate = memory.estimate(
-                card, inputs.grid(p.fixedVolume), moving, spacing=p.workingSpacing or None, refine=p.refineSteps
-            )
+            grids = (inputs.grid(volume) for volume in (p.fixedVolume, p.movingVolume))
+            estimate = memory.estimate(card, *grids, spacing=p.workingSpacing or None, refine=p.refineSteps)
             needed = _("about {device} on the device, {host} in main memory ({size} voxels)").format(
                 device=memory.text(estimate.device),
                 host=memory.text(estimate.host),
@@ -395,9 +395,10 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     def onRetryCoarser(self, checked: bool = False) -> None:
         from DivRegNetModule import inputs
 
-        card = inputs.card(self._parameterNode.model)
-        spacing = self._parameterNode.workingSpacing or (card.spacing_mm if card else 2.0)
-        self._parameterNode.workingSpacing = min(round(spacing * COARSER, 1), 20.0)
+        p = self._parameterNode
+        card, volumes = inputs.card(p.model), [inputs.facts(v) for v in (p.fixedVolume, p.movingVolume)]
+        spacing = p.workingSpacing or (card.working_spacing(*volumes) if card else 2.0)
+        p.workingSpacing = min(round(spacing * COARSER, 1), 20.0)
         self.onRegister()
 
     def onRetryCpu(self, checked: bool = False) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from DivRegNetLib import fields
 from DivRegNetLib.geometry import Grid, apply_matrix
+from DivRegNetLib.intensity import without_padding
 from DivRegNetLib.options import ALIGNMENTS
 from DivRegNetLib.similarity import parzen_mi
 
@@ -26,6 +27,7 @@ BINS = 32
 POINTS = 20000  # fixed voxels looked at, a fixed choice
 TURNS_DEGREES = (-25.0, 25.0)
 STARTS = 4
+THINNEST = 4  # voxels along each axis that a rotation takes to be known
 RADIUS_MM = 80.0  # where a rotation or a scale of 1/RADIUS_MM moves a point by 1 mm
 SCALE_PENALTY = 1.0  # NMI that a log-scale or shear of 1 costs, squared
 
@@ -46,7 +48,8 @@ def align(
 
     Args:
         fixed, moving: 3D scalar images of finite values.
-        mode: ``none`` (identity), ``centre`` (translation), ``rigid`` or ``affine``.
+        mode: ``none`` (identity), ``centre`` (translation), ``rigid`` or ``affine``. What has fewer than 4 voxels along
+            an axis cannot tell how it is turned and is only shifted.
         fixed_mask, moving_mask: where the images count, non-zero inside; on any grid.
         progress: called with a fraction from 0 to 1; may raise to cancel.
     Returns:
@@ -64,7 +67,7 @@ def align(
         for spacing, iterations in zip((mm, mm / 2), ITERATIONS, strict=True)
     )
     starts = coarse.centred_starts()
-    if mode == "centre":
+    if mode == "centre" or min(*fixed.GetSize(), *moving.GetSize()) < THINNEST:
         return max(starts, key=coarse.similarity)
     turned = [start @ turn for start in starts for turn in _turns(coarse.centre)]
     progress(0.05)
@@ -77,7 +80,7 @@ def align(
     if mode == "affine":
         found = fine.optimise(found, rigid=False)
     progress(1.0)
-    return found
+    return max((found, *starts), key=fine.similarity)
 
 
 class _Level:
@@ -198,7 +201,7 @@ def _shrink(image: sitk.Image, mask: sitk.Image | None, spacing: float) -> tuple
     factors = [
         min(max(int(spacing / s + 0.25), 1), n) for s, n in zip(image.GetSpacing(), image.GetSize(), strict=True)
     ]
-    coarse = sitk.BinShrink(sitk.Cast(image, sitk.sitkFloat32), factors)
+    coarse = sitk.BinShrink(sitk.Cast(without_padding(image), sitk.sitkFloat32), factors)
     array = sitk.GetArrayFromImage(coarse)
     inside = np.ones(array.shape, bool)
     if mask is not None:
@@ -207,7 +210,9 @@ def _shrink(image: sitk.Image, mask: sitk.Image | None, spacing: float) -> tuple
         inside = whole if whole.any() else inside  # a mask thinner than a block says nothing at this resolution
     low, high = np.percentile(array[inside], [0.5, 99.8])
     if high <= low:
-        low, high = float(array[inside].min()), float(array[inside].max()) + 1e-6
+        low, high = float(array[inside].min()), float(array[inside].max())
+    if high <= low:
+        high = low + 1.0
     return Grid.of(coarse).image(np.clip((array - low) / (high - low), 0, 1).astype(np.float32)), inside
 
 

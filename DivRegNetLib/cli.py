@@ -4,19 +4,20 @@ import argparse
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 from DivRegNetLib import __version__
-from DivRegNetLib.errors import DivRegNetError, InputError, ModelError
+from DivRegNetLib.errors import DivRegNetError, InputError, ModelError, missing_package
 from DivRegNetLib.options import ALIGNMENTS, INTERPOLATIONS, Options
 
 BAD_INPUT, UNEXPECTED, INTERRUPTED = 2, 1, 130
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; returns its exit code: 0, 2 for input that cannot be used, 1 for what should not happen."""
+    """Runs a command; returns its exit code: 0, 2 for what the user can put right, 1 for what should not happen."""
     args = _parser().parse_args(arguments)
     try:
         args.run(args)
@@ -25,9 +26,13 @@ def main(arguments: list[str] | None = None) -> int:
         return _complain(args, "interrupted", INTERRUPTED)
     except DivRegNetError as error:
         return _complain(args, str(error), BAD_INPUT)
+    except ImportError as error:
+        return _complain(args, missing_package(error), BAD_INPUT)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        return _complain(args, f"{error.filename}: {error.strerror or error}", BAD_INPUT)
     except Exception as error:
         return _complain(args, f"unexpected {type(error).__name__}: {error} (--debug shows where)", UNEXPECTED)
 
@@ -93,6 +98,7 @@ def _register_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--interpolation", choices=INTERPOLATIONS, default=default.interpolation)
     parser.add_argument("--default-value", type=float, help="outside the moving volume (default: 0; CT: -1024)")
     parser.add_argument("--spacing", metavar="MM", type=float, help="working resolution (default: the model's)")
+    parser.add_argument("--memory", metavar="GB", type=float, help="that may be taken (default: what the computer has)")
     parser.add_argument("--fixed-mask", metavar="FILE", type=Path)
     parser.add_argument("--moving-mask", metavar="FILE", type=Path)
     parser.add_argument("--overwrite", action="store_true", help="replace results that are there")
@@ -123,6 +129,7 @@ def _register(args: argparse.Namespace) -> None:
         interpolation=args.interpolation,
         default_value=args.default_value,
         spacing=args.spacing,
+        memory=args.memory,
     )
     from DivRegNetLib import cohort
 
@@ -175,11 +182,14 @@ def _summary(report: dict, output: Path) -> str:
 
 
 def _apply(args: argparse.Namespace) -> None:
-
     from DivRegNetLib import files, physical
+    from DivRegNetLib.check import check_default
 
     if args.output.exists() and not args.overwrite:
         raise InputError(f"{args.output}: is there already; choose another file, or --overwrite")
+    inputs = {os.path.realpath(p) for p in (args.transform, args.moving, args.reference) if p is not None}
+    if os.path.realpath(args.output) in inputs:
+        raise InputError(f"{args.output}: is an input of this command; choose another file")
     transform = files.read_transform(args.transform)
     if files.is_landmarks(args.moving):
         moving = files.read_landmarks(args.moving)
@@ -193,6 +203,7 @@ def _apply(args: argparse.Namespace) -> None:
         reference = files.read_image(args.reference)
         if moving.GetDimension() != 3 or reference.GetDimension() != 3:
             raise InputError(f"{args.moving} and {args.reference} must both be 3D volumes")
+        check_default(args.default_value, moving)
         files.write_image(physical.resample(moving, reference, transform, how, args.default_value), args.output)
     _show(args, {"output": str(args.output)}, str(args.output))
 
@@ -244,9 +255,12 @@ def _models(args: argparse.Namespace) -> None:
             continue
         found.append(asdict(card) | {"card": str(file)})
         modalities = ", ".join(map(str, card.modalities))
-        lines.append(
-            f"{name} {card.version}: {card.summary} ({card.anatomy}; {modalities}; {card.spacing_mm:g} mm)\n  {file}"
-        )
+        spacing = f"{card.spacing_mm:g} mm" if card.spacing_mm else "any resolution"
+        lines.append(f"{name} {card.version}: {card.summary} ({card.anatomy}; {modalities}; {spacing})\n  {file}")
+        said = {"good for": card.good_for, "limits": card.limits}
+        lines += [
+            textwrap.fill(f"{k}: {v}", 100, initial_indent="  ", subsequent_indent="    ") for k, v in said.items() if v
+        ]
     _show(args, found, "\n".join(lines) or "no models")
 
 

@@ -4,7 +4,6 @@ import contextlib
 import csv
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -13,17 +12,19 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from DivRegNetLib import files, metrics, models
+from DivRegNetLib import files, memory, metrics, models
 from DivRegNetLib.check import check_image
+from DivRegNetLib.claim import PART, claimed
+from DivRegNetLib.device import pick_device
 from DivRegNetLib.errors import Cancelled, DivRegNetError, InputError
 from DivRegNetLib.geometry import affine_transform
 from DivRegNetLib.options import Options, Progress
-from DivRegNetLib.pipeline import Result, pick_device, register
+from DivRegNetLib.pipeline import Result, register
 from DivRegNetLib.preview import write_preview
 
 QUALITY = "quality.json"
-STAGING = ".divregnet-"
 TABLE = "results.csv"
+LARGEST_TABLE_BYTES = 100_000_000  # of a table of pairs
 TABLE_COLUMNS = (
     "name", "status", "dice_before", "dice_after", "tre_mm_before", "tre_mm_after", "nmi_before", "nmi_after",
     "folded_percent", "seconds", "message",
@@ -65,13 +66,23 @@ def register_files(
     Returns:
         What ``quality.json`` holds.
     Raises:
-        InputError: a file cannot be used, or the folder holds results already and ``overwrite`` is False.
+        InputError: a file cannot be used, another process writes into the folder, or it holds results already and
+            ``overwrite`` is False.
     """
-    if (output / QUALITY).exists() and not overwrite:
-        raise InputError(f"{output}: holds the results of a registration; choose another folder, or --overwrite")
+    with claimed(output):
+        if (output / QUALITY).exists() and not overwrite:
+            raise InputError(f"{output}: holds the results of a registration; choose another folder, or --overwrite")
+        return _register_files(pair, output, options, model, progress)
+
+
+def _register_files(
+    pair: Pair, output: Path, options: Options, model: models.Model | None, progress: Progress | None
+) -> dict:
+    """:func:`register_files` in a folder that is this process's own and holds no results that count."""
     _both_or_none(pair.fixed_labels, pair.moving_labels, "labels")
     _both_or_none(pair.fixed_landmarks, pair.moving_landmarks, "landmarks")
     fixed, moving = (_read_checked(path) for path in (pair.fixed, pair.moving))
+    files.check_right_angles(fixed, str(pair.fixed))
     masks = [None if path is None else files.read_image(path) for path in (pair.fixed_mask, pair.moving_mask)]
     labels = [files.read_labels(p) for p in (pair.fixed_labels, pair.moving_labels) if p is not None]
     landmarks = [files.read_landmarks(p) for p in (pair.fixed_landmarks, pair.moving_landmarks) if p is not None]
@@ -96,9 +107,9 @@ def register_files(
     if landmarks:
         report["quality"]["landmarks_mm"], in_fixed = _compare_landmarks(*landmarks, result)
         written["warped_landmarks.mrk.json"] = lambda path: files.write_landmarks(in_fixed, path)
-    inputs = {path.resolve() for path in pair.paths()}
+    inputs = {os.path.realpath(path) for path in pair.paths()}
     for name in (*written, QUALITY):
-        if (output / name).resolve() in inputs:
+        if os.path.realpath(output / name) in inputs:
             raise InputError(f"{output / name}: is an input of this registration; choose another output folder")
     report |= {
         "files": sorted([*written, QUALITY]),
@@ -120,33 +131,16 @@ def register_files(
 
 @contextlib.contextmanager
 def _staging(output: Path) -> Iterator[Path]:
-    """A folder in the output folder where files wait until all are written; on failure nothing is left behind.
+    """A folder in the output folder where files wait until all are written.
 
     Raises:
         InputError: names the output folder and why it cannot be written.
     """
-    tidy(output)
-    new = not output.exists()
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=STAGING, dir=output, ignore_cleanup_errors=True) as folder:
+        with tempfile.TemporaryDirectory(prefix=PART, dir=output, ignore_cleanup_errors=True) as folder:
             yield Path(folder)
-    except BaseException as error:
-        if new:
-            with contextlib.suppress(OSError):
-                output.rmdir()
-        if isinstance(error, OSError):
-            raise InputError(f"{output}: cannot be written ({error.strerror or error})") from error
-        raise
-
-
-def tidy(output: Path) -> None:
-    """Removes what a killed registration left in its output folder, and the folder where it held nothing else."""
-    if left := list(output.glob(f"{STAGING}*")):
-        for folder in left:
-            shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            output.rmdir()
+    except OSError as error:
+        raise InputError(f"{output}: cannot be written ({error.strerror or error})") from error
 
 
 def _read_checked(path: Path) -> sitk.Image:
@@ -185,6 +179,7 @@ def read_pairs(table: Path) -> dict[str, Pair]:
         InputError: names the table, the line and what is wrong.
     """
     known = [f.name for f in fields(Pair)]
+    files.check_file(table, LARGEST_TABLE_BYTES)
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, skipinitialspace=True)
@@ -230,23 +225,25 @@ def register_pairs(
     Returns:
         The rows of the table, in the order of ``pairs``.
     Raises:
-        DivRegNetError: the model, or with ``dask`` the scheduler or its workers, cannot be used.
+        DivRegNetError: the model, or with ``dask`` the scheduler or its workers, cannot be used; or another process
+            registers a cohort into this folder.
     """
-    if dask is None:
-        source = _one_after_another(pairs, output, options, overwrite)
-    else:
-        from DivRegNetLib import cohort_dask
+    with claimed(output):
+        if dask is None:
+            source = _one_after_another(pairs, output, options, overwrite)
+        else:
+            from DivRegNetLib import cohort_dask
 
-        source = cohort_dask.register_pairs(pairs, output, options, dask, overwrite=overwrite)
-    found: dict[str, dict] = {}
-    with contextlib.closing(source):  # an interruption here must end what the workers do
-        for row in source:
-            found[row["name"]] = row
-            rows = [found[name] for name in pairs if name in found]
-            files.write_text(csv_text(rows), output / TABLE)
-            if finished is not None:
-                finished()
-    return rows
+            source = cohort_dask.register_pairs(pairs, output, options, dask, overwrite=overwrite)
+        found: dict[str, dict] = {}
+        with contextlib.closing(source):  # an interruption here must end what the workers do
+            for row in source:
+                found[row["name"]] = row
+                rows = [found[name] for name in pairs if name in found]
+                files.write_text(csv_text(rows), output / TABLE)
+                if finished is not None:
+                    finished()
+        return rows
 
 
 def _one_after_another(pairs: dict[str, Pair], output: Path, options: Options, overwrite: bool) -> Iterator[dict]:
@@ -281,6 +278,10 @@ def register_row(
         raise
     except (DivRegNetError, OSError, ValueError) as error:
         return failed_row(name, str(error))
+    except Exception as error:  # whatever it is, the other pairs are not to blame
+        return failed_row(name, f"unexpected {type(error).__name__}: {error}")
+    finally:
+        memory.give_back()
 
 
 def failed_row(name: str, message: str) -> dict:

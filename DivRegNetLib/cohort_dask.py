@@ -22,7 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from DivRegNetLib import files, models
+from DivRegNetLib import claim, files, models
 from DivRegNetLib.errors import DivRegNetError, InputError, ModelError
 from DivRegNetLib.options import Options
 
@@ -95,7 +95,7 @@ def register_pairs(
     finally:
         if address.startswith(LOCAL):
             for name in running.values():
-                cohort.tidy(output / name)
+                claim.tidy(output / name)
 
 
 @contextlib.contextmanager
@@ -182,7 +182,7 @@ def _row(future: "distributed.Future", name: str, output: Path, address: str) ->
     error = future.exception()
     if not isinstance(error, KilledWorker):
         return cohort.failed_row(name, f"unexpected {type(error).__name__}: {error}")
-    cohort.tidy(output / name)
+    claim.tidy(output / name)
     return cohort.failed_row(
         name,
         f"KilledWorker: {error.allowed_failures + 1} worker processes died while they registered this pair, the last at "
@@ -231,7 +231,7 @@ def _load(model: str, device: str, sha256: str) -> models.Model:
     Raises:
         ModelError: there is no such model here, or its weights are not the client's.
     """
-    from DivRegNetLib.pipeline import pick_device
+    from DivRegNetLib.device import pick_device
 
     loaded = models.load(model, pick_device(device))
     if loaded.card.sha256 != sha256:

@@ -23,7 +23,13 @@ class Cancelled(DivRegNetError):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Python's own, torch's of either device, and ITK's."""
-    phrases = ("allocate memory", "not enough memory", "out of memory", "bad allocation", "bad_alloc")
+    phrases = ("allocate memory", "not enough memory", "out of memory", "bad allocation", "bad_alloc", "alloc_failed")
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(phrase in str(error).lower() for phrase in phrases)
     )
+
+
+def missing_package(error: ImportError) -> str:
+    """A sentence on a package that is not there or cannot be loaded."""
+    name = (error.name or "it").split(".")[0]
+    return f"a Python package is missing or damaged: {error}; install {name}, for instance with: pip install {name}"

@@ -9,9 +9,13 @@ Conventions, everywhere in this file:
   (``align_corners=False``), so halving the resolution doubles the spacing exactly and keeps the extent.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+COARSEST = 16  # voxels of the shortest side, from which on an inversion starts at half the resolution
 
 
 def identity(shape: tuple[int, int, int], *, like: Tensor) -> Tensor:
@@ -30,8 +34,18 @@ def sample(image: Tensor, points: Tensor, *, mode: str = "bilinear", padding: st
         (N, C, d, h, w).
     """
     size = points.new_tensor(image.shape[:1:-1]).view(1, 3, 1, 1, 1)
-    grid = (points * 2 + 1) / size - 1
+    grid = (points * 2 + 1) / size - 1  # in this order the border of the grid, and with it 0 beyond, is met exactly
     return F.grid_sample(image, grid.permute(0, 2, 3, 4, 1), mode=mode, padding_mode=padding, align_corners=False)
+
+
+def sample_along(image: Tensor, dim: int, at: Tensor) -> Tensor:
+    """Values of an image (N, C, D, H, W) at positions (n,), in voxels, along one dimension; beyond, the border's."""
+    last = image.shape[dim] - 1
+    at = at.clamp(0, last)
+    low = at.floor().long()
+    shape = [-1 if d == dim else 1 for d in range(image.dim())]
+    near, far = (image.index_select(dim, index) for index in (low, (low + 1).clamp_max(last)))
+    return near.lerp_(far, (at - low).view(shape).to(image.dtype))
 
 
 def warp(image: Tensor, displacement: Tensor, *, mode: str = "bilinear", padding: str = "border") -> Tensor:
@@ -56,14 +70,18 @@ def integrate(velocity: Tensor, steps: int = 6) -> Tensor:
     return displacement
 
 
-def invert(displacement: Tensor, *, iterations: int = 30, tolerance: float = 1e-3) -> Tensor:
+def invert(displacement: Tensor, *, iterations: int = 30, tolerance: float = 1e-2) -> Tensor:
     """Displacement v with ``(x + v) + u(x + v) = x``, by fixed-point iteration ``v <- -u(x + v)``.
 
     Converges where u is a contraction, that is where the map is well invertible; elsewhere the result is an iterate.
-    Ends when no voxel moves by more than ``tolerance`` voxels any more. Source: Chen et al., "A simple fixed-point
-    approach to invert a deformation field", Med. Phys. 2008.
+    Starts from the inverse at half the resolution, and ends when no voxel moves by more than ``tolerance`` voxels any
+    more. Source: Chen et al., "A simple fixed-point approach to invert a deformation field", Med. Phys. 2008.
     """
+    shape = displacement.shape[2:]
     inverse = -displacement
+    if min(shape) >= COARSEST:
+        half = resize(displacement, tuple((n + 1) // 2 for n in shape))
+        inverse = resize(invert(half, iterations=iterations, tolerance=tolerance), shape)
     for _ in range(iterations):
         residual = inverse + warp(displacement, inverse)
         inverse = inverse - 0.75 * residual  # damped: stable where the gradient of u is strong
@@ -79,6 +97,39 @@ def resize(displacement: Tensor, shape: tuple[int, int, int]) -> Tensor:
     ratio = displacement.new_tensor([n / o for n, o in zip(shape, displacement.shape[2:], strict=True)][::-1])
     resized = F.interpolate(displacement, size=tuple(shape), mode="trilinear", align_corners=False)
     return resized * ratio.view(1, 3, 1, 1, 1)
+
+
+def length(field: Tensor) -> Tensor:
+    """Length of the vectors of a field (N, 3, D, H, W), in its unit: (N, 1, D, H, W)."""
+    return field.square().sum(1, keepdim=True).sqrt()
+
+
+def smooth(field: Tensor, *sigma: float) -> Tensor:
+    """Gaussian smoothing of (N, C, D, H, W), the border repeated.
+
+    Args:
+        sigma: standard deviation in voxels; one, or one each along x, y, z. 0 leaves an axis as it is.
+    """
+    x, y, z = sigma * (3 // len(sigma))
+    # A banded matrix along each axis: many channels at once, the same sum on every run.
+    if x:
+        field = field @ gaussian(field.shape[4], x, like=field).T
+    if y:
+        field = gaussian(field.shape[3], y, like=field) @ field
+    if z:
+        field = (gaussian(field.shape[2], z, like=field) @ field.flatten(3)).view(field.shape)
+    return field
+
+
+def gaussian(n: int, sigma: float, *, like: Tensor) -> Tensor:
+    """(n, n): each row a Gaussian about its own place, what would fall over the border added to it."""
+    reach = max(round(2.5 * sigma), 1)
+    at, offsets = torch.arange(n, device=like.device), range(-reach, reach + 1)
+    kernel = torch.tensor([math.exp(-0.5 * (o / sigma) ** 2) for o in offsets], dtype=like.dtype, device=like.device)
+    matrix = like.new_zeros(n, n)
+    for offset, weight in zip(offsets, kernel / kernel.sum(), strict=True):
+        matrix[at, (at + offset).clamp(0, n - 1)] += weight
+    return matrix
 
 
 def gradients(field: Tensor) -> list[Tensor]:

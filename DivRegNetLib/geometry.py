@@ -4,6 +4,7 @@ Conventions: points and sizes are in x, y, z (i, j, k) order; arrays are indexed
 space is LPS in millimetres, as in SimpleITK and ITK files; MRML and 3D Slicer use RAS.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -58,6 +59,11 @@ class Grid:
         return cls(tuple(size), matrix)
 
     @property
+    def voxels(self) -> int:
+        """How many there are."""
+        return math.prod(self.size)
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """Array shape (D, H, W)."""
         return self.size[::-1]
@@ -110,8 +116,24 @@ class Grid:
         unit = np.stack(np.meshgrid([0, 1], [0, 1], [0, 1], indexing="ij"), -1).reshape(8, 3)
         return self.to_physical(unit * np.array(self.size) - 0.5)
 
+    def overlaps(self, other: "Grid") -> bool:
+        """Whether two grids, each with the half voxel around its outermost centres, share any point.
+
+        Two boxes with flat sides are apart if, and only if, they are so along the normal of a side of one of them or
+        along a direction perpendicular to an edge of each (separating axes).
+        """
+        edges = [(grid.matrix[:3, :3] / grid.spacing).T for grid in (self, other)]
+        pairs = [(a, b) for own in edges for a, b in zip(own, np.roll(own, 1, 0), strict=True)]
+        pairs += [(a, b) for a in edges[0] for b in edges[1]]
+        axes = np.cross(*np.swapaxes(pairs, 0, 1))
+        axes = axes[np.linalg.norm(axes, axis=1) > 1e-6]  # parallel edges have no perpendicular of their own
+        here, there = ((grid.corners() - self.centre) @ axes.T for grid in (self, other))
+        return bool(((here.max(0) >= there.min(0)) & (there.max(0) >= here.min(0))).all())
+
     def axis_aligned(self, spacing: float, *, multiple: int = 1) -> "Grid":
         """The isotropic grid along the LPS axes that covers this one, centred on it; sides are multiples of ``multiple``.
+
+        Where this one is no thicker than a voxel, it is centred on a voxel, so as not to fall between two.
 
         Args:
             spacing: mm.
@@ -119,16 +141,22 @@ class Grid:
         corners = self.corners()
         extent = corners.max(0) - corners.min(0)
         size = np.maximum(np.ceil(extent / (spacing * multiple) - 1e-6), 1).astype(int) * multiple
-        return Grid.build(size, [spacing] * 3, self.centre - (size - 1) / 2 * spacing)
+        middle = np.where(extent <= spacing, size // 2, (size - 1) / 2)
+        return Grid.build(size, [spacing] * 3, self.centre - middle * spacing)
 
     def working_grid(self, spacing: float, *, multiple: int = 1) -> "Grid":
         """The :meth:`axis_aligned` grid a network works on; coarser than asked only where that has too many voxels."""
         while True:
             grid = self.axis_aligned(spacing, multiple=multiple)
-            voxels = int(np.prod(grid.size, dtype=np.int64))
-            if voxels <= LARGEST_WORKING_VOXELS:
+            if grid.voxels <= LARGEST_WORKING_VOXELS:
                 return grid
-            spacing *= max((voxels / LARGEST_WORKING_VOXELS) ** (1 / 3), 1.02)
+            spacing *= max((grid.voxels / LARGEST_WORKING_VOXELS) ** (1 / 3), 1.02)
+
+    def thinned(self, spacing: float) -> "Grid":
+        """Every n-th voxel along each axis, as far apart as ``spacing`` (mm) allows; covers this grid's voxel centres."""
+        every = np.maximum(np.floor(spacing / np.array(self.spacing) + 1e-6), 1).astype(int)
+        size = np.ceil((np.array(self.size) - 1) / every).astype(int) + 1
+        return Grid(tuple(size), self.matrix @ np.diag([*every, 1]))
 
     def empty_image(self, pixel: int = sitk.sitkFloat32) -> sitk.Image:
         """A SimpleITK image of zeros on this grid (sheared axes are kept where SimpleITK can hold them)."""

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,14 +18,17 @@ from DivRegNetLib.errors import ModelError
 if TYPE_CHECKING:
     import torch
 
+    from DivRegNetLib.geometry import Grid
     from DivRegNetLib.regnet import RegNet
     from DivRegNetLib.similarity import KLDivNet
 
 FORMAT = 1
-DEFAULT = "head-mr"
+DEFAULT = "general"
 ENVIRONMENT = "DIVREGNET_MODELS"
 LARGEST_CARD_BYTES = 1_000_000
 LARGEST_WEIGHTS_BYTES = 500_000_000
+WORKING_VOXELS = 900_000  # of a grid that follows the field of view: 2 mm for a head
+FINEST_MM = 0.1
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Card:
     modalities: of the images it was trained on.
     anatomy: what the images show.
     skull: ``whole``, ``stripped``, ``either`` or ``not applicable``.
-    spacing_mm: of the isotropic grid it works on, along the LPS axes.
+    spacing_mm: of the isotropic grid it works on, along the LPS axes; 0: see :meth:`working_spacing`.
     normalisation: a key of :data:`DivRegNetLib.intensity.SCHEMES`.
     regnet: fields of :class:`DivRegNetLib.regnet.RegNetConfig`.
     kldivnet: fields of :class:`DivRegNetLib.similarity.KLDivNetConfig`; None if the file has no similarity network.
@@ -46,6 +49,7 @@ class Card:
     scores: what it reached, by task.
     licence: of the weights.
     sha256: of the weight file.
+    good_for, limits: sentences for the user: what it registers well, and what it does not.
     format: version of this card format.
     """
 
@@ -63,7 +67,23 @@ class Card:
     scores: dict
     licence: str
     sha256: str
+    good_for: str = ""
+    limits: str = ""
     format: int = FORMAT
+
+    def working_spacing(self, fixed: "Grid", moving: "Grid") -> float:
+        """Spacing in mm of the grid on which a pair is registered.
+
+        Where ``spacing_mm`` is 0 it follows the field of view: about WORKING_VOXELS voxels cover the fixed image, but they
+        are no smaller than the shortest side of a voxel of either image.
+
+        Args:
+            fixed, moving: of the images; only their ``size`` and ``spacing`` are looked at.
+        """
+        if self.spacing_mm:
+            return self.spacing_mm
+        volume = math.prod(n * mm for n, mm in zip(fixed.size, fixed.spacing, strict=True))
+        return round(max((volume / WORKING_VOXELS) ** (1 / 3), min(*fixed.spacing, *moving.spacing), FINEST_MM), 2)
 
 
 @dataclass(frozen=True)
@@ -125,6 +145,8 @@ def read_card(file: Path) -> Card:
             range, another format version.
     """
     try:
+        if file.exists() and not file.is_file():  # a pipe would be waited on
+            raise ModelError(f"{file}: the model card is not a regular file")
         if file.stat().st_size > LARGEST_CARD_BYTES:
             raise ModelError(f"{file}: a model card of more than {LARGEST_CARD_BYTES} bytes is refused")
         values = json.loads(file.read_text(encoding="utf-8"))
@@ -140,21 +162,21 @@ def read_card(file: Path) -> Card:
             "update DivRegNet or export the model again"
         )
     known = {f.name: f.type for f in fields(Card)}
-    for key in known:
-        if key not in values:
-            raise ModelError(f"{file}: the model card has no {key!r}")
+    for key in fields(Card):
+        if key.default is MISSING and key.name not in values:
+            raise ModelError(f"{file}: the model card has no {key.name!r}")
     if unknown := sorted(set(values) - set(known)):
         raise ModelError(f"{file}: the model card has an unknown key {unknown[0]!r}")
     values["spacing_mm"] = (
         float(values["spacing_mm"]) if type(values["spacing_mm"]) in (int, float) else values["spacing_mm"]
     )
-    for key, kind in known.items():
-        if not isinstance(values[key], kind):
-            raise ModelError(f"{file}: {key!r} in the model card must be {kind}, got {values[key]!r:.80}")
+    for key, value in values.items():
+        if not isinstance(value, known[key]):
+            raise ModelError(f"{file}: {key!r} in the model card must be {known[key]}, got {value!r:.80}")
     if values["name"] != file.stem:
         raise ModelError(f"{file}: the card is of model {values['name']!r:.80}, its file must have that name")
-    if not math.isfinite(values["spacing_mm"]) or not 0.05 <= values["spacing_mm"] <= 50:
-        raise ModelError(f"{file}: spacing_mm must be between 0.05 and 50, got {values['spacing_mm']}")
+    if values["spacing_mm"] != 0 and not 0.05 <= values["spacing_mm"] <= 50:
+        raise ModelError(f"{file}: spacing_mm must be between 0.05 and 50, or 0, got {values['spacing_mm']}")
     return Card(**values)
 
 

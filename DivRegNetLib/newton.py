@@ -13,6 +13,7 @@ two intensities have to do with each other differs from place to place, with the
 Axis order and units as in :mod:`DivRegNetLib.fields`. Nothing here is learnt, and nothing is differentiated.
 """
 
+import itertools
 import math
 
 import torch
@@ -21,82 +22,188 @@ from torch.nn import functional as F
 
 from DivRegNetLib import fields
 
-BINS = 32
-PARZEN = 1.5  # standard deviation of the histogram's window, in bins
-BLOCK = 8  # side in voxels of the images, of the blocks that histograms are counted in
-REACH = 1.0  # standard deviation of the window over blocks
+BINS = 48
+PARZEN = 2.0  # standard deviation of the histogram's window, in bins
+BLOCK = 12  # side in voxels of the whole image, of the blocks that histograms are counted in
+REACH = 0.6  # standard deviation of the window over blocks
 EVERYWHERE = 0.05  # weight of the histogram of the whole images in that of a window
+DOUBT = 2e-3  # how far a histogram is moved towards independence, so that what was hardly seen says nothing
+LEAST = 1e-9  # a share of voxels that is next to none
+SEEN = 0.99  # share of a voxel that has been measured
+LITTLE = 0.05  # information, per voxel squared, that rounding alone may feign
 PRIOR = 0.2  # added to the information, as a share of its mean: how much a place must know to move on its own
 LONGEST = 1.0  # of a step before it is scaled, in voxels of the output grid
-# At the first and the last step: the window's standard deviation in voxels of the output grid, and what a step is
-# multiplied by, as smoothing takes most of a long-range one away.
-WINDOWS, SCALES = (5.0, 1.0), (4.0, 1.0)
-FLUID, ELASTIC = 1.0, 0.5  # smoothing of each step and of the sum of all, standard deviations in the same voxels
-SQUARINGS = 3  # a step is integrated as a velocity, so that none of them folds
+# Of the steps on images at half resolution, which come first, and of those on whole images: at the first and the last, the
+# window's standard deviation in voxels of the images, and what a step is multiplied by, as smoothing takes most of a
+# long-range one away.
+HALF_WINDOWS, HALF_SCALES = (10.0, 4.0), (4.0, 2.0)
+WINDOWS, SCALES = (4.0, 2.0), (2.0, 1.0)
+TOLD = (10.0, 2.0)  # the windows that a network is told of
+FLUID, ELASTIC = 2.0, 1.0  # smoothing of each step and of the sum of all, standard deviations in voxels of the images
+SQUARINGS = 2  # a step is integrated as a velocity, so that none of them folds
+
+Valid = tuple[Tensor, Tensor]
+"""Where a fixed and a moving image have been measured, each (N, 1, D, H, W), bool or the share of a voxel."""
 
 
 @torch.no_grad()
-def approach(fixed: Tensor, moving: Tensor, steps: int, stride: int) -> Tensor:
+def approach(fixed: Tensor, moving: Tensor, steps: int, stride: int, valid: Valid | None = None) -> Tensor:
     """Displacement after some steps from the identity, the window narrowing from the first to the last.
 
+    The first half of the steps, if they are two or more and the images as long, is made on images of half the resolution.
     The constants of this file were chosen on BrainWeb phantoms and on MS07 against BrainWeb (training/README.md).
 
     Args:
         fixed, moving: (N, 1, D, H, W) in [0, 1], sides multiples of ``stride``.
         steps: at least 1.
         stride: voxels of the images per voxel of the output grid.
+        valid: where the images count; None: everywhere.
     Returns:
         (N, 3, D/stride, H/stride, W/stride), in voxels of the output grid.
     """
-    displacement, slope = None, gradient(fixed)
+    images, displacement = {}, None
     with torch.autocast(fixed.device.type, enabled=False):  # counting voxels needs more than 16 bits
-        for i in range(steps):
-            warped = (
-                moving if displacement is None else fields.warp(moving, fields.resize(displacement, moving.shape[2:]))
-            )
-            window, scale = (a + (b - a) * i / max(steps - 1, 1) for a, b in (WINDOWS, SCALES))
-            step, _ = solve(equations(fixed, warped, stride, slope), window)
-            step = fields.integrate(smooth(step, FLUID) * scale, SQUARINGS)
-            displacement = smooth(step if displacement is None else fields.compose(displacement, step), ELASTIC)
+        for pool, window, scale in _schedule(steps, stride):
+            if pool not in images:
+                images[pool] = Images(fixed, moving, stride, valid, pool=pool)
+            displacement, _ = images[pool].step(displacement, window, scale)
     return displacement
 
 
+def _schedule(steps: int, stride: int) -> list[tuple[int, float, float]]:
+    """Pooling, window and scale of every step."""
+    halves = steps // 2 if stride == 2 else 0
+    parts = [(2, halves, HALF_WINDOWS, HALF_SCALES)] if halves else []
+    first = (WINDOWS[0], SCALES[0]) if halves else (HALF_WINDOWS[0], HALF_SCALES[0])
+    parts.append((1, steps - halves, (first[0], WINDOWS[1]), (first[1], SCALES[1])))
+    found = []
+    for pool, count, windows, scales in parts:
+        for i in range(count):
+            along = i / (count - 1) if count > 1 else 1.0
+            found.append((pool, *(a + (b - a) * along for a, b in (windows, scales))))
+    return found
+
+
+class Images:
+    """A pair at one resolution, and steps that bring it closer."""
+
+    def __init__(
+        self, fixed: Tensor, moving: Tensor, stride: int, valid: Valid | None = None, *, pool: int = 1
+    ) -> None:
+        """
+        Args:
+            fixed, moving, stride, valid: as in :func:`approach`.
+            pool: voxels that are averaged along each axis first; divides ``stride``.
+        """
+        self.fixed, self.moving = (F.avg_pool3d(x, pool) if pool > 1 else x for x in (fixed, moving))
+        self.gradient, self.stride, self.pool = gradient(self.fixed), stride, pool
+        self.valid = None
+        if valid is not None:
+            self.valid = tuple(F.avg_pool3d(_without_edge(x).to(fixed.dtype), pool) for x in valid)
+
+    def step(self, displacement: Tensor | None, window: float, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        """One step further.
+
+        Args:
+            displacement: (N, 3, d, h, w) on the output grid, in its voxels; None: the identity.
+            window: standard deviation of the Gaussian neighbourhood, in voxels of the images (those before pooling).
+            scale: what the step is multiplied by.
+        Returns:
+            The displacement after the step; and the mean pointwise mutual information before it, (N,) in nats.
+        """
+        moving, counts = warped(self.moving, displacement, self.valid)
+        normal, information = equations(
+            self.fixed, moving, self.stride // self.pool, counts, BLOCK // self.pool, self.gradient
+        )
+        step, _ = solve(normal, window / self.stride)
+        step = fields.integrate(fields.smooth(step, FLUID / self.stride) * scale, SQUARINGS)
+        whole = step if displacement is None else fields.compose(displacement, step)
+        return fields.smooth(whole, ELASTIC / self.stride), information
+
+
+def warped(moving: Tensor, displacement: Tensor | None, valid: Valid | None) -> tuple[Tensor, Tensor | None]:
+    """The moving image after a displacement, and which voxels have then been measured in both images.
+
+    Args:
+        moving: (N, 1, D, H, W).
+        displacement: (N, 3, d, h, w) on the output grid, in its voxels; None: the identity.
+        valid: where the images have been measured; None: everywhere.
+    Returns:
+        (N, 1, D, H, W); and (N, 1, D, H, W) bool, or None.
+    """
+    both = moving if valid is None else torch.cat((moving, valid[1].to(moving.dtype)), 1)
+    if displacement is not None:
+        both = fields.warp(both, fields.resize(displacement, moving.shape[2:]))
+    return both[:, :1], None if valid is None else (valid[0] > SEEN) & (both[:, 1:] > SEEN)
+
+
+def _without_edge(valid: Tensor) -> Tensor:
+    """(N, 1, D, H, W) bool, one voxel less, as differences would reach over the edge; all where nothing else would be left."""
+    inner = valid.clone()
+    for dim in (2, 3, 4):
+        before = inner.clone()
+        inner.narrow(dim, 0, valid.shape[dim] - 1).logical_and_(before.narrow(dim, 1, valid.shape[dim] - 1))
+        inner.narrow(dim, 1, valid.shape[dim] - 1).logical_and_(before.narrow(dim, 0, valid.shape[dim] - 1))
+    return inner if inner.any() else valid
+
+
 @torch.no_grad()
-def guess(fixed: Tensor, moving: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor]:
+def guess(fixed: Tensor, moving: Tensor, stride: int, counts: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The next step, and what a network is told of it.
 
     Args:
-        fixed, moving: (N, 1, D, H, W) in [0, 1], sides multiples of ``stride``.
+        fixed, moving, stride, counts: as in :func:`equations`.
     Returns:
-        (N, 3, d, h, w) step in voxels of the output grid; (N, 4 * len(WINDOWS), d, h, w) steps and how much is known, for
-        each window; and the same of (moving, fixed).
+        (N, 3, d, h, w) step in voxels of the output grid; (N, 4 * len(TOLD), d, h, w) steps and how much is known, for
+        each window of TOLD; and the same of (moving, fixed).
     """
     with torch.autocast(fixed.device.type, enabled=False):
-        normal = equations(fixed, moving, stride)
-        found = [solve(normal, window) for window in WINDOWS]
-        step = smooth(found[-1][0], FLUID)
+        normal, _ = equations(fixed, moving, stride, counts)
+        found = [solve(normal, window / stride) for window in TOLD]
+        step = fields.smooth(found[-1][0], FLUID / stride)
     forward, backward = (torch.cat([x for step, known in found for x in (sign * step, known)], 1) for sign in (1, -1))
     return step, forward, backward
 
 
 @torch.no_grad()
-def equations(fixed: Tensor, moving: Tensor, stride: int, fixed_gradient: list[Tensor] | None = None) -> Tensor:
+def equations(
+    fixed: Tensor,
+    moving: Tensor,
+    stride: int,
+    counts: Tensor | None = None,
+    block: int = BLOCK,
+    fixed_gradient: list[Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
     """What each voxel of the output grid contributes: information and force.
 
     Args:
         fixed, moving: (N, 1, D, H, W) in [0, 1], moving already warped, sides multiples of ``stride``.
+        stride: voxels of the images per voxel of the output grid.
+        counts: (N, 1, D, H, W) bool, which voxels count; None: all.
+        block: voxels per side of a histogram's block.
         fixed_gradient: what :func:`gradient` gives for ``fixed``, where it is at hand.
     Returns:
         (N, 9, D/stride, H/stride, W/stride): the information's xx, xy, xz, yy, yz, zz and the force's x, y, z, in voxels
-        of the output grid. For (moving, fixed) the information is the same and the force the opposite.
+        of the output grid; for (moving, fixed) the information is the same and the force the opposite. And (N,) the mean
+        pointwise mutual information of the voxels that count, in nats.
     """
-    read = [table[cell] for table, cell in (_tables(f[0], m[0]) for f, m in zip(fixed, moving, strict=True))]
-    along_m, along_f, info_m, info_f = torch.stack(read)[:, None].unbind(-1)
     in_m, in_f = gradient(moving), fixed_gradient or gradient(fixed)
-    info_m, info_f, along_m, along_f = info_m * stride**2, info_f * stride**2, along_m * stride, along_f * stride
-    parts = [in_m[a] * in_m[b] * info_m + in_f[a] * in_f[b] * info_f for a in range(3) for b in range(a, 3)]
-    parts += [m * along_m - f * along_f for m, f in zip(in_m, in_f, strict=True)]
-    return torch.cat([F.avg_pool3d(part, stride) for part in parts], 1)
+    found, known = [], []
+    for i in range(len(fixed)):
+        of_pair = None if counts is None else counts[i, 0]
+        table, cell = _tables(fixed[i, 0], moving[i, 0], block, of_pair)
+        along_m, along_f, info_m, info_f, pointwise = table.index_select(1, cell.flatten()).view(-1, *cell.shape)
+        m, f = ([g[i, 0] for g in gradients] for gradients in (in_m, in_f))
+        by_m, by_f = ([g * info for g in gradients] for gradients, info in ((m, info_m), (f, info_f)))
+        parts = cell.new_empty((9, *cell.shape), dtype=moving.dtype)
+        for n, (a, b) in enumerate(itertools.combinations_with_replacement(range(3), 2)):
+            torch.mul(m[a], by_m[b], out=parts[n]).addcmul_(f[a], by_f[b])
+        for a in range(3):
+            torch.mul(m[a], along_m, out=parts[6 + a]).addcmul_(f[a], along_f, value=-1)
+        found.append(F.avg_pool3d(parts, stride))
+        known.append(pointwise.sum() / (cell.numel() if counts is None else of_pair.sum().clamp_min(1)))
+    units = found[0].new_tensor([stride**2] * 6 + [stride] * 3).view(-1, 1, 1, 1)
+    return torch.stack(found) * units, torch.stack(known)
 
 
 def solve(normal: Tensor, window: float) -> tuple[Tensor, Tensor]:
@@ -109,9 +216,9 @@ def solve(normal: Tensor, window: float) -> tuple[Tensor, Tensor]:
         (N, 3, D, H, W) step in voxels of this grid, no longer than LONGEST; and (N, 1, D, H, W) how much is known, from
         0 over 0.5 where it is the image's mean to 1.
     """
-    xx, xy, xz, yy, yz, zz, x, y, z = smooth(normal, window).split(1, 1)
+    xx, xy, xz, yy, yz, zz, x, y, z = fields.smooth(normal, window).split(1, 1)
     known = (xx + yy + zz) / 3
-    usual = known.mean((2, 3, 4), keepdim=True) + 1e-6
+    usual = known.mean((2, 3, 4), keepdim=True) + LITTLE
     prior = PRIOR * usual
     xx, yy, zz = xx + prior, yy + prior, zz + prior
     # Inverse of the symmetric 3x3 matrix by cofactors.
@@ -119,7 +226,7 @@ def solve(normal: Tensor, window: float) -> tuple[Tensor, Tensor]:
     d, e, f = xx * zz - xz * xz, xy * xz - xx * yz, xx * yy - xy * xy
     step = torch.cat((a * x + b * y + c * z, b * x + d * y + e * z, c * x + e * y + f * z), 1)
     step = step / (xx * a + xy * b + xz * c)
-    step = step / (step.norm(dim=1, keepdim=True) / LONGEST).clamp_min(1)
+    step = step / (fields.length(step) / LONGEST).clamp_min(1)
     return step, known / (known + usual)
 
 
@@ -127,57 +234,48 @@ def gradient(image: Tensor) -> list[Tensor]:
     """Central differences along x, y, z, each (N, 1, D, H, W); 0 at the border."""
     found = []
     for dim in (4, 3, 2):
-        inner = (image.narrow(dim, 2, image.shape[dim] - 2) - image.narrow(dim, 0, image.shape[dim] - 2)) / 2
-        found.append(F.pad(inner, [int(i // 2 == 4 - dim) for i in range(6)]))
+        inner = image.shape[dim] - 2
+        found.append(torch.zeros_like(image))
+        torch.sub(image.narrow(dim, 2, inner), image.narrow(dim, 0, inner), out=found[-1].narrow(dim, 1, inner)).div_(2)
     return found
 
 
-def smooth(field: Tensor, sigma: float) -> Tensor:
-    """Gaussian smoothing of (N, C, D, H, W) by ``sigma`` voxels, the border repeated."""
-    for dim in (2, 3, 4):  # a banded matrix along each axis: many channels at once, the same sum on every run
-        matrix = _banded(field.shape[dim], sigma, field)
-        field = torch.tensordot(field, matrix, ([dim], [1])).movedim(-1, dim)
-    return field.contiguous()
-
-
-def _tables(fixed: Tensor, moving: Tensor) -> tuple[Tensor, Tensor]:
+def _tables(fixed: Tensor, moving: Tensor, block: int, counts: Tensor | None) -> tuple[Tensor, Tensor]:
     """What a pair of intensities says, block by block.
 
     Args:
         fixed, moving: (D, H, W) in [0, 1].
+        block: voxels per side.
+        counts: (D, H, W) bool, which voxels are counted; None: all.
     Returns:
-        (cells, 4) dL/dm, dL/df, E[(dL/dm)^2 | f], E[(dL/df)^2 | m] of every block and pair of bins; and (D, H, W) whole
-        numbers: the cell that a voxel is in.
+        (5, cells) dL/dm, dL/df, E[(dL/dm)^2 | f], E[(dL/df)^2 | m] and L of every block and pair of bins, and of one cell
+        more, where all are 0; and (D, H, W) whole numbers: the cell that a voxel is in, the last if it is not counted.
     """
-    blocks = [math.ceil(n / BLOCK) for n in fixed.shape]
-    z, y, x = (torch.arange(n, device=fixed.device) // BLOCK for n in fixed.shape)
+    blocks = [math.ceil(n / block) for n in fixed.shape]
+    z, y, x = (torch.arange(n, device=fixed.device, dtype=torch.int32) // block for n in fixed.shape)
     cell = (z[:, None, None] * blocks[1] + y[:, None]) * blocks[2] + x
     for image in (fixed, moving):
-        cell = cell * BINS + (image * (BINS - 1)).round().long().clamp(0, BINS - 1)
+        cell = cell * BINS + (image * (BINS - 1)).round().int().clamp(0, BINS - 1)
+    cells = math.prod(blocks) * BINS**2
+    if counts is not None:
+        cell = cell.masked_fill_(~counts, cells)
     # Whole numbers are counted: sums of floats would depend on their order on a GPU.
-    counts = torch.bincount(cell.flatten(), minlength=math.prod(blocks) * BINS**2).to(fixed.dtype)
-    window = smooth(counts.view(*blocks, BINS**2).movedim(-1, 0)[None], REACH)[0].movedim(0, -1)
-    window = window.reshape(-1, BINS, BINS)
+    counted = torch.bincount(cell.flatten(), minlength=cells + 1)[:cells].to(fixed.dtype)
+    z, y, x = (fields.gaussian(n, REACH, like=fixed) for n in blocks)
+    window = y @ (z @ counted.view(blocks[0], -1)).view(blocks[0], blocks[1], -1)
+    window = (x @ window.view(-1, blocks[2], BINS**2)).view(-1, BINS, BINS)
     window = window / window.sum((1, 2), keepdim=True).clamp_min(1e-6)
-    whole = counts.view(-1, BINS, BINS).sum(0)
-    parzen = _banded(BINS, PARZEN, fixed)
-    joint = parzen @ (window + EVERYWHERE * whole / whole.sum()) @ parzen.T
-    joint = joint / joint.sum((1, 2), keepdim=True) + 1e-5
-    joint = joint / joint.sum((1, 2), keepdim=True)
+    whole = counted.view(-1, BINS, BINS).sum(0)
+    parzen = fields.gaussian(BINS, PARZEN, like=fixed)
+    joint = parzen @ (window + EVERYWHERE * whole / whole.sum().clamp_min(1)) @ parzen.T
+    joint = joint / joint.sum((1, 2), keepdim=True).clamp_min(LEAST)
     of_f, of_m = joint.sum(2, keepdim=True), joint.sum(1, keepdim=True)
-    along_f, along_m = (g * (BINS - 1) for g in torch.gradient((joint / (of_f * of_m)).log(), dim=(1, 2)))
-    info_m = (joint * along_m.square()).sum(2, keepdim=True) / of_f
-    info_f = (joint * along_f.square()).sum(1, keepdim=True) / of_m
-    tables = (along_m, along_f, info_m.expand_as(joint), info_f.expand_as(joint))
-    return torch.stack(tables, -1).view(-1, 4), cell
-
-
-def _banded(n: int, sigma: float, like: Tensor) -> Tensor:
-    """(n, n): each row a Gaussian about its own place, what would fall over the border added to it."""
-    reach = max(round(2.5 * sigma), 1)
-    at, offsets = torch.arange(n, device=like.device), range(-reach, reach + 1)
-    kernel = torch.tensor([math.exp(-0.5 * (o / sigma) ** 2) for o in offsets], dtype=like.dtype, device=like.device)
-    matrix = like.new_zeros(n, n)
-    for offset, weight in zip(offsets, kernel / kernel.sum(), strict=True):
-        matrix[at, (at + offset).clamp(0, n - 1)] += weight
-    return matrix
+    joint = joint.lerp(of_f * of_m, DOUBT)
+    pointwise = ((joint + LEAST) / (of_f * of_m + LEAST)).log()
+    along_f, along_m = (g * (BINS - 1) for g in torch.gradient(pointwise, dim=(1, 2)))
+    info_m = (joint * along_m.square()).sum(2, keepdim=True) / of_f.clamp_min(LEAST)
+    info_f = (joint * along_f.square()).sum(1, keepdim=True) / of_m.clamp_min(LEAST)
+    tables = joint.new_zeros(5, cells + 1)
+    for table, values in zip(tables, (along_m, along_f, info_m, info_f, pointwise), strict=True):
+        table[:cells].view_as(joint).copy_(values.expand_as(joint))
+    return tables, cell

@@ -5,9 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import SimpleITK as sitk
 
 from DivRegNetLib.errors import InputError
+from DivRegNetLib.geometry import affine_matrix
 from DivRegNetLib.models import DEFAULT
 
 ALIGNMENTS = ("none", "centre", "rigid", "affine")
@@ -31,6 +33,8 @@ class Options:
     default_value: what the warped volume holds where the moving image has nothing; None: 0, or -1024 for images that
         reach down to air in Hounsfield units.
     spacing: working resolution in mm; None: the model's.
+    memory: GB that the whole process may take in main memory; None: what the computer has. Where that is too little, the
+        working resolution is lowered.
     """
 
     model: str = DEFAULT
@@ -40,6 +44,7 @@ class Options:
     interpolation: str = "linear"
     default_value: float | None = None
     spacing: float | None = None
+    memory: float | None = None
 
     def __post_init__(self) -> None:
         """Raises InputError for a value that cannot be meant."""
@@ -53,6 +58,10 @@ class Options:
             raise InputError(f"align is one of {', '.join(ALIGNMENTS)} or a SimpleITK transform, got {self.align!r}")
         if isinstance(self.align, sitk.Transform) and (self.align.GetDimension() != 3 or not self.align.IsLinear()):
             raise InputError("the initial transform must be linear and three-dimensional (rigid, similarity or affine)")
+        if isinstance(self.align, sitk.Transform) and not _is_invertible(affine_matrix(self.align)):
+            raise InputError(
+                "the initial transform is not finite or takes space to a plane; choose one with an inverse"
+            )
         if isinstance(self.refine, bool) or not isinstance(self.refine, int) or self.refine < 0:
             raise InputError(f"refine is a number of steps, 0 or more, got {self.refine!r}")
         if self.interpolation not in INTERPOLATIONS:
@@ -61,6 +70,8 @@ class Options:
             raise InputError(f"default_value is a finite number, got {self.default_value!r}")
         if self.spacing is not None and not (_is_finite(self.spacing) and 0.1 <= self.spacing <= 50):
             raise InputError(f"spacing is a number of millimetres from 0.1 to 50, got {self.spacing!r}")
+        if self.memory is not None and not (_is_finite(self.memory) and self.memory > 0):
+            raise InputError(f"memory is a number of gigabytes, got {self.memory!r}")
         if not isinstance(self.device, str):
             raise InputError(f"device is auto, cpu, cuda or cuda:N, got {self.device!r}")
 
@@ -70,10 +81,12 @@ class Options:
 
     def as_dict(self) -> dict:
         """Plain values, for records; a given transform is named by its matrix (LPS, mm)."""
-        from DivRegNetLib.geometry import affine_matrix
-
         align = self.align if isinstance(self.align, str) else affine_matrix(self.align).tolist()
         return self.as_arguments() | {"align": align}
+
+
+def _is_invertible(matrix: np.ndarray) -> bool:
+    return bool(np.isfinite(matrix).all()) and abs(np.linalg.det(matrix[:3, :3])) > 1e-6
 
 
 def _is_finite(value: object) -> bool:

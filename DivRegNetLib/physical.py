@@ -1,5 +1,6 @@
 """Between the working grid of the network and physical space: sampling images in, displacement fields in mm out."""
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -9,24 +10,37 @@ from torch import Tensor
 
 from DivRegNetLib import fields
 from DivRegNetLib.geometry import Grid, affine_transform
+from DivRegNetLib.intensity import without_padding
 
-CHUNK_VOXELS = 1_000_000
+CHUNK_VOXELS = 250_000
+ROUNDING = 1e-3  # voxels that axes which are meant to be parallel may drift apart
+LEAST_SIGMA = 0.1  # voxels, below which smoothing does nothing
+FINEST = 8.0  # voxels of an image to a voxel of the grid along one axis, beyond which they are averaged in blocks first
 
 
-def resample_smooth(image: sitk.Image, grid: Grid, matrix: np.ndarray) -> sitk.Image:
-    """An image as float32 on a grid, through a (4, 4) LPS map from grid to image points.
+def resample_smooth(image: sitk.Image, grid: Grid, *matrices: np.ndarray) -> list[sitk.Image]:
+    """An image as float32 on a grid, through each of some (4, 4) LPS maps from grid to image points.
 
-    Smoothed first along the axes on which the grid is coarser, so that it does not alias. Outside the image comes its
-    darkest 0.5 %.
+    Averaged and smoothed first along the axes on which the grid is coarser, so that it does not alias. Outside the image,
+    and for the padding of a CT, comes its darkest 0.5 %.
     """
-    image = sitk.Cast(image, sitk.sitkFloat32)
+    image = sitk.Cast(without_padding(image), sitk.sitkFloat32)
     target = grid.spacing[0]
-    variance = [0.2 * max(target**2 - s**2, 0.0) for s in image.GetSpacing()]
-    if any(variance):
-        image = sitk.DiscreteGaussian(image, variance, 32, 0.01, True)
+    blocks = [
+        min(max(int(target / s / FINEST), 1), n) for s, n in zip(image.GetSpacing(), image.GetSize(), strict=True)
+    ]
+    if max(blocks) > 1:
+        image = sitk.BinShrink(image, blocks)
+    own = Grid.of(image)
+    sigma = [math.sqrt(0.2 * max((target / s) ** 2 - 1, 0.0)) for s in own.spacing]
+    if max(sigma) > LEAST_SIGMA:
+        values = torch.from_numpy(sitk.GetArrayFromImage(image))[None, None]
+        del image  # large
+        image = own.image(fields.smooth(values, *sigma)[0, 0].numpy())
     values = sitk.GetArrayViewFromImage(image).ravel()
     background = float(np.quantile(values[:: max(len(values) // 200_000, 1)], 0.005))
-    return sitk.Resample(image, grid.empty_image(), affine_transform(matrix), sitk.sitkLinear, background)
+    reference = grid.empty_image()
+    return [sitk.Resample(image, reference, affine_transform(m), sitk.sitkLinear, background) for m in matrices]
 
 
 def resample(
@@ -44,14 +58,40 @@ def resample(
     whole = "integer" in image.GetPixelIDTypeAsString() and image.GetNumberOfComponentsPerPixel() == 1
     if interpolator == sitk.sitkNearestNeighbor or not whole:
         return sitk.Resample(image, reference, transform, interpolator, default)
-    exact = sitk.sitkFloat32 if image.GetSizeOfPixelComponent() <= 2 else sitk.sitkFloat64
+    size = image.GetSizeOfPixelComponent()
+    exact = sitk.sitkFloat32 if size <= 2 else sitk.sitkFloat64
     values = sitk.Resample(image, reference, transform, interpolator, default, exact)
-    return sitk.Cast(sitk.Clamp(sitk.Round(values), pixel), pixel)
+    if size <= 4:
+        return sitk.Cast(sitk.Clamp(sitk.Round(values), pixel), pixel)
+    return _rounded_to_64_bits(values, sitk.GetArrayViewFromImage(image).dtype)
+
+
+def _rounded_to_64_bits(values: sitk.Image, dtype: np.dtype) -> sitk.Image:
+    """Double precision to 64-bit integers; ITK itself rounds within a quarter of their range only."""
+    limits = np.iinfo(dtype)
+    array = np.floor(sitk.GetArrayViewFromImage(values) + 0.5)
+    highest = np.nextafter(float(limits.max), 0)  # the double at or below the limit: the next is one too many
+    whole = np.clip(array, float(limits.min), highest).astype(dtype)
+    whole[array > highest] = limits.max
+    image = sitk.GetImageFromArray(whole)
+    image.CopyInformation(values)
+    return image
 
 
 def resample_mask(mask: sitk.Image, grid: Grid, matrix: np.ndarray) -> sitk.Image:
     """A mask on a grid, nearest neighbour, through a (4, 4) LPS map from grid to mask points; 0 outside."""
     return sitk.Resample(mask, grid.empty_image(), affine_transform(matrix), sitk.sitkNearestNeighbor, 0.0)
+
+
+def field_of_view(image: Grid, grid: Grid, matrix: np.ndarray) -> np.ndarray:
+    """Which voxel centres of a grid lie in the voxels of an image, through a (4, 4) LPS map; (D, H, W) bool."""
+    to_index = image.inverse_matrix @ matrix @ grid.matrix
+    k, j, i = np.ogrid[tuple(slice(n) for n in grid.shape)]
+    inside = np.ones(grid.shape, bool)
+    for (a, b, c, d), size in zip(to_index[:3], image.size, strict=True):
+        at = a * i + b * j + c * k + d
+        inside &= (at >= -0.5) & (at <= size - 0.5)
+    return inside
 
 
 def forward_transform(
@@ -64,55 +104,77 @@ def forward_transform(
         grid: working grid, in fixed space.
         initial: (4, 4) LPS, fixed -> moving.
     """
-
-    def correction(at: Tensor) -> Tensor:
-        return fields.sample(displacement, at)
-
     to_working = grid.inverse_matrix @ fixed.matrix
-    return _displacement_transform(fixed, initial, to_working, initial[:3, :3] @ grid.matrix[:3, :3], correction)
+    along = np.abs(to_working[:3, :3]).argmax(1)  # each axis of the working grid -> the fixed grid's that it follows
+
+    def sampled(slab: slice) -> Tensor:
+        return fields.sample(displacement, _points(to_working, fixed, slab))
+
+    def sampled_along_axes(slab: slice) -> Tensor:
+        found = displacement
+        for axis in np.argsort(-along):  # the one that the slab is cut from first
+            at = np.arange(fixed.size[along[axis]])[slab if along[axis] == 2 else slice(None)]
+            at = to_working[axis, along[axis]] * at + to_working[axis, 3]
+            found = fields.sample_along(found, 4 - axis, torch.from_numpy(at))
+        return found.permute(0, 1, *(4 - np.argsort(along)[::-1]))
+
+    others = np.abs(to_working[:3, :3]).sum(1) - np.abs(to_working[range(3), along])
+    straight = sorted(along) == [0, 1, 2] and (others * max(fixed.size)).max() < ROUNDING
+    to_mm = initial[:3, :3] @ grid.matrix[:3, :3]
+    return _displacement_transform(fixed, initial, to_mm, sampled_along_axes if straight else sampled)
 
 
 def inverse_transform(
-    displacement: Tensor, inverse: Tensor, grid: Grid, initial: np.ndarray, moving: Grid, iterations: int = 3
+    displacement: Tensor, inverse: Tensor, grid: Grid, initial: np.ndarray, moving: Grid, iterations: int = 1
 ) -> sitk.DisplacementFieldTransform:
     """The inverse of :func:`forward_transform`, moving -> fixed points, on the moving grid (LPS, mm).
 
     Starts from ``inverse``, the inverse of ``displacement`` on the working grid, and solves ``p + u(p) = initial^-1(q)``
-    for every moving voxel q by fixed-point iteration, so that no resolution is lost to the working grid.
+    for every moving voxel q by fixed-point iteration, so that no resolution is lost to the working grid: one is enough for
+    a hundredth of a voxel of the working grid, and rarely a tenth.
     """
     back = np.linalg.inv(initial)
+    to_working = grid.inverse_matrix @ back @ moving.matrix
 
-    def correction(at: Tensor) -> Tensor:
+    def sampled(slab: slice) -> Tensor:
+        at = _points(to_working, moving, slab)
         found = fields.sample(inverse, at)
         for _ in range(iterations):
             found = -fields.sample(displacement, at + found)
         return found
 
-    to_working = grid.inverse_matrix @ back @ moving.matrix
-    return _displacement_transform(moving, back, to_working, grid.matrix[:3, :3], correction)
+    return _displacement_transform(moving, back, grid.matrix[:3, :3], sampled)
+
+
+def _points(to_working: np.ndarray, grid: Grid, slab: slice) -> Tensor:
+    """Where the voxels of some slices of a grid are, (1, 3, d, h, w) in voxels of the working grid."""
+    k, j, i = np.ogrid[tuple(slice(n) for n in grid.shape)]
+    at = np.stack([row[0] * i + row[1] * j + row[2] * k[slab] + row[3] for row in to_working[:3]])
+    return torch.from_numpy(at[None]).to(torch.float32)
 
 
 def _displacement_transform(
-    grid: Grid, linear: np.ndarray, to_working: np.ndarray, to_mm: np.ndarray, correction: Callable[[Tensor], Tensor]
+    grid: Grid, linear: np.ndarray, to_mm: np.ndarray, sampled: Callable[[slice], Tensor]
 ) -> sitk.DisplacementFieldTransform:
-    """``q -> linear(q) + to_mm @ correction(q)`` as the displacement of every voxel of a grid, slab by slab.
+    """``q -> linear(q) + to_mm @ sampled(q)`` as the displacement of every voxel of a grid, slab by slab.
 
     Args:
         linear: (4, 4), LPS -> LPS.
-        to_working: (4, 4), voxels of ``grid`` -> voxels of the working grid, where ``correction`` is asked.
         to_mm: (3, 3), voxels of the working grid -> mm at the far end of the map.
-        correction: (1, 3, d, h, w) working voxels -> (1, 3, d, h, w) displacement in working voxels.
+        sampled: some slices of ``grid`` -> displacement there, (1, 3, d, h, w) in voxels of the working grid.
     """
-    displacement = np.empty((*grid.shape, 3))
+    field = sitk.Image(list(grid.size), sitk.sitkVectorFloat64, 3)
     shift = linear @ grid.matrix - grid.matrix  # voxels -> mm, double precision: origins can be far away
     height, width = grid.shape[1:]
+    in_mm = torch.from_numpy(to_mm).to(torch.float32)
     slices = max(CHUNK_VOXELS // (height * width), 1)
     for first in range(0, grid.shape[0], slices):
-        slab = displacement[first : first + slices]
-        k, j, i = np.ogrid[first : first + len(slab), :height, :width]
-        at = np.stack([row[0] * i + row[1] * j + row[2] * k + row[3] for row in to_working[:3]])[None]
-        found = correction(torch.from_numpy(at).to(torch.float32))[0].numpy()
+        last = min(first + slices, grid.shape[0])
+        k, j, i = np.ogrid[first:last, :height, :width]
+        found = torch.tensordot(in_mm, sampled(slice(first, last))[0], 1).numpy()
+        slab = np.empty((last - first, height, width, 3))
         for axis, row in enumerate(shift[:3]):
             slab[..., axis] = row[0] * i + row[1] * j + row[2] * k + row[3]
-            slab[..., axis] += np.tensordot(to_mm[axis].astype(np.float32), found, 1)
-    return sitk.DisplacementFieldTransform(grid.image(displacement))
+            slab[..., axis] += found[axis]
+        field[:, :, first:last] = sitk.GetImageFromArray(slab, isVector=True)  # in place: the field is there once
+    return sitk.DisplacementFieldTransform(grid.stamp(field))

@@ -11,14 +11,18 @@ import SimpleITK as sitk
 import torch
 from torch import Tensor
 
-from DivRegNetLib import affine, fields, metrics, models, physical
-from DivRegNetLib.check import check_image, check_mask
-from DivRegNetLib.errors import Cancelled, DeviceError, InputError, is_out_of_memory
-from DivRegNetLib.geometry import Grid, affine_matrix, apply_matrix
+from DivRegNetLib import affine, fields, memory, metrics, models, physical
+from DivRegNetLib.check import check_default, check_image, check_mask
+from DivRegNetLib.device import CPU, free_memory, pick_device, why_not_cuda
+from DivRegNetLib.errors import Cancelled, DeviceError, DivRegNetError, InputError, is_out_of_memory
+from DivRegNetLib.geometry import Grid, affine_matrix
 from DivRegNetLib.intensity import normalise
 from DivRegNetLib.options import INTERPOLATIONS, STAGES, Options, Progress
 from DivRegNetLib.refine import refine
+from DivRegNetLib.similarity import patches
 
+FEWEST_PATCHES = 4  # that a similarity can be estimated from
+AGAIN = STAGES[STAGES.index("sample") :]  # what is done again at another resolution or on another device
 # Share of the time that each stage takes, for the progress bar.
 STAGE_END = dict(zip(STAGES, (0.02, 0.35, 0.45, 0.6, 0.75, 0.9, 1.0), strict=True))
 
@@ -29,8 +33,9 @@ class Result:
 
     warped: the moving volume on the fixed grid, in full resolution, with the moving volume's pixel type.
     transform: displacement field on the fixed grid that maps fixed to moving points (LPS, mm), the initial alignment
-        included; resampling the moving volume with it gives ``warped``.
-    inverse: displacement field on the moving grid that maps moving to fixed points.
+        included; resampling the moving volume with it gives ``warped``. Where there is not the memory for every voxel,
+        on every n-th.
+    inverse: displacement field on the moving grid that maps moving to fixed points, likewise.
     initial: (4, 4) LPS matrix of the initial alignment, fixed -> moving.
     quality: see :func:`DivRegNetLib.metrics.quality`.
     timings: seconds per stage.
@@ -86,27 +91,6 @@ def register(
     return _Registration(asked, fixed, moving, fixed_mask, moving_mask, progress, loaded).run()
 
 
-def pick_device(name: str) -> torch.device:
-    """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` as a device that is there.
-
-    Raises:
-        DeviceError: it is not there; InputError: no such name.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"device is auto, cpu, cuda or cuda:N, got {name!r}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"device is auto, cpu, cuda or cuda:N, got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise DeviceError(
-            f"device {name!r} is not there: torch finds {torch.cuda.device_count()} CUDA devices; use cpu"
-        )
-    return device
-
-
 @dataclass
 class _Registration:
     """The steps, in order; each reads what those before left and is named in STAGES."""
@@ -119,26 +103,57 @@ class _Registration:
     progress: Progress | None
     model: models.Model | None
     timings: dict[str, float] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
+    told: float = 0.0
+    device: torch.device = CPU
 
     def run(self) -> Result:
-        for stage in STAGES:
-            self.stage = stage
-            self.report(0.0)
-            started = time.perf_counter()
-            try:
-                with torch.inference_mode(False), torch.no_grad():
-                    getattr(self, stage)()
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                spacing = f" than {self.grid.spacing[0]:g} mm" if hasattr(self, "grid") else ""
-                raise DeviceError(
-                    f"the memory ran out in step {stage!r}: choose a coarser spacing{spacing}, or device cpu"
-                ) from error
-            self.timings[stage] = time.perf_counter() - started
+        waiting = list(STAGES)
+        while waiting:
+            if self.perform(waiting[0]):
+                del waiting[0]
+            else:
+                self.fall_back()
+                waiting = [stage for stage in STAGES if stage in waiting or stage in AGAIN]
         self.report(1.0)
         return self.result
+
+    def perform(self, stage: str) -> bool:
+        """Does a step; False where the memory ran out, and what the step had taken is free again."""
+        self.stage = stage
+        self.report(0.0)
+        started = time.perf_counter()
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                getattr(self, stage)()
+            return True
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, DivRegNetError) or not is_out_of_memory(error):
+                raise
+            return False
+        finally:
+            self.timings[stage] = self.timings.get(stage, 0.0) + time.perf_counter() - started
+
+    def fall_back(self) -> None:
+        """After the memory ran out: coarser, then on the CPU.
+
+        Raises:
+            DeviceError: neither is left.
+        """
+        for name in ("f", "m", "unaligned", "f_mask", "m_mask", "valid", "u", "inverse_u", "transform", "inverse"):
+            vars(self).pop(name, None)
+        at = f", the last time at {self.grid.spacing[0]:.3g} mm" if self.stage in AGAIN else ""
+        finest = self.grid.spacing[0] * memory.COARSER**2 if at else np.inf
+        if finest <= max(self.asked, memory.COARSEST * self.usual):
+            self.plan(finest)
+        elif self.device != CPU and self.stage != "check":
+            torch.cuda.empty_cache()
+            self.use(CPU)
+            self.plan(self.asked)
+        else:
+            raise DeviceError(
+                f"the memory ran out in step {self.stage!r}{at}: choose a coarser spacing, or device cpu, close other "
+                "programs, or use a computer with more memory"
+            )
 
     def report(self, fraction: float) -> None:
         """Tells how far the present stage is, 0 to 1."""
@@ -146,7 +161,8 @@ class _Registration:
             return
         end = STAGE_END[self.stage]
         start = max((e for e in STAGE_END.values() if e < end), default=0.0)
-        if self.progress(self.stage, start + (end - start) * fraction) is False:
+        self.told = max(self.told, start + (end - start) * fraction)  # what is done again is not told again
+        if self.progress(self.stage, self.told) is False:
             raise Cancelled(f"cancelled in step {self.stage!r}")
 
     def check(self) -> None:
@@ -154,16 +170,63 @@ class _Registration:
         self.moving = check_image(self.moving, "moving")
         self.fixed_mask = check_mask(self.fixed_mask, self.fixed, "fixed")
         self.moving_mask = check_mask(self.moving_mask, self.moving, "moving")
-        self.device = pick_device(self.options.device)
-        self.model = self.model or models.load(self.options.model, self.device)
-        self.model.regnet.to(self.device)
-        spacing = self.options.spacing or self.model.card.spacing_mm
-        self.grid = Grid.of(self.fixed).working_grid(spacing, multiple=self.model.regnet.config.multiple)
-        if self.grid.spacing[0] > spacing * 1.001:
-            self.warnings.append(
-                f"the fixed image is so large that the working resolution was lowered from {spacing:g} to "
-                f"{self.grid.spacing[0]:.2g} mm"
+        if self.options.default_value is not None:
+            check_default(self.options.default_value, self.moving)
+        self.chosen = pick_device(self.options.device)
+        self.model = self.model or models.load(self.options.model, self.chosen)
+        self.use(self.chosen)
+        self.usual = self.model.card.working_spacing(Grid.of(self.fixed), Grid.of(self.moving))
+        self.asked = self.options.spacing or self.usual
+        self.plan(self.asked)
+
+    def use(self, device: torch.device) -> None:
+        self.device = device
+        for network in (self.model.regnet, self.model.kldivnet):
+            if network is not None:
+                network.to(device)
+
+    def plan(self, finest: float) -> None:
+        """Chooses the grids: as fine as asked for where there is the memory for it, and no finer than ``finest`` mm.
+
+        Raises:
+            DeviceError: there is not even the memory for the coarsest.
+        """
+        room = memory.room(self.options.memory, self.fixed, self.moving)
+        on_device = free_memory(self.device) * memory.SPARE if self.device != CPU else None
+
+        def fits(needed: memory.Estimate) -> bool:
+            if on_device is None:
+                return needed.cpu <= room
+            return needed.host <= room and needed.device <= on_device
+
+        grids = Grid.of(self.fixed), Grid.of(self.moving)
+        try:
+            self.grids = memory.plan(self.model.card, *grids, finest, self.options.refine, fits)
+        except DeviceError:
+            if self.device == CPU:
+                raise
+            self.use(CPU)
+            self.plan(self.asked)
+        self.grid = self.grids.working
+
+    def compromises(self) -> list[str]:
+        """What was done otherwise than asked for, and why."""
+        found, fixed = [], Grid.of(self.fixed)
+        fine = fixed.working_grid(self.asked, multiple=self.model.regnet.config.multiple).spacing[0]
+        coarse = self.grid.spacing[0]
+        if coarse > self.asked * 1.001:
+            reason = "the fixed image is so large" if coarse < fine * 1.001 else "there is so little memory"
+            found.append(f"{reason} that the working resolution was lowered from {self.asked:g} to {coarse:.2g} mm")
+        if self.grids.fixed != fixed or self.grids.moving != Grid.of(self.moving):
+            spacing = max(self.grids.fixed.spacing)
+            found.append(
+                f"there is so little memory that the transforms hold a displacement every {spacing:.2g} mm only"
             )
+        if self.device != self.chosen:
+            found.append("the memory of the graphics card was too small, so that the CPU was used")
+        elif self.options.device == "auto" and self.device == CPU and torch.cuda.device_count():
+            found.append(f"the CPU was used: {why_not_cuda()}")
+        return found
 
     def affine(self) -> None:
         align = self.options.align
@@ -179,46 +242,67 @@ class _Registration:
                 device=self.device,
                 progress=self.report,
             )
-        centres = Grid.of(self.fixed).to_physical(_lattice(self.fixed))
-        if not Grid.of(self.moving).contains(apply_matrix(self.initial, centres)).any():
+        moving = Grid.of(self.moving)
+        if not Grid.of(self.fixed).overlaps(Grid(moving.size, np.linalg.inv(self.initial) @ moving.matrix)):
             raise InputError(
                 "fixed and moving image do not overlap in physical space"
                 + (" after the initial alignment" if align != "none" else "; choose an initial alignment")
             )
 
     def sample(self) -> None:
-        self.f = self.on_working_grid(self.fixed, np.eye(4))
+        (self.f,) = self.on_working_grid(self.fixed, np.eye(4))
         self.f_mask = self.mask_on_working_grid(self.fixed_mask, np.eye(4))
         self.report(0.5)
-        self.m = self.on_working_grid(self.moving, self.initial)
+        self.m, self.unaligned = self.on_working_grid(self.moving, self.initial, np.eye(4))
         self.m_mask = self.mask_on_working_grid(self.moving_mask, self.initial)
+        self.valid = tuple(
+            torch.from_numpy(physical.field_of_view(Grid.of(image), self.grid, matrix))[None, None].to(self.device)
+            for image, matrix in ((self.fixed, np.eye(4)), (self.moving, self.initial))
+        )
+        self.check_seen("fixed", self.f, self.f_mask)
+        self.check_seen("moving", self.m, self.m_mask)
+
+    def check_seen(self, name: str, image: Tensor, mask: Tensor | None) -> None:
+        """Raises InputError where an image (1, 1, D, H, W), inside its mask, is flat or too small on the working grid."""
+        seen = image if mask is None else image[mask]
+        similarity = self.model.kldivnet
+        if mask is not None and similarity is not None:
+            blocks = int(patches(mask, similarity.config.patch).all(-1).sum())
+            if blocks < FEWEST_PATCHES:
+                raise InputError(
+                    f"the {name} mask covers {blocks} blocks of {similarity.config.patch} voxels of "
+                    f"{self.grid.spacing[0]:.3g} mm, too few to compare; draw a larger mask or choose a finer spacing"
+                )
+        if not seen.numel() or seen.min() == seen.max():
+            where = (" inside its mask" if mask is not None else "") + (
+                " where the fixed one is" if name == "moving" else ""
+            )
+            raise InputError(
+                f"at {self.grid.spacing[0]:.3g} mm the {name} image is flat{where}; choose a finer spacing, a larger mask "
+                "or another initial alignment"
+            )
 
     def predict(self) -> None:
-        """RegNet sees nothing outside the masks."""
+        """RegNet sees nothing outside the masks, and its Newton steps look at nothing outside the fields of view."""
         f, m = (x if mask is None else x * mask for x, mask in ((self.f, self.f_mask), (self.m, self.m_mask)))
         f, m = (x.contiguous(memory_format=torch.channels_last_3d) for x in (f, m))
-        self.u = self.model.regnet(f, m).contiguous()
+        self.u = self.model.regnet(f, m, self.valid).contiguous()
 
     def refine(self) -> None:
         if self.options.refine:
-            self.u = refine(
-                self.f,
-                self.m,
-                self.u,
-                self.model.kldivnet,
-                steps=self.options.refine,
-                mask=self.f_mask,
-                progress=self.report,
+            valid = tuple(
+                v if mask is None else v & mask for v, mask in zip(self.valid, (self.f_mask, self.m_mask), strict=True)
             )
+            self.u = refine(self.f, self.m, self.u, steps=self.options.refine, valid=valid, progress=self.report)
 
     def physical(self) -> None:
         """On the CPU: full-resolution fields in double precision are large."""
         self.inverse_u = fields.invert(self.u)
         self.report(0.2)
         u, inverse_u = self.u.cpu(), self.inverse_u.cpu()
-        self.transform = physical.forward_transform(u, self.grid, self.initial, Grid.of(self.fixed))
+        self.transform = physical.forward_transform(u, self.grid, self.initial, self.grids.fixed)
         self.report(0.5)
-        self.inverse = physical.inverse_transform(u, inverse_u, self.grid, self.initial, Grid.of(self.moving))
+        self.inverse = physical.inverse_transform(u, inverse_u, self.grid, self.initial, self.grids.moving)
 
     def outputs(self) -> None:
         default = self.options.default_value
@@ -227,10 +311,16 @@ class _Registration:
         warped = physical.resample(
             self.moving, self.fixed, self.transform, INTERPOLATIONS[self.options.interpolation], default
         )
+        shown = sitk.GetArrayViewFromImage(warped)
+        if shown.min() == shown.max():
+            raise InputError(
+                "nothing of the moving image is left where the fixed one is: they have too little in common; choose another "
+                "initial alignment, or crop the larger one"
+            )
         self.report(0.5)
         quality = metrics.quality(
             self.f,
-            self.on_working_grid(self.moving, np.eye(4)),
+            self.unaligned,
             self.m,
             self.u,
             self.inverse_u,
@@ -253,13 +343,14 @@ class _Registration:
             quality=quality,
             timings=self.timings,
             settings=settings,
-            warnings=tuple(self.warnings),
+            warnings=tuple(self.compromises()),
             card=self.model.card,
         )
 
-    def on_working_grid(self, image: sitk.Image, matrix: np.ndarray) -> Tensor:
-        """An image through a (4, 4) LPS map, normalised, (1, 1, D, H, W) on the device."""
-        return normalise(self.tensor(physical.resample_smooth(image, self.grid, matrix)), self.model.card.normalisation)
+    def on_working_grid(self, image: sitk.Image, *matrices: np.ndarray) -> list[Tensor]:
+        """An image through each of some (4, 4) LPS maps, normalised, (1, 1, D, H, W) on the device."""
+        found = physical.resample_smooth(image, self.grid, *matrices)
+        return [normalise(self.tensor(x), self.model.card.normalisation) for x in found]
 
     def mask_on_working_grid(self, mask: sitk.Image | None, matrix: np.ndarray) -> Tensor | None:
         """A mask through a (4, 4) LPS map, (1, 1, D, H, W) bool on the device; None stays None."""
@@ -269,12 +360,6 @@ class _Registration:
         """An image on the working grid as (1, 1, D, H, W) float32 on the device."""
         array = sitk.GetArrayFromImage(image).astype(np.float32, copy=False)
         return torch.from_numpy(array)[None, None].to(self.device)
-
-
-def _lattice(image: sitk.Image, n: int = 12) -> np.ndarray:
-    """Up to n^3 voxel indices spread evenly over an image, (n^3, 3)."""
-    axes = [np.linspace(0, size - 1, n) for size in image.GetSize()]
-    return np.stack(np.meshgrid(*axes), -1).reshape(-1, 3)
 
 
 def _minimum(image: sitk.Image) -> float:

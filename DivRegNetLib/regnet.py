@@ -160,7 +160,7 @@ class RegNet(nn.Module):
         c = config.channels
         self.encoders = nn.ModuleList([Block(2, c[0], stride=config.stride)])
         self.encoders.extend(Block(c[i - 1], c[i], stride=2) for i in range(1, LEVELS))
-        self.reader = Block(4 * len(newton.WINDOWS), c[0]) if config.newton else None
+        self.reader = Block(4 * len(newton.TOLD), c[0]) if config.newton else None
         # Deepest first; each but the deepest joins the upsampled features with the encoder's of its own level.
         self.decoders = nn.ModuleList(
             [Block(c[-1], c[-1], excite=True)]
@@ -170,17 +170,18 @@ class RegNet(nn.Module):
         nn.init.normal_(self.head.weight, std=1e-5)  # start from the identity
         nn.init.zeros_(self.head.bias)
 
-    def predict(self, fixed: Tensor, moving: Tensor) -> Tensor:
+    def predict(self, fixed: Tensor, moving: Tensor, counts: Tensor | None = None) -> Tensor:
         """One pass: velocity or displacement on the network's output grid, in voxels of that grid.
 
         Args:
             fixed, moving: (N, 1, D, H, W), sides multiples of ``config.multiple``.
+            counts: (N, 1, D, H, W) bool, voxels that the Newton step looks at; None: all.
         Returns:
             (N, 3, D/stride, H/stride, W/stride), components along x, y, z (that is W, H, D).
         """
         step = guess = swapped = None
         if self.config.newton:
-            step, guess, swapped = newton.guess(fixed, moving, self.config.stride)
+            step, guess, swapped = newton.guess(fixed, moving, self.config.stride, counts)
         found = self._predict(fixed, moving, guess)
         if self.config.symmetric:
             found = (found - self._predict(moving, fixed, swapped)) / 2
@@ -200,44 +201,55 @@ class RegNet(nn.Module):
             x = decoder(torch.cat((F.interpolate(x, size=skip.shape[2:], mode="nearest"), skip), 1))
         return self.head(x).to(fixed.dtype)
 
-    def begin(self, fixed: Tensor, moving: Tensor, steps: int | None = None) -> Tensor | None:
+    def begin(
+        self, fixed: Tensor, moving: Tensor, steps: int | None = None, valid: newton.Valid | None = None
+    ) -> Tensor | None:
         """The displacement that the first pass starts from, as :meth:`advance` takes it; None for the identity.
 
         Args:
             steps: fewer than ``config.newton``, in training.
+            valid: where the images have been measured; None: everywhere.
         """
         if not self.config.newton:
             return None
-        return newton.approach(fixed, moving, steps or self.config.newton, self.config.stride)
+        return newton.approach(fixed, moving, steps or self.config.newton, self.config.stride, valid)
 
-    def advance(self, fixed: Tensor, moving: Tensor, displacement: Tensor | None = None) -> Tensor:
+    def advance(
+        self,
+        fixed: Tensor,
+        moving: Tensor,
+        displacement: Tensor | None = None,
+        valid: newton.Valid | None = None,
+    ) -> Tensor:
         """One pass further: looks at the moving image as warped so far, and composes what it finds with it.
 
         Args:
             fixed, moving: (N, 1, D, H, W), sides multiples of ``config.multiple``.
             displacement: (N, 3, D/stride, H/stride, W/stride), what this method or :meth:`begin` returned.
+            valid: where the images have been measured; None: everywhere.
         Returns:
             The displacement on the network's output grid, in voxels of that grid.
         """
-        if displacement is not None:
-            moving = fields.warp(moving, fields.resize(displacement, moving.shape[2:]))
-        update = self.predict(fixed, moving)
+        update = self.predict(fixed, *newton.warped(moving, displacement, valid))
         if self.config.velocity:
             update = fields.integrate(update, self.config.integration_steps)
         return update if displacement is None else fields.compose(displacement, update)
 
-    def forward(self, fixed: Tensor, moving: Tensor) -> Tensor:
+    def forward(self, fixed: Tensor, moving: Tensor, valid: newton.Valid | None = None) -> Tensor:
         """Displacement in voxels of the images' grid.
 
         Args:
             fixed, moving: (N, 1, D, H, W) on one grid, any sides; padded inside to multiples of ``config.multiple``.
+            valid: where each has been measured, (N, 1, D, H, W) bool: Newton steps look there alone; None: everywhere.
         Returns:
             (N, 3, D, H, W): components along x, y, z (W, H, D); ``warp(moving, forward(...))`` resembles fixed.
         """
         shape = fixed.shape[2:]
         pad = [amount for side in reversed(shape) for amount in (0, -side % self.config.multiple)]
-        fixed, moving = (F.pad(x, pad, mode="replicate") if any(pad) else x for x in (fixed, moving))
-        displacement = self.begin(fixed, moving)
+        if any(pad):
+            fixed, moving = (F.pad(x, pad, mode="replicate") for x in (fixed, moving))
+            valid = None if valid is None else tuple(F.pad(x, pad) for x in valid)
+        displacement = self.begin(fixed, moving, valid=valid)
         for _ in range(self.config.passes):
-            displacement = self.advance(fixed, moving, displacement)
+            displacement = self.advance(fixed, moving, displacement, valid)
         return fields.resize(displacement, fixed.shape[2:])[:, :, : shape[0], : shape[1], : shape[2]]

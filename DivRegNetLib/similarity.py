@@ -234,8 +234,13 @@ def _joint_histogram(f: Tensor, m: Tensor, bins: int) -> Tensor:
 
 def parzen_window(x: Tensor, bins: int) -> Tensor:
     """(V,) -> (V, bins): weight of each bin under a cubic B-spline centred on the value."""
-    t = (x[:, None] - torch.arange(bins, device=x.device, dtype=x.dtype)).abs()
-    return torch.where(t < 1, 2 / 3 - t.square() * (1 - t / 2), (2 - t).clamp_min(0).pow(3) / 6)
+    low = x.detach().floor()
+    near = torch.arange(-1, 3, device=x.device)  # the bins that the window reaches
+    t = ((x - low)[:, None] - near).abs()
+    weight = torch.where(t < 1, 2 / 3 - t.square() * (1 - t / 2), (2 - t).clamp_min(0).pow(3) / 6)
+    at = low.long()[:, None] + near
+    weight = weight * ((at >= 0) & (at < bins))
+    return x.new_zeros(len(x), bins).scatter_add(1, at.clamp(0, bins - 1), weight)
 
 
 def lncc(fixed: Tensor, moving: Tensor, *, window: int = 9, mask: Tensor | None = None) -> Tensor:

@@ -52,6 +52,7 @@ import SimpleITK as sitk
 
 from DivRegNetLib import errors
 from DivRegNetLib.check import check_image
+from DivRegNetLib.claim import hold
 from DivRegNetLib.errors import Cancelled, DeviceError, DivRegNetError, InputError
 from DivRegNetLib.geometry import affine_transform
 from DivRegNetLib.models import Card
@@ -177,7 +178,7 @@ class Worker:
             self._folder = Path(tempfile.mkdtemp(prefix="divregnet-"))
             remove = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
             _write_job(self._folder, self._images, self._options)
-            alive = _lock(self._folder / PARENT)
+            alive = hold(self._folder / PARENT)
             with open(self._folder / STDOUT, "wb") as out, open(self._folder / STDERR, "wb") as log:
                 self._process = subprocess.Popen(
                     [self._python, "-m", "DivRegNetLib.worker", str(self._folder)],
@@ -384,22 +385,6 @@ def _text(line: bytes) -> str:
 # --- files, both sides
 
 
-def _lock(path: Path):
-    """An open file, made if need be, that this process alone has locked until it closes it or ends; waits for it."""
-    file = open(path, "ab")  # noqa: SIM115 -- it stays open
-    if os.name == "nt":
-        import msvcrt
-
-        while True:
-            with suppress(OSError):  # raised after ten seconds
-                msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
-                return file
-    import fcntl
-
-    fcntl.lockf(file, fcntl.LOCK_EX)
-    return file
-
-
 def _write_job(folder: Path, images: dict[str, sitk.Image], options: Options) -> None:
     geometry = {name: _save_image(folder, name, image) for name, image in images.items()}
     job = {"images": geometry, "options": options.as_dict()}
@@ -486,7 +471,7 @@ def main(folder: str | os.PathLike) -> None:
     except DivRegNetError as error:
         send("error", kind=type(error).__name__, message=str(error))
     except ImportError as error:
-        send("error", kind=WorkerDied.__name__, message=f"a Python package is missing or damaged: {error}; install it")
+        send("error", kind=WorkerDied.__name__, message=errors.missing_package(error))
     except Exception as error:
         traceback.print_exc()
         if errors.is_out_of_memory(error):
@@ -501,7 +486,7 @@ def main(folder: str | os.PathLike) -> None:
 
 def _end_with_parent(folder: Path) -> None:
     """Waits until the parent has ended; then ends this process at once."""
-    _lock(folder / PARENT).close()
+    hold(folder / PARENT).close()
     shutil.rmtree(folder, ignore_errors=True)
     if os.name != "nt" and os.getpgrp() == os.getpid():
         os.killpg(0, signal.SIGKILL)

@@ -1,6 +1,6 @@
 """A cohort on real Dask workers, in processes of their own: what the local cohort gives, whatever happens to a worker.
 
-Landmarks in a named pipe hold a pair where it is for as long as a test wants: reading them waits until someone writes.
+A lease on its landmarks holds a pair where it is until the test lets go: the system makes whoever opens them wait.
 """
 
 import contextlib
@@ -20,11 +20,13 @@ import pytest
 import SimpleITK as sitk
 import torch
 
-from DivRegNetLib import cohort, cohort_dask, files, models
+from DivRegNetLib import claim, cohort, cohort_dask, files, models
 from DivRegNetLib.cli import main
 from DivRegNetLib.options import Options
 
 distributed = pytest.importorskip("distributed", reason="needs the extra dask")
+fcntl = pytest.importorskip("fcntl", reason="files are held by the locks of POSIX systems")
+with_leases = pytest.mark.skipif(sys.platform != "linux", reason="leases on files are Linux's")
 
 ANY_PORT = "127.0.0.1:0"
 PATIENCE = 180  # seconds; a slow machine is no failure
@@ -89,26 +91,27 @@ def wait_until(happened, what: str):
     return value
 
 
-class Pipe:
-    """Puts a named pipe in the place of a file; a process that reads it waits."""
+class Held:
+    """Puts a file under a lease: a process that opens it waits, up to the system's 45 s, until it is let go."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.content = path, path.read_bytes()
-        path.unlink()
-        os.mkfifo(path)
+        self.path, self.content, self._lease = path, path.read_bytes(), None
+        self.hold()
 
-    def reader(self) -> int | None:
-        """A descriptor that holds the waiting reader, if there is one; closing it is the end of the file."""
-        with contextlib.suppress(OSError):
-            return os.open(self.path, os.O_WRONLY | os.O_NONBLOCK)
+    def hold(self) -> None:
+        """A new file takes the place of the one that was held; who waits for that one goes on waiting."""
+        fresh = self.path.with_suffix(".held")
+        fresh.write_bytes(self.content)
+        self._before, self._lease = self._lease, fresh.open("rb+")
+        fcntl.fcntl(self._lease, fcntl.F_SETSIG, signal.SIGURG)  # that someone waits is looked up; this one is ignored
+        fcntl.fcntl(self._lease, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        fresh.replace(self.path)
 
-    def let_go(self, reader: int) -> None:
-        os.write(reader, self.content)
-        os.close(reader)
+    def waited_for(self) -> bool:
+        return fcntl.fcntl(self._lease, fcntl.F_GETLEASE) != fcntl.F_WRLCK
 
-    def restore(self) -> None:
-        self.path.unlink()
-        self.path.write_bytes(self.content)
+    def let_go(self) -> None:
+        self._lease.close()
 
 
 @contextlib.contextmanager
@@ -124,15 +127,15 @@ def running(arguments: list[str]):
         assert not thread.is_alive()
 
 
-def kill_worker_of(name: str, pipe: Pipe, client, cluster) -> None:
-    """SIGKILL to the worker process that is in the midst of a pair."""
-    reader = wait_until(pipe.reader, f"{name} is being read")
+def kill_worker_of(name: str, held: Held, client, cluster) -> None:
+    """SIGKILL to the worker process that is in the midst of a pair; the next one that takes it will wait, too."""
+    wait_until(held.waited_for, f"{name} is being read")
+    held.hold()
     working = client.processing()
     address = next(a for a, keys in working.items() if any(name in key for key in keys))
     nanny = next(n for n in cluster.workers.values() if n.worker_address == address)
     os.kill(nanny.pid, signal.SIGKILL)
     wait_until(lambda: address not in client.nthreads(), "the worker is gone")
-    os.close(reader)
 
 
 def read_table(output: Path) -> list[dict]:
@@ -141,7 +144,7 @@ def read_table(output: Path) -> list[dict]:
 
 
 def remains(output: Path) -> list[Path]:
-    return [p for p in output.rglob(f"{cohort.STAGING}*")]
+    return [p for p in output.rglob(".divregnet*")]
 
 
 def test_the_table_and_the_volumes_are_those_of_the_local_cohort(
@@ -183,9 +186,10 @@ def test_the_table_and_the_volumes_are_those_of_the_local_cohort(
     assert [row["status"] for row in read_table(tmp_path / "there")] == ["ok"] * 5
 
 
+@with_leases
 def test_a_killed_worker_costs_only_its_pair(write_table, tmp_path, client, cluster, capsys):
     table = write_table("poison", "a", "unlucky", "b")
-    poison, unlucky = (Pipe(tmp_path / f"{name}.csv") for name in ("poison", "unlucky"))
+    poison, unlucky = (Held(tmp_path / f"{name}.csv") for name in ("poison", "unlucky"))
     output = tmp_path / "out"
     with running(
         ["register", "--pairs", str(table), *FLAGS, "--output", str(output), "--dask", cluster.scheduler_address]
@@ -193,7 +197,7 @@ def test_a_killed_worker_costs_only_its_pair(write_table, tmp_path, client, clus
         kill_worker_of("poison", poison, client, cluster)
         kill_worker_of("poison", poison, client, cluster)
         kill_worker_of("unlucky", unlucky, client, cluster)
-        unlucky.restore()
+        unlucky.let_go()
     assert code == [2]
     rows = read_table(output)
     assert [row["name"] for row in rows] == ["poison", "a", "unlucky", "b"]
@@ -203,15 +207,16 @@ def test_a_killed_worker_costs_only_its_pair(write_table, tmp_path, client, clus
     assert not (output / "poison").exists()
 
 
+@with_leases
 def test_a_client_that_leaves_calls_back_what_the_workers_do(write_table, tmp_path, client, cluster):
     pairs = cohort.read_pairs(write_table("a", "late"))
-    pipe, output = Pipe(tmp_path / "late.csv"), tmp_path / "out"
+    held, output = Held(tmp_path / "late.csv"), tmp_path / "out"
     rows = cohort_dask.register_pairs(pairs, output, Options(**SETTINGS), cluster.scheduler_address, overwrite=False)
     assert next(rows)["name"] == "a"
-    reader = wait_until(pipe.reader, "the second pair is at work")
+    wait_until(held.waited_for, "the second pair is at work")
     rows.close()
     wait_until(lambda: not any(client.processing().values()), "the scheduler has forgotten the pair")
-    pipe.let_go(reader)
+    held.let_go()
 
     def idle() -> bool:
         return not any(client.run(lambda dask_worker: len(dask_worker.state.executing)).values())
@@ -220,9 +225,10 @@ def test_a_client_that_leaves_calls_back_what_the_workers_do(write_table, tmp_pa
     assert sorted(p.name for p in output.iterdir()) == ["a", cohort.TABLE]
 
 
+@with_leases
 def test_ctrl_c_ends_local_processes_and_leaves_whole_folders_only(write_table, tmp_path):
     table, output = write_table("a", "stuck"), tmp_path / "out"
-    pipe = Pipe(tmp_path / "stuck.csv")
+    held = Held(tmp_path / "stuck.csv")
     command = [sys.executable, "-m", "DivRegNetLib.cli", "register", "--pairs", str(table), "--output", str(output)]
     process = subprocess.Popen(
         [*command, *FLAGS, "--dask", "local:1"],
@@ -230,17 +236,17 @@ def test_ctrl_c_ends_local_processes_and_leaves_whole_folders_only(write_table, 
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,  # a group of its own, to which a terminal's Ctrl-C goes
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what a shell runs with & ignores it
     )
     try:
-        reader = wait_until(lambda: pipe.reader() or process.poll() is not None, "the second pair is at work")
+        wait_until(lambda: held.waited_for() or process.poll() is not None, "the second pair is at work")
         assert process.poll() is None, process.stderr.read()
         os.killpg(process.pid, signal.SIGINT)
         error = process.communicate(timeout=PATIENCE)[1]
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    os.close(reader)
-    assert process.returncode == 130
+    assert process.returncode == 130, error
     assert error.splitlines()[-1] == "divregnet: interrupted"
     assert "Traceback" not in error
     assert [(row["name"], row["status"]) for row in read_table(output)] == [("a", "ok")]
@@ -312,7 +318,7 @@ def test_dask_is_for_cohorts(capsys):
 
 def test_what_a_killed_process_left_is_cleared_away_by_the_next(write_table, tmp_path):
     pairs = cohort.read_pairs(write_table("a"))
-    left = tmp_path / "out" / "a" / f"{cohort.STAGING}left"
+    left = tmp_path / "out" / "a" / f"{claim.PART}left"
     files.write_text("half", left / "warped.nii.gz")
     assert cohort.register_pairs(pairs, tmp_path / "out", Options(**SETTINGS))[0]["status"] == "ok"
     assert not remains(tmp_path / "out")

@@ -166,15 +166,17 @@ def write_table(folder: Path, text: str) -> Path:
 def test_a_manifest_says_all_that_a_source_has_with_paths_relative_to_it(tmp_path):
     table = write_table(
         tmp_path,
-        "\ufeffsubject, image, labels, role, contrast, split, name\n"
-        "p1, ct/p1.nii.gz, seg/p1.nii.gz, fixed, CT, train,\n"
-        "p1, mr/p1.nii.gz, , moving, MR, train,\n"
+        "\ufeffsubject, image, labels, role, contrast, split, name, frame\n"
+        "p1, ct/p1.nii.gz, seg/p1.nii.gz, fixed, CT, train, , table\n"
+        "p1, mr/p1.nii.gz, , moving, MR, train, , table\n"
         f"p2, a.nii; b.nii, , , T1;T2, test, second\n"
         f"anna b, {tmp_path / 'far' / 'c.nii'}\n",
     )
     assert layouts.manifest(table) == [
-        Source("p1-1", "p1", (tmp_path / "ct/p1.nii.gz",), ("CT",), tmp_path / "seg/p1.nii.gz", "fixed", "train"),
-        Source("p1-2", "p1", (tmp_path / "mr/p1.nii.gz",), ("MR",), None, "moving", "train"),
+        Source(
+            "p1-1", "p1", (tmp_path / "ct/p1.nii.gz",), ("CT",), tmp_path / "seg/p1.nii.gz", "fixed", "train", "table"
+        ),
+        Source("p1-2", "p1", (tmp_path / "mr/p1.nii.gz",), ("MR",), None, "moving", "train", "table"),
         Source("second", "p2", (tmp_path / "a.nii", tmp_path / "b.nii"), ("T1", "T2"), None, "both", "test"),
         Source("anna_b", "anna b", (tmp_path / "far/c.nii",), ("image",)),
     ]

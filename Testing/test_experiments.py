@@ -12,9 +12,12 @@ import pytest
 import SimpleITK as sitk
 import torch
 
+from DivRegNetLib.similarity import parzen_mi
 from training.data import phantoms
 from training.data.cohort import FORMAT
+from training.data.synthesis import Recipe
 from training.experiments import comparison
+from training.experiments import similarities as study
 from training.experiments.aal_brain import EXPERIMENT as AAL
 from training.experiments.liver import EXPERIMENTS, SPLITS
 
@@ -94,6 +97,15 @@ def test_an_experiment_given_again_does_nothing_twice(aal):
     assert all(file.stat().st_mtime_ns == time for file, time in before.items())
 
 
+def test_one_network_can_serve_all_tasks(template, tmp_path):
+    command = [ROOT / "training/experiments/aal_brain.py", "--cohort", template, "--output", tmp_path, "--pairs", 1]
+    command += ["--methods", "RegNet + MI 16", "--tasks", "T1-T2", "T2-T2", "--device", "cpu", "--joint"]
+    assert run(*command, home=tmp_path).returncode == 0
+    assert [folder.name for folder in (tmp_path / "runs").iterdir()] == ["T1-T2_PD-T2_T2-T2_RegNet_MI_16"]
+    rows = json.loads((tmp_path / "aal-brain.json").read_text())["rows"]
+    assert [row["task"] for row in rows] == ["T1-T2", "T2-T2"]
+
+
 def test_the_scores_of_the_true_deformation_are_perfect(template):
     from training.data.cohort import load
 
@@ -144,9 +156,7 @@ def test_lits_runs_from_its_own_layout_to_table_3(tmp_path):
         "--align",
         "centre",
         "--split",
-        2,
-        2,
-        1,
+        "2,2,1",
         "--workers",
         1,
         "--pairs",
@@ -156,7 +166,7 @@ def test_lits_runs_from_its_own_layout_to_table_3(tmp_path):
     ]
     done = run(*command, "--methods", "affine", "DivRegNet", home=tmp_path)
     assert done.returncode == 2 and "test" in done.stderr  # one volume makes no pair
-    command[command.index("--split") + 1 : command.index("--split") + 4] = [2, 1, 2]
+    command[command.index("--split") + 1] = "2,1,2"
     done = run(*command, "--methods", "affine", home=tmp_path)
     assert done.returncode == 2 and "validation" in done.stderr
 
@@ -169,7 +179,7 @@ def test_hospital_registers_mr_to_ct_from_two_folders_to_table_4(tmp_path):
     folders = [tmp_path / name for name in ("ct", "mr", "ct_liver", "mr_liver")]
     command = [ROOT / "training/experiments/liver.py", "hospital", "--output", tmp_path / "out", "--device", "cpu"]
     command += [word for pair in zip(sides, folders, strict=True) for word in pair]
-    command += ["--spacing", 5, "--align", "centre", "--split", 1, 1, 1, "--workers", 1]
+    command += ["--spacing", 5, "--align", "centre", "--split", "1,1,1", "--workers", 1]
     done = run(*command, "--methods", "affine", "DivRegNet", home=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "out/hospital-liver.json").read_text())["rows"]
@@ -193,3 +203,54 @@ def test_the_papers_numbers_and_cohort_sizes_are_those_of_the_paper():
         for (method, task), (dice, asd, hd) in experiment.paper.items():
             assert method in comparison.METHODS and task in experiment.tasks
             assert 0.7 < dice < 1 and 0 < asd < hd
+
+
+@pytest.fixture(scope="module")
+def similarities(tmp_path_factory) -> Path:
+    """The study of what trains best, so short that nothing is learnt."""
+    output = tmp_path_factory.mktemp("experiments") / "similarities"
+    signals = ["KLDivNet, conditional", "displacement, labels"]
+    command = [ROOT / "training/experiments/similarities.py", "--output", output, "--device", "cpu"]
+    done = run(*command, "--signals", *signals, "--starts", "the images", home=output.parent)
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+def test_the_study_of_similarities_compares_every_signal_with_no_training_at_all(similarities):
+    report = json.loads((similarities / "similarities.json").read_text())
+    rows = {row["trained by"]: row for row in report["rows"]}
+    assert list(rows) == ["nothing", "KLDivNet, conditional", "displacement, labels"]
+    assert all(row["error mm"] > 0 and 0 < row["Dice"] < 1 and row["folded %"] == 0 for row in rows.values())
+    assert -1 <= rows["KLDivNet, conditional"]["S and MI"] <= 1 and rows["displacement, labels"]["S and MI"] is None
+    assert rows["nothing"]["sd"] is None and rows["displacement, labels"]["sd"] > 0  # of two seeds
+    assert rows["nothing"]["gain mm"] == 0
+    assert rows["displacement, labels"]["gain mm"] == pytest.approx(
+        rows["nothing"]["error mm"] - rows["displacement, labels"]["error mm"], rel=1e-6, abs=1e-9
+    )
+    assert "of 2 pairs" in report["run"]["steps"]
+    assert (similarities / "similarities.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_signals_train_on_the_same_pairs_and_are_judged_on_others():
+    source = study.Shapes(Recipe(shapes=1.0), 2, side=32)
+    held_out = [pair for _, pair in source.held_out("test")]
+    again = [pair for _, pair in source.held_out("test")]
+    assert all(
+        torch.equal(a.fixed, b.fixed) and torch.equal(a.truth, b.truth) for a, b in zip(held_out, again, strict=True)
+    )
+    assert not torch.equal(held_out[0].fixed, next(source.held_out("validation"))[1].fixed)
+    assert held_out[0].truth is not None and held_out[0].fixed_labels is not None
+    changed = [dict(o.split("=") for o in overrides) for overrides in study.SIGNALS.values()]
+    assert {key for values in changed for key in values} <= {
+        "loss.similarity", "loss.weight", "loss.known", "loss.labels", "kldivnet.context",
+    }  # fmt: skip
+
+
+def test_an_estimate_that_follows_mi_agrees_with_it():
+    pairs = [pair for _, pair in study.Shapes(Recipe(shapes=1.0), 3, side=32).held_out("test")]
+
+    def mi(fixed, moving, **_):
+        return 0.5 * parzen_mi(fixed, moving, bins=64) - 0.1
+
+    assert study.agreement(mi, pairs) == pytest.approx(1, abs=1e-6)
+    assert study.agreement(lambda fixed, moving, **_: -mi(fixed, moving), pairs) == pytest.approx(-1, abs=1e-6)

@@ -5,6 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from DivRegNetLib import fields
 
@@ -230,3 +232,33 @@ def test_cpu_and_cuda_agree():
     ]
     for cpu, cuda in zip(*results, strict=True):
         assert_within(cuda.cpu(), cpu, 1e-4)
+
+
+@given(sigma=st.floats(0.3, 4), value=st.floats(-5, 5), sides=st.tuples(*[st.integers(1, 9)] * 3))
+def test_smoothing_keeps_a_constant(sigma, value, sides):
+    field = torch.full((2, 3, *sides), value)
+    torch.testing.assert_close(fields.smooth(field, sigma), field, atol=1e-5, rtol=1e-5)
+
+
+@given(sigma=st.floats(0.3, 2), at=st.tuples(*[st.integers(6, 8)] * 3))
+def test_smoothing_spreads_one_voxel_evenly_and_loses_nothing(sigma, at):
+    field = torch.zeros(1, 1, 15, 15, 15, dtype=torch.float64)
+    field[0, 0, at[0], at[1], at[2]] = 1
+    smoothed = fields.smooth(field, sigma)
+    torch.testing.assert_close(smoothed.sum().item(), 1.0)
+    torch.testing.assert_close(smoothed.argmax().item(), field.argmax().item())
+    flipped = fields.smooth(field.flip(2, 3, 4), sigma).flip(2, 3, 4)
+    torch.testing.assert_close(smoothed, flipped)
+    centre, beside = smoothed[0, 0, at[0], at[1], at[2]], smoothed[0, 0, at[0], at[1], at[2] + 1]
+    torch.testing.assert_close((beside / centre).item(), math.exp(-0.5 / sigma**2), atol=1e-6, rtol=1e-5)
+
+
+def test_each_axis_is_smoothed_by_its_own_width():
+    field = torch.zeros(1, 1, 15, 17, 19, dtype=torch.float64)
+    field[0, 0, 7, 8, 9] = 1
+    smoothed = fields.smooth(field, 1.5, 0.0, 0.8)[0, 0]
+    assert smoothed.nonzero()[:, 1].unique().tolist() == [8]  # y stays as it is
+    for dim, sigma in ((2, 1.5), (0, 0.8)):
+        along = smoothed.sum([d for d in range(3) if d != dim])
+        at = torch.arange(len(along)) - along.argmax()
+        assert (along * at**2).sum().sqrt().item() == pytest.approx(sigma, rel=0.05)

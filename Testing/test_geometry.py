@@ -5,26 +5,9 @@ import pytest
 import SimpleITK as sitk
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import grids, numbers
 
 from DivRegNetLib.geometry import LPS_FROM_RAS, Grid, affine_matrix, affine_transform, apply_matrix
-
-
-def numbers(low: float, high: float, count: int = 3):
-    return st.tuples(*[st.floats(low, high, width=32)] * count)
-
-
-@st.composite
-def grids(draw) -> Grid:
-    """Rotated, flipped, with exchanged axes, sheared, anisotropic and off-centre."""
-    euler = sitk.Euler3DTransform()
-    euler.SetRotation(*draw(numbers(-3.0, 3.0)))
-    permuted = np.eye(3)[draw(st.permutations(range(3)))] * draw(st.tuples(*[st.sampled_from([-1, 1])] * 3))
-    shear = np.eye(3)
-    shear[np.triu_indices(3, 1)] = draw(numbers(-0.5, 0.5))
-    matrix = np.eye(4)
-    matrix[:3, :3] = np.reshape(euler.GetMatrix(), (3, 3)) @ permuted @ shear * draw(numbers(0.25, 8.0))
-    matrix[:3, 3] = draw(numbers(-500, 500))
-    return Grid(draw(st.tuples(*[st.integers(1, 12)] * 3)), matrix)
 
 
 @given(grids(), st.lists(numbers(-50, 50), min_size=1, max_size=5))
@@ -78,14 +61,40 @@ def test_a_grid_contains_its_voxels_up_to_half_a_voxel_beyond_the_outermost(grid
 def test_the_axis_aligned_grid_covers_every_corner_and_no_more_than_needed(grid, spacing, multiple):
     aligned = grid.axis_aligned(spacing, multiple=multiple)
     np.testing.assert_allclose(aligned.matrix[:3, :3], np.eye(3) * spacing, atol=1e-12)
-    np.testing.assert_allclose(aligned.centre, grid.centre, atol=1e-6)
+    extent = np.ptp(grid.corners(), axis=0)
+    thin, off = extent <= spacing, aligned.centre - grid.centre
+    np.testing.assert_allclose(off[~thin], 0, atol=1e-6)
+    middle = aligned.to_index(grid.centre)[thin]
+    np.testing.assert_allclose(middle, np.round(middle), atol=1e-6, err_msg="what is thin falls between two voxels")
     assert all(n % multiple == 0 for n in aligned.size)
     low, high = aligned.corners().min(0), aligned.corners().max(0)
     slack = 1e-5 * spacing * multiple
     assert (grid.corners() >= low - slack).all()
     assert (grid.corners() <= high + slack).all()
-    extent = np.ptp(grid.corners(), axis=0)
     assert ((high - low) < extent + spacing * multiple + slack).all()
+
+
+@given(grids(), grids(), st.floats(0.05, 0.95))
+def test_grids_overlap_where_they_share_a_point_and_not_where_a_plane_parts_them(grid, other, share):
+    inside = other.to_physical((np.array(other.size) - 1) * share)
+    matrix = other.matrix.copy()
+    matrix[:3, 3] += grid.to_physical((np.array(grid.size) - 1) * (1 - share)) - inside
+    assert grid.overlaps(Grid(other.size, matrix))
+    assert Grid(other.size, matrix).overlaps(grid)
+    way = other.centre - grid.centre + 1e-3
+    way /= np.linalg.norm(way)
+    reach = (grid.corners() @ way).max() - (other.corners() @ way).min()
+    apart = other.matrix.copy()
+    apart[:3, 3] += (reach + 0.01) * way
+    assert not grid.overlaps(Grid(other.size, apart))
+    assert not Grid(other.size, apart).overlaps(grid)
+
+
+def test_plates_that_cross_between_their_corners_overlap(grid_about):
+    flat = grid_about((0, 0, 0), (50, 50, 1), (4.0, 4.0, 1.0))
+    upright = grid_about((1.7, 2.3, 0), (1, 50, 50), (1.0, 4.0, 4.0), (0, 0, 40))
+    assert flat.overlaps(upright)
+    assert not flat.overlaps(grid_about((1.7, 2.3, 101.0), (1, 50, 50), (1.0, 4.0, 4.0), (0, 0, 40)))
 
 
 def test_array_indices_are_k_j_i_and_points_are_x_y_z(grid):

@@ -134,7 +134,7 @@ def test_a_model_that_ships_can_be_loaded(file):
         ({"modalities": "T1"}, "'modalities'"),
         ({"spacing_mm": "2"}, "'spacing_mm'"),
         ({"spacing_mm": True}, "'spacing_mm'"),
-        ({"spacing_mm": 0}, "spacing_mm must be between"),
+        ({"spacing_mm": 0.01}, "spacing_mm must be between"),
         ({"spacing_mm": float("nan")}, "spacing_mm must be between"),
         ({"regnet": None}, "'regnet'"),
         ({"kldivnet": 1}, "'kldivnet'"),
@@ -274,3 +274,114 @@ def test_weights_that_are_not_finite_are_refused(card_file, name, value):
 def test_an_impossible_architecture_is_refused(card_file, changes):
     edit(card_file, **changes)
     assert_refused(card_file.with_suffix(".safetensors"), "do not fit the card")
+
+
+# Files of strangers
+
+
+def absurd(header_bytes: int, header: bytes = b"") -> bytes:
+    return header_bytes.to_bytes(8, "little") + header
+
+
+HEADERS = {
+    "a header said to be 8 EiB": absurd(2**63 - 1, b"{}"),
+    "a header said to be 10 GB": absurd(10**10, b"{}"),
+    "nothing": b"",
+    "no JSON": absurd(4, b"1234"),
+    "a header without end": absurd(100_000, b"[" * 100_000),
+    "a tensor beyond the file": absurd(
+        61, b'{"regnet.head.bias":{"dtype":"F32","shape":[3],"data_offsets":[0,12]}}'[:61]
+    ),
+    "a tensor of 10^18 numbers": absurd(
+        91, b'{"regnet.head.bias":{"dtype":"F32","shape":[1000000000,1000000000],"data_offsets":[0,12]}}'
+    ),
+    "an unknown type": absurd(70, b'{"regnet.head.bias":{"dtype":"OBJ","shape":[3],"data_offsets":[0,12]}}')
+    + bytes(12),
+}
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_weights_with_an_absurd_header_are_refused(card_file, kind):
+    weights = card_file.with_suffix(".safetensors")
+    weights.write_bytes(HEADERS[kind])
+    edit(card_file, sha256=models.checksum(weights))
+    assert_refused(weights, "do not fit the card")
+
+
+def test_weights_of_absurd_size_are_not_even_summed_up(card_file, monkeypatch):
+    weights = card_file.with_suffix(".safetensors")
+    with weights.open("ab") as file:
+        file.truncate(models.LARGEST_WEIGHTS_BYTES + 1)
+    monkeypatch.setattr(models, "checksum", None)
+    assert_refused(weights, "refused")
+
+
+@pytest.mark.parametrize("name", ["../../evil", "/etc/passwd", "..", "tiny/../tiny", "a\\b", "", "C:evil", "x\0y"])
+def test_a_card_cannot_name_a_file_elsewhere(card_file, tmp_path, name):
+    edit(card_file, name=name)
+    with pytest.raises(ModelError, match="its file must have that name"):
+        models.load("tiny")
+
+
+@pytest.mark.parametrize("name", ["../models/tiny", "/etc/passwd", "..", "models/../tiny", ""])
+def test_a_model_asked_for_by_a_path_that_is_no_card_is_unknown(card_file, name):
+    with pytest.raises(ModelError, match="no model"):
+        models.find(name)
+
+
+def test_a_card_of_100_megabytes_is_not_read(card_file, monkeypatch):
+    card_file.write_text('{"format": 1, "training": {"a": "' + "x" * 100_000_000 + '"}}')
+    monkeypatch.setattr(Path, "read_text", None)
+    with pytest.raises(ModelError, match="more than 1000000 bytes is refused"):
+        models.load("tiny")
+
+
+def test_a_pipe_in_the_place_of_a_card_is_not_waited_for(card_file):
+    card_file.unlink()
+    os.mkfifo(card_file)
+    with pytest.raises(ModelError, match="not a regular file"):
+        models.load("tiny")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"format": 99}, "format 99, .* update DivRegNet"),
+        ({"format": "1"}, "format '1'"),
+        ({"regnet": {"channels": [10**6] * 4}}, "do not fit the card"),
+        ({"regnet": {"channels": [2, 2, 2, 2], "passes": 10**9}}, "do not fit the card"),
+        ({"kldivnet": {"channels": 10**9}}, "do not fit the card"),
+        ({"spacing_mm": 1e308}, "spacing_mm must be between"),
+        ({"modalities": [{"a": []}] * 3}, None),
+    ],
+)
+def test_a_card_of_the_future_or_of_giants_is_refused_before_the_memory_is_taken(card_file, changes, says):
+    edit(card_file, **changes)
+    if says is None:
+        assert models.load("tiny").card.modalities == changes["modalities"]
+        return
+    with pytest.raises(ModelError, match=says):
+        models.load("tiny")
+
+
+def test_pickles_are_refused_by_the_command_line_and_never_run(card_file, tmp_path, sample_data, capsys):
+    from DivRegNetLib.cli import main
+
+    ran = tmp_path / "ran"
+
+    class Bomb:
+        def __reduce__(self):
+            return (Path.touch, (ran,))
+
+    weights = card_file.with_suffix(".safetensors")
+    torch.save({"regnet": Bomb()}, weights)
+    edit(card_file, sha256=models.checksum(weights))
+    image = str(sample_data / "fixed_T1.nii.gz")
+    for model in (str(card_file), str(weights), "tiny"):
+        assert (
+            main(["register", image, image, "--model", model, "--output", str(tmp_path / "out"), "--device", "cpu"])
+            == 2
+        )
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said.startswith("divregnet: ") and "unexpected" not in said
+    assert not ran.exists() and not (tmp_path / "out").exists()

@@ -381,6 +381,78 @@ def test_an_input_that_cannot_be_registered_is_named_and_the_scene_stays(
     assert state(scene) == before
 
 
+def with_value(value):
+    def change(node):
+        array(node)[3, 4, 5] = value
+        return node
+
+    return change
+
+
+def placed(matrix):
+    def change(node):
+        node.SetIJKToRASMatrix(slicer.util.vtkMatrixFromArray(np.asarray(matrix, float)))
+        return node
+
+    return change
+
+
+def constant(node):
+    array(node)[:] = 7
+    return node
+
+
+def flattened(node):
+    put_under(node, np.diag([1.0, 1.0, 0.0, 1.0]), "to a plane")
+    return node
+
+
+@pytest.mark.parametrize("role", ["fixed", "moving"])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (with_value(np.nan), "holds 1 voxels that are NaN or infinite; replace them"),
+        (with_value(-np.inf), "holds 1 voxels that are NaN or infinite; replace them"),
+        (constant, "is constant"),
+        (placed(np.diag([300.0, 1, 1, 1])), "spacing of 300 mm; repair its header"),
+        (placed([[1, 0, 0, 5e6], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]), "lies 5 km from the origin"),
+        (placed(np.diag([np.nan, 1, 1, 1])), "cannot be used: .* finite"),
+        (flattened, "cannot be used: .*; repair it"),
+    ],
+    ids=["NaN", "infinity", "constant", "huge spacing", "far away", "no place", "flattened"],
+)
+def test_a_volume_of_odd_content_or_place_is_refused_and_the_scene_stays(
+    scene, grid, paint, register, role, change, words
+):
+    nodes = {name: add_volume(scene, paint(grid), name) for name in ("fixed", "moving")}
+    change(nodes[role])
+    before = state(scene)
+    with pytest.raises(InputError, match=words) as raised:
+        register(nodes["fixed"], nodes["moving"])
+    assert role in str(raised.value)
+    assert str(state(scene)) == str(before)  # NaN is unlike itself
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [vtk.VTK_CHAR, vtk.VTK_SIGNED_CHAR, vtk.VTK_UNSIGNED_CHAR, vtk.VTK_SHORT, vtk.VTK_UNSIGNED_SHORT, vtk.VTK_INT,
+     vtk.VTK_UNSIGNED_INT, vtk.VTK_LONG, vtk.VTK_UNSIGNED_LONG, vtk.VTK_LONG_LONG, vtk.VTK_UNSIGNED_LONG_LONG,
+     vtk.VTK_ID_TYPE, vtk.VTK_FLOAT, vtk.VTK_DOUBLE],
+    ids=vtk.vtkImageScalarTypeNameMacro,
+)  # fmt: skip
+def test_a_volume_of_any_type_of_vtk_is_registered_and_keeps_it(kind, scene, fixed, moving, register):
+    voxels = vtk.vtkImageData()
+    voxels.SetDimensions(moving.GetImageData().GetDimensions())
+    voxels.AllocateScalars(kind, 1)
+    scalars = vtk.util.numpy_support.vtk_to_numpy(voxels.GetPointData().GetScalars())
+    scalars[:] = (array(moving).ravel() / 12).astype(scalars.dtype)
+    moving.SetAndObserveImageData(voxels)
+    warped = register(fixed, moving, spacing=8.0).warped_node
+    kept = {vtk.VTK_ID_TYPE: (vtk.VTK_ID_TYPE, vtk.VTK_LONG_LONG)}.get(kind, (kind,))
+    assert warped.GetImageData().GetScalarType() in kept
+    assert array(warped).max() > 60
+
+
 def test_one_volume_cannot_be_both(scene, fixed, register):
     before = state(scene)
     with pytest.raises(InputError, match="'T1 head' is chosen as fixed and as moving"):

@@ -16,7 +16,7 @@ XX, XY, XZ, YY, YZ, ZZ, X, Y, Z = range(9)
 def textured(shape, seed: int = 0) -> torch.Tensor:
     """Blobs of about four voxels, (1, 1, D, H, W), 0 to 1."""
     coarse = torch.rand(1, 1, *(max(n // 4, 2) for n in shape), generator=torch.Generator().manual_seed(seed))
-    return to_unit(newton.smooth(F.interpolate(coarse, size=shape, mode="trilinear"), 1.0))
+    return to_unit(fields.smooth(F.interpolate(coarse, size=shape, mode="trilinear"), 1.0))
 
 
 def to_unit(image: torch.Tensor) -> torch.Tensor:
@@ -71,16 +71,16 @@ def test_more_steps_come_closer():
         inner(fields.resize(newton.approach(fixed, moving, steps, 2), (32, 32, 32)) - truth).norm(dim=1).mean()
         for steps in (1, 3, 8)
     ]
-    assert errors[2] < 0.7 * errors[1] < 0.7 * 0.9 * errors[0]
+    assert errors[2] < errors[1] < 0.9 * errors[0]
 
 
 def test_the_next_step_is_the_narrow_windows_and_both_windows_are_told():
     """Fixed image, moving image, and what a network gets: for each window a step and how much is known."""
     moving, fixed, _ = deformed((24, 32, 16), 1.0, seed=3)
     step, forward, backward = newton.guess(fixed, moving, 2)
-    normal = newton.equations(fixed, moving, 2)
-    wide, narrow = (newton.solve(normal, window) for window in newton.WINDOWS)
-    torch.testing.assert_close(step, newton.smooth(narrow[0], newton.FLUID))
+    normal, _ = newton.equations(fixed, moving, 2)
+    wide, narrow = (newton.solve(normal, window / 2) for window in newton.TOLD)
+    torch.testing.assert_close(step, fields.smooth(narrow[0], newton.FLUID / 2))
     torch.testing.assert_close(forward, torch.cat((*wide, *narrow), 1))
     torch.testing.assert_close(backward, torch.cat((-wide[0], wide[1], -narrow[0], narrow[1]), 1))
     assert step.shape == (1, 3, 12, 16, 8)
@@ -107,17 +107,42 @@ def test_flat_images_do_not_move(value):
 
 
 @pytest.mark.parametrize("swap", [False, True])
-def test_a_flat_and_a_textured_image_give_something_finite(swap):
+def test_a_flat_and_a_textured_image_do_not_move(swap):
     images = torch.full((1, 1, 16, 16, 16), 0.5), textured((16, 16, 16))
     fixed, moving = reversed(images) if swap else images
-    found = newton.approach(fixed, moving, 3, 2)
-    assert torch.isfinite(found).all()
+    assert newton.approach(fixed, moving, 3, 2).abs().max() < 0.02
+
+
+def test_what_has_not_been_measured_neither_pulls_nor_counts():
+    """A moving image cut off in the middle: the cut would attract whatever is bright beside it."""
+    moving, fixed, truth = deformed((32, 32, 32), 1.0, seed=9)
+    seen = torch.ones_like(moving, dtype=torch.bool)
+    seen[..., 14:] = False
+    cut = moving * seen
+    errors = [
+        inner(fields.resize(newton.approach(fixed, image, 9, 2, valid), (32, 32, 32)) - truth)[..., :6]
+        .norm(dim=1)
+        .mean()
+        for image, valid in ((cut, None), (cut, (torch.ones_like(seen), seen)), (moving, None))
+    ]
+    assert errors[2] < errors[1] < 0.9 * errors[0]
+
+
+def test_the_information_of_a_step_is_that_of_its_start_and_rises_from_step_to_step():
+    moving, fixed, truth = deformed((32, 32, 32), 1.5, seed=10)
+    images, displacement, found = newton.Images(fixed, moving, 1), None, []
+    for _ in range(6):
+        displacement, information = images.step(displacement, 2.0)
+        found.append(information.item())
+    assert found == sorted(found)
+    aligned = newton.Images(fixed, moving, 1).step(truth, 2.0)[1].item()
+    assert found[0] < 0.7 * aligned and found[-1] > 0.8 * aligned
 
 
 @given(seed=st.integers(0, 10**6))
 def test_the_equations_of_the_swapped_pair_ask_for_the_opposite_step(seed):
     fixed, moving = textured((16, 24, 16), seed), other_contrast(textured((16, 24, 16), seed + 1))
-    forward, backward = newton.equations(fixed, moving, 2), newton.equations(moving, fixed, 2)
+    forward, backward = newton.equations(fixed, moving, 2)[0], newton.equations(moving, fixed, 2)[0]
     torch.testing.assert_close(forward[:, :X], backward[:, :X])
     torch.testing.assert_close(forward[:, X:], -backward[:, X:])
     torch.testing.assert_close(newton.solve(forward, 1.5)[0], -newton.solve(backward, 1.5)[0], atol=1e-5, rtol=1e-4)
@@ -162,9 +187,9 @@ def test_nothing_is_differentiated():
 def test_unrelated_images_hold_little_information_and_related_ones_much():
     noise, other = torch.rand(2, 1, 1, 32, 32, 32, generator=torch.Generator().manual_seed(0))
     unrelated, related = (
-        newton.equations(noise, image, 2)[:, [XX, YY, ZZ]].mean() for image in (other, other_contrast(noise))
+        newton.equations(noise, image, 2)[0][:, [XX, YY, ZZ]].mean() for image in (other, other_contrast(noise))
     )
-    assert related > 100 * unrelated
+    assert related > 50 * unrelated
 
 
 # The equations
@@ -178,19 +203,19 @@ def constant(values: dict[int, float], shape=(6, 7, 8)) -> torch.Tensor:
     return normal
 
 
-@pytest.mark.parametrize("window", newton.WINDOWS)
+@pytest.mark.parametrize("window", [5.0, 1.0])
 def test_a_window_over_equal_equations_solves_them_with_the_prior(window):
     """(A + prior) u = b, A with an off-diagonal term, by torch's solver."""
     parts = {XX: 4.0, XY: 1.0, XZ: -0.5, YY: 3.0, YZ: 0.25, ZZ: 2.0, X: 0.6, Y: -0.3, Z: 0.9}
     step, known = newton.solve(constant(parts), window)
-    prior = newton.PRIOR * (3.0 + 1e-6)
+    prior = newton.PRIOR * (3.0 + newton.LITTLE)
     matrix = torch.tensor([[4.0, 1.0, -0.5], [1.0, 3.0, 0.25], [-0.5, 0.25, 2.0]], dtype=torch.float64)
     expected = torch.linalg.solve(
         matrix + prior * torch.eye(3, dtype=torch.float64), torch.tensor([0.6, -0.3, 0.9]).double()
     )
     assert expected.norm() < newton.LONGEST
     torch.testing.assert_close(step, expected.view(1, 3, 1, 1, 1).expand_as(step), atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(known, torch.full_like(known, 0.5), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(known, torch.full_like(known, 0.5), atol=0.01, rtol=0)
 
 
 def test_a_step_is_cut_at_its_longest_in_its_own_direction():
@@ -203,8 +228,8 @@ def test_a_step_is_cut_at_its_longest_in_its_own_direction():
 def test_a_window_gathers_what_lies_within_it():
     """Information in the middle alone: known there, unknown where the window does not reach."""
     normal = constant({}, (25, 25, 25))
-    normal[:, [XX, YY, ZZ], 12, 12, 12] = 1.0
-    normal[:, X, 12, 12, 12] = 0.5
+    normal[:, [XX, YY, ZZ], 12, 12, 12] = 1000.0
+    normal[:, X, 12, 12, 12] = 500.0
     step, known = newton.solve(normal, 1.5)
     assert known[0, 0, 12, 12, 12] > 0.9 > 0.1 > known[0, 0, 12, 12, 18] >= 0
     assert step[0, 0, 12, 12, 12] > 0.4
@@ -221,7 +246,7 @@ def test_the_equations_of_jointly_gaussian_images_are_those_of_their_correlation
     f, z = torch.randn(2, 1, 1, 48, 48, 48, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     m = r * f + math.sqrt(1 - r * r) * z
     fixed, moving = ((0.5 + sd * x).clamp(0, 1) for x in (f, m))
-    found = newton.equations(fixed, moving, 1)
+    found, _ = newton.equations(fixed, moving, 1)
     blur = 1 + (newton.PARZEN / (newton.BINS - 1) / sd) ** 2
     rho, width = r / blur, math.sqrt(blur) * sd
     f, m = ((x - 0.5) / width for x in (fixed, moving))
@@ -240,26 +265,7 @@ def test_the_equations_of_jointly_gaussian_images_are_those_of_their_correlation
             assert (a * b).sum() / b.square().sum() == pytest.approx(1, abs=0.15)
 
 
-# Smoothing and differences
-
-
-@given(sigma=st.floats(0.3, 4), value=st.floats(-5, 5), sides=st.tuples(*[st.integers(1, 9)] * 3))
-def test_smoothing_keeps_a_constant(sigma, value, sides):
-    field = torch.full((2, 3, *sides), value)
-    torch.testing.assert_close(newton.smooth(field, sigma), field, atol=1e-5, rtol=1e-5)
-
-
-@given(sigma=st.floats(0.3, 2), at=st.tuples(*[st.integers(6, 8)] * 3))
-def test_smoothing_spreads_one_voxel_evenly_and_loses_nothing(sigma, at):
-    field = torch.zeros(1, 1, 15, 15, 15, dtype=torch.float64)
-    field[0, 0, at[0], at[1], at[2]] = 1
-    smoothed = newton.smooth(field, sigma)
-    torch.testing.assert_close(smoothed.sum().item(), 1.0)
-    torch.testing.assert_close(smoothed.argmax().item(), field.argmax().item())
-    flipped = newton.smooth(field.flip(2, 3, 4), sigma).flip(2, 3, 4)
-    torch.testing.assert_close(smoothed, flipped)
-    centre, beside = smoothed[0, 0, at[0], at[1], at[2]], smoothed[0, 0, at[0], at[1], at[2] + 1]
-    torch.testing.assert_close((beside / centre).item(), math.exp(-0.5 / sigma**2), atol=1e-6, rtol=1e-5)
+# Differences
 
 
 @given(slopes=st.tuples(*[st.floats(-2, 2)] * 3))

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,8 @@ from DivRegNetLib import metrics
 from DivRegNetLib.geometry import Grid, apply_matrix
 from training.data import cohort, layouts
 from training.data.layouts import Source
-from training.data.prepare import MOST_VOXELS, Preparation, main, prepare
+from training.data.prepare import Preparation, main, prepare
+from training.data.space import MOST_VOXELS, frames, measure
 
 SCRIPT = Path(__file__).resolve().parent.parent / "training" / "data" / "prepare.py"
 MARKS = np.array([(14.0, -60.0, 95.0), (52.0, -45.0, 100.0), (28.0, -30.0, 135.0), (38.0, -75.0, 120.0)])
@@ -152,6 +154,67 @@ def test_the_bundled_pair_is_brought_together(sample_data, tmp_path):
         ("fixed_T1", "fixed", ("T1",)),
         ("moving_T2", "moving", ("T2",)),
     ]
+
+
+@pytest.fixture
+def scanned_twice(save, paint, grid_about, rigid, other_contrast):
+    """A reference, and a second person lying elsewhere whose two scans share a frame; the second shows the upper half of
+    the head alone, too little to align it as well."""
+    elsewhere = np.linalg.inv(rigid((6, -4, 8), (25.0, -14.0, 30.0)))
+    full, part = (grid_about((55, -60, 140 + up), (24, 26, n), (5.0, 5.0, 5.0)) for up, n in ((0, 26), (28, 13)))
+    return [
+        save("reference", paint(finer(grid_about((31, -47, 112), (12, 14, 13), (9.0, 8.0, 8.5)))), split="train"),
+        save("mr", paint(part, elsewhere, other_contrast), subject="twice", role="moving", split="test"),
+        save("ct", paint(full, elsewhere), subject="twice", split="test"),
+    ]
+
+
+def places(sources: list[Source], output: Path, **settings) -> dict[str, np.ndarray]:
+    """Name -> map from the common space to the volume."""
+    listing = prepare(sources, output, Preparation(spacing_mm=8.0, reference="reference", workers=1, **settings))
+    return {v["name"]: np.array(v["to_reference"]) for v in json.loads(listing.read_text())["volumes"]}
+
+
+def test_volumes_of_one_subject_that_share_a_frame_get_one_alignment_that_of_the_likest_to_the_reference(
+    scanned_twice, tmp_path
+):
+    together, apart = (places(scanned_twice, tmp_path / str(t), together=t) for t in (True, False))
+    np.testing.assert_array_equal(together["ct"], together["mr"])
+    np.testing.assert_array_equal(together["ct"], apart["ct"])
+    assert not np.allclose(apart["mr"], apart["ct"], atol=0.5)
+    assert not np.allclose(together["ct"], np.eye(4), atol=0.5)
+
+
+def test_a_subjects_volumes_that_lie_apart_or_name_other_frames_are_aligned_each_by_itself(scanned_twice, tmp_path):
+    reference, mr, ct = scanned_twice
+    header = measure(mr)
+    far = np.eye(4)
+    far[0, 3] = 400.0
+    headers = {s.name: measure(s) for s in scanned_twice}
+    assert [[s.name for s in f] for f in frames(scanned_twice, headers, reference, True)] == [
+        ["reference"],
+        ["ct", "mr"],
+    ]
+    headers["mr"] = replace(header, grid=Grid(header.grid.size, far @ header.grid.matrix))
+    assert len(frames(scanned_twice, headers, reference, True)) == 3
+    named = [reference, replace(mr, frame="a"), replace(ct, frame="a")]
+    assert len(frames(named, headers, reference, True)) == 2
+    headers["mr"] = header
+    assert len(frames([reference, mr, replace(ct, frame="a")], headers, reference, True)) == 3
+
+
+def test_where_the_volume_that_leads_a_frame_is_broken_the_next_one_leads(scanned_twice, tmp_path):
+    reference, mr, ct = scanned_twice
+    alone = places([reference, mr], tmp_path / "alone")
+    content = ct.images[0].read_bytes()
+    ct.images[0].write_bytes(content[: len(content) // 2])
+    left = places(scanned_twice, tmp_path / "out", skip_broken=True)
+    assert set(left) == {"reference", "mr"}
+    np.testing.assert_array_equal(left["mr"], alone["mr"])
+    ct.images[0].write_bytes(content)  # mended: the other one follows it again
+    both = places(scanned_twice, tmp_path / "out")
+    np.testing.assert_array_equal(both["mr"], both["ct"])
+    assert not np.allclose(both["mr"], alone["mr"], atol=0.5)
 
 
 def test_the_cache_is_what_the_reader_reads(few, tmp_path):

@@ -31,7 +31,7 @@ def blocky_pair(correlation: float, seed: int = 0, patch: int = 2) -> tuple[torc
 def fitted(
     pair, config: KLDivNetConfig | None = None, *, steps: int = 200, shuffle: str = "patches", seed: int = 0
 ) -> KLDivNet:
-    """D brought to a pair the way refinement does it."""
+    """D brought to a pair by itself, as in a training's warm-up."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = KLDivNet(config or KLDivNetConfig(patch=1))

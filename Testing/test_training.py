@@ -1,6 +1,7 @@
 """Training: what the losses reward, the loop, its files, kill and resume, several processes, and the model at the end."""
 
 import csv
+import math
 import os
 import random
 import re
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ import SimpleITK as sitk
 import torch
 import yaml
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.precision import MixedPrecision
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional as F
 
@@ -143,6 +146,52 @@ def test_every_term_falls_as_the_network_comes_nearer_to_a_known_shift(shifted, 
         assert far[name] > half[name] > there[name], name
     assert there["known"] < 0.02
     assert far["diffusion"] == there["diffusion"] == 0
+
+
+@pytest.mark.parametrize("similarity", ["kldiv", "mi", "lncc"])
+def test_what_happens_in_the_margin_is_none_of_the_similaritys_business(shifted, similarity):
+    edges = F.pad(torch.zeros(1, 1, 8, 24, 24), [4] * 6, value=1.0)
+    odd = shifted.moving.lerp(1 - shifted.moving, edges)
+    for margin in (4, 3):
+        loss = {"similarity": similarity, "margin": margin, "samples": 2048}
+        objective = Objective(tiny(Path(), loss=loss, kldivnet={"channels": 16}))
+        found = [
+            objective.similarity(shifted.fixed, moving, torch.Generator().manual_seed(1)).item()
+            for moving in (shifted.moving, odd)
+        ]
+        assert (found[0] == found[1]) == (margin == 4)
+
+
+def test_training_on_parts_learns_from_cubes_and_validates_on_whole_images(tiny_cohort):
+    whole, parts = (trainer_of(tiny(tiny_cohort, data={"held_out": 1, "part": part})) for part in (0, 16))
+    seen = [trainer._batch([0]).fixed.shape[2:] for trainer in (whole, parts)]
+    assert max(seen[0]) > 16 and seen[1] == (16, 16, 16)
+    parts.step()
+    assert parts.validate(start=True) == whole.validate(start=True)
+    with pytest.raises(ValueError, match="part is a multiple of 16"):
+        tiny(tiny_cohort, data={"part": 24})
+
+
+def test_the_parts_of_a_pair_follow_each_other_over_steps_and_batches(tiny_cohort):
+    trainer = trainer_of(tiny(tiny_cohort, batch=2, data={"held_out": 1, "part": 16, "parts": 3}))
+    drawn, draw = [], trainer.source.draw
+
+    class Counted:
+        def draw(self, random):
+            drawn.append(draw(random))
+            return drawn[-1]
+
+    trainer.source = Counted()
+    seen = []
+    for trainer.step_number in range(3):
+        seen += trainer._batch([0, 1]).pairs
+    assert len(drawn) == 2 and len({pair.fixed.sum().item() for pair in seen}) > 2
+    for i, pair in enumerate(seen):
+        cubes = drawn[i // 3].fixed[0, 0].unfold(0, 16, 2).unfold(1, 16, 2).unfold(2, 16, 2).flatten(0, 2)
+        assert (cubes == pair.fixed[0, 0]).flatten(1).all(1).any()
+    trainer.step_number, trainer._drawn = 1, (-1, [])  # as after --resume
+    again = trainer._batch([0, 1]).pairs
+    assert torch.equal(again[0].fixed, seen[2].fixed) and torch.equal(again[1].moving, seen[3].moving)
 
 
 def test_without_supervision_nothing_that_is_known_is_looked_at(shifted):
@@ -289,6 +338,7 @@ def test_the_exported_model_is_the_average_of_the_best_validation(trained, tmp_p
     assert card.training["scores of"] == "test"
     assert {"cohort Dice", "cohort Dice at the start"} <= set(card.scores)
     assert card.training["configuration"]["loss"]["samples"] == config.loss.samples
+    assert card.training["steps"] == best["step"] and "steps" not in card.training["configuration"]
 
 
 # Steps
@@ -359,10 +409,29 @@ def test_gradients_gathered_pair_by_pair_are_those_of_the_whole_batch(tiny_cohor
 def test_mixed_precision_trains_and_keeps_the_weights_in_full(tiny_cohort, similarity):
     values = {"loss": {"similarity": similarity}, "precision": "bf16-mixed", "warmup": 1}
     mixed, full = (trainer_of(tiny(tiny_cohort, **v)) for v in (values, values | {"precision": "32-true"}))
-    for _ in range(3):
-        found, expected = mixed.step()["loss"], full.step()["loss"]
-        assert found == pytest.approx(expected, abs=0.05)
+    # oneDNN's gradient of a convolution in bfloat16 is noise where an image has two voxels left along an axis, as here.
+    with torch.backends.mkldnn.flags(enabled=False):
+        for _ in range(3):
+            found, expected = mixed.step()["loss"], full.step()["loss"]
+            assert found == pytest.approx(expected, abs=0.05)
     assert all(t.dtype == torch.float32 and torch.isfinite(t).all() for t in mixed.objective.state_dict().values())
+
+
+def test_a_checkpoint_keeps_how_much_16_bit_training_scales_the_loss(tiny_cohort):
+    """On a CPU Fabric trains in bfloat16, which scales nothing, so the scaling alone is looked at here."""
+    first, second = (trainer_of(tiny(tiny_cohort)) for _ in range(2))
+    for trainer in (first, second):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+        trainer.fabric.strategy.precision = MixedPrecision("16-mixed", "cpu", scaler)
+    scale, weight = first.fabric.strategy.precision.scaler, torch.nn.Parameter(torch.ones(1))
+    for gradient in (1.0, math.inf):  # the second makes it halve the scale
+        scale.scale(weight * gradient).backward()
+        scale.step(torch.optim.SGD([weight], 0.1))
+        scale.update()
+    second.restore(first.state())
+    restored = second.fabric.strategy.precision.scaler
+    assert restored.get_scale() == scale.get_scale() == 2.0**15
+    assert restored.state_dict() == scale.state_dict()
 
 
 @pytest.mark.parametrize(("passes", "single_pass"), [(2, 0), (2, 1)])
@@ -446,7 +515,7 @@ def test_a_training_can_start_from_a_model(tiny_cohort, tiny_model, tmp_path, mo
     args = train.parser().parse_args(
         ["--name", "tuned", "--from", tiny_model, "--steps", "1", f"data.cohort={tiny_cohort}"]
     )
-    config = train.configuration(args, None)
+    config = train.configuration(args)
     model = models.load(tiny_model)
     assert (config.regnet, config.kldivnet) == (model.regnet.config, model.kldivnet.config)
     trainer = trainer_of(config)
@@ -490,7 +559,7 @@ def told(raw, tmp_path_factory):
     arguments = ["--name", "mine", "--output", str(output), "--steps", "20", "--device", "cpu"]
     for side in ("fixed", "moving"):
         arguments += [f"--{side}", str(raw / side), f"--{side}-labels", str(raw / f"{side}_labels")]
-    arguments += ["--split", "2", "1", "1", "--spacing", "12", "--align", "centre", "--workers", "1"]
+    arguments += ["--spacing", "12", "--align", "centre", "--workers", "1", "--split", "2,1,1"]
     arguments += ["warmup=3", "checkpoint_every=2", "validate_every=10", "data.held_out=1", "loss.samples=256"]
     arguments += ["regnet.channels=[2,2,2,2]", "regnet.newton=2", "kldivnet.channels=4"]
     command = [sys.executable, str(ROOT / "training" / "train.py"), *arguments]
@@ -514,7 +583,8 @@ def told(raw, tmp_path_factory):
 
 def test_a_killed_and_resumed_run_is_bit_by_bit_the_one_that_was_left_alone(told, tmp_path):
     output, arguments, _, _ = told
-    config = train.configuration(train.parser().parse_args(arguments), output / "cohort")
+    config = train.configuration(train.parser().parse_args(arguments))
+    config = replace(config, data=replace(config.data, cohort=str(output / "cohort")))
     run(config, tmp_path / "alone")
     for file in ("last.pt", "best.pt"):
         assert not differing(checkpoint(output / file), checkpoint(tmp_path / "alone" / file))

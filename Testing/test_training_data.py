@@ -139,6 +139,24 @@ def test_an_augmented_deformation_still_leads_to_the_same_place(seed, degrees, s
     torch.testing.assert_close(landed[inside], turned.fixed[inside], atol=1e-2, rtol=0)
 
 
+def test_a_part_is_the_same_cube_of_all_that_a_pair_holds():
+    image = torch.arange(20.0 * 33 * 48).view(1, 1, 20, 33, 48)
+    pair = Pair(image, image + 1, truth=image.repeat(1, 3, 1, 1, 1), moving_labels=image.long())
+    places = set()
+    for seed in range(20):
+        part = pair.part(32, Random(seed))
+        first = int(part.fixed[0, 0, 0, 0, 0])
+        z, y, x = first // (33 * 48), first // 48 % 33, first % 48
+        assert (
+            z == 0 and y == 0 and 0 <= x <= 16 and x % 2 == 0
+        )  # no longer than the image is, and on whole output voxels
+        assert torch.equal(part.fixed, image[..., :32, x : x + 32])
+        assert torch.equal(part.moving, part.fixed + 1) and torch.equal(part.truth[:, 1:2], part.fixed)
+        assert part.brain is None and torch.equal(part.moving_labels, part.fixed.long())
+        places.add(x)
+    assert len(places) > 5
+
+
 def test_augmentation_moves_both_images_alike_and_the_moving_one_a_little_more():
     image = torch.rand(1, 1, 12, 16, 14, generator=torch.Generator().manual_seed(0))
     alike = augment(Pair(image, image), Augmentation(10, 8), 2.0, Random(1))

@@ -144,7 +144,7 @@ def test_what_the_pipeline_raises_comes_back_as_it_was(pair, tiny_model, folders
     cases = (
         ({"fixed_mask": empty}, InputError, "the fixed mask is empty where the fixed image is"),
         ({"model": "no such"}, ModelError, "no model 'no such'; known are "),
-        ({"device": "cuda:77"}, DeviceError, "device 'cuda:77' is not there"),
+        ({"device": "cuda:77"}, DeviceError, "device 'cuda:77' "),
     )
     for options, kind, words in cases:
         worker = Worker(*pair, **(OPTIONS | options)).start()
@@ -180,36 +180,37 @@ def test_an_image_that_cannot_be_used_starts_nothing(pair, folders):
 
 
 @posix
-def test_a_graphics_card_without_memory_asks_for_a_coarser_spacing_or_the_cpu(pair, tiny_model, script):
+def test_memory_that_is_never_enough_asks_for_a_coarser_spacing_or_the_cpu(pair, tiny_model, script):
     python = script("""
         import torch
         from DivRegNetLib import models, worker
         from DivRegNetLib.regnet import RegNet
-        def forward(self, fixed, moving):
+        def forward(self, fixed, moving, valid=None):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
         RegNet.forward = forward
         worker.main(folder)
     """)
-    with pytest.raises(DeviceError, match=r"coarser spacing than 6 mm, or device cpu"):
+    with pytest.raises(DeviceError, match=r"the last time at .* mm: choose a coarser spacing, or device cpu"):
         Worker(*pair, **OPTIONS, python=python).start().result(PATIENCE)
 
 
 @posix
 @pytest.mark.skipif(sys.platform != "linux", reason="address space limits")
-def test_a_computer_without_memory_asks_for_a_coarser_spacing(pair, tiny_model, script):
+def test_a_computer_without_memory_gets_a_coarser_resolution_and_is_told(pair, tiny_model, script):
+    """The system promises what it does not give: torch, ITK or NumPy fails in the middle of the work."""
     python = script("""
         import resource
         import torch, numpy, SimpleITK
         import DivRegNetLib.pipeline
         from DivRegNetLib import worker
         pages = int(Path("/proc/self/statm").read_text().split()[0])
-        limit = pages * resource.getpagesize() + 200 * 2**20
+        limit = pages * resource.getpagesize() + 250 * 2**20
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         worker.main(folder)
     """)
-    worker = Worker(*pair, **(OPTIONS | {"spacing": 0.6}), python=python).start()
-    with pytest.raises(DeviceError, match=r"the memory ran out .*coarser spacing"):
-        worker.result(PATIENCE)
+    result = Worker(*pair, **(OPTIONS | {"spacing": 0.9}), python=python).start().result(PATIENCE)
+    assert result.settings["spacing"] > 0.9
+    assert any("little memory" in warning for warning in result.warnings)
 
 
 @posix
@@ -372,7 +373,7 @@ def test_cancelling_ends_the_process_with_its_children_and_removes_the_folder(pa
 
 
 def test_cancelling_while_the_network_works_takes_effect(pair, tiny_model, folders):
-    worker = Worker(*pair, **(OPTIONS | {"refine": 100000})).start()
+    worker = Worker(*pair, **(OPTIONS | {"refine": 100000, "spacing": 1.5})).start()
     wait_for(lambda: any(e.stage == "refine" for e in worker.poll()))
     started = time.monotonic()
     worker.cancel()
@@ -398,7 +399,7 @@ import sys, time
 import SimpleITK as sitk
 from DivRegNetLib.worker import Worker
 fixed, moving = (sitk.ReadImage(path) for path in sys.argv[1:3])
-options = dict(model="tiny", device="cpu", align="none", refine=100000)
+options = dict(model="tiny", device="cpu", align="none", refine=100000, spacing=1.5)
 worker = Worker(fixed, moving, python=sys.argv[3], **options).start()
 assert "torch" not in sys.modules
 while not any(e.stage == "refine" for e in worker.poll()):

@@ -27,6 +27,9 @@ class Data:
     pairs: ``cohort`` (two volumes of it), ``phantoms`` (AAL Brain of the paper) or ``synthesis`` (made on the fly).
     tasks: of phantoms, moving-fixed.
     held_out: pairs that validation looks at (of phantoms, per task).
+    part: side in voxels of the part of each pair that is trained on, at random, a multiple of 16; 0: all of it. Whole images
+        are validated on.
+    parts: how many of each pair that is drawn, one after the other: where making a pair takes longer than learning from it.
     augmentation: of cohort and phantoms.
     recipe: of synthesis.
     """
@@ -35,6 +38,8 @@ class Data:
     pairs: str = "cohort"
     tasks: list[str] = field(default_factory=lambda: list(TASKS))
     held_out: int = 10
+    part: int = 0
+    parts: int = 1
     augmentation: Augmentation = field(default_factory=Augmentation)
     recipe: Recipe = field(default_factory=Recipe)
 
@@ -44,6 +49,10 @@ class Data:
             _one_of("data.tasks", task, TASKS)
         if self.held_out < 1:
             raise ValueError(f"data.held_out is at least 1, got {self.held_out}")
+        if self.part < 0 or self.part % 16:
+            raise ValueError(f"data.part is a multiple of 16, got {self.part}")
+        if self.parts < 1 or (self.parts > 1 and not self.part):
+            raise ValueError(f"data.parts is at least 1, and 1 for whole images (data.part: 0), got {self.parts}")
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,7 @@ class Loss:
 
     similarity: ``kldiv`` (S of a KLDivNet trained along), ``mi`` (Parzen windows) or ``lncc``.
     weight: of the similarity.
+    margin: voxels along every border that the similarity does not look at, as what moves into a part is missing there.
     samples: patches (``kldiv``) or voxels (``mi``) looked at in a step, at random.
     bins: of ``mi``.
     window: of ``lncc``, side in voxels.
@@ -63,6 +73,7 @@ class Loss:
 
     similarity: str = "kldiv"
     weight: float = 1.0
+    margin: int = 0
     samples: int = 16384
     bins: int = 64
     window: int = 9
@@ -88,7 +99,7 @@ class Config:
     ema: decay of the averaged weights, which are what is validated and exported.
     precision: of Lightning Fabric: ``32-true``, ``bf16-mixed``, ``16-mixed``, ``64-true``.
     card: what the model card says beside what is known anyway: version, summary, modalities, anatomy, skull, licence,
-        training.
+        good_for, limits, training.
     """
 
     name: str

@@ -24,19 +24,10 @@ from tqdm import tqdm
 from DivRegNetLib import files, metrics, models
 from DivRegNetLib.geometry import Grid, affine_transform
 from DivRegNetLib.pipeline import Result, register
-from training.data.phantoms import CONTROL_MM, SD_MM, TASKS
+from training.benchmarks.cases import FIRST_SEED, free_form_deformation, on_grid, tissues
+from training.data.phantoms import TASKS
 from training.data.prepare_head import brain_mask
 from training.experiments import report
-
-FIRST_SEED = 5000
-
-
-def phantom_deformation(image: sitk.Image, seed: int) -> sitk.Transform:
-    """A free-form deformation with control points 20 mm apart, moved by N(0, 6 mm)."""
-    mesh = [max(int(n * s / CONTROL_MM), 1) for n, s in zip(image.GetSize(), image.GetSpacing(), strict=True)]
-    transform = sitk.BSplineTransformInitializer(image, mesh, 3)
-    transform.SetParameters(np.random.default_rng(seed).normal(0, SD_MM, len(transform.GetParameters())).tolist())
-    return transform
 
 
 def phantom_scores(result: Result | None, truth: sitk.Image, fixed_labels: sitk.Image, labels: sitk.Image) -> dict:
@@ -62,12 +53,9 @@ def phantoms(data: Path, count: int, settings: dict) -> list[dict]:
     labels = files.read_labels(data / "brain_t1t2pd/aal_labels.nii.gz")
     rows: dict[tuple[str, str], list[dict]] = {}
     for seed in tqdm(range(FIRST_SEED, FIRST_SEED + count), desc="phantoms"):
-        deformation = phantom_deformation(labels, seed)
+        deformation = free_form_deformation(labels, seed)
         fixed_labels = sitk.Resample(labels, labels, deformation, sitk.sitkNearestNeighbor, 0)
-        truth = sitk.TransformToDisplacementField(
-            deformation, sitk.sitkVectorFloat64, labels.GetSize(), labels.GetOrigin(), labels.GetSpacing(),
-            labels.GetDirection(),
-        )  # fmt: skip
+        truth = on_grid(deformation, Grid.of(labels))
         for task in TASKS:
             moving, fixed = task.split("-")
             deformed = sitk.Resample(image[fixed], labels, deformation, sitk.sitkLinear, 0)
@@ -79,20 +67,6 @@ def phantoms(data: Path, count: int, settings: dict) -> list[dict]:
         {"task": task, "method": method} | {k: float(np.mean([s[k] for s in scores])) for k in scores[0]}
         for (task, method), scores in rows.items()
     ]
-
-
-def tissues(t1: sitk.Image, brain: sitk.Image) -> sitk.Image:
-    """Fluid 1, grey 2 and white matter 3 by k-means of a T1 inside the brain; 0 elsewhere."""
-    smooth = sitk.DiscreteGaussian(sitk.Cast(t1, sitk.sitkFloat32), 0.3)
-    values = sitk.GetArrayViewFromImage(smooth)[sitk.GetArrayViewFromImage(brain) > 0]
-    low, high = np.percentile(values, [1, 99])
-    means = np.quantile(values, [0.1, 0.45, 0.85])
-    for _ in range(50):
-        edges = (means[1:] + means[:-1]) / 2
-        classes = np.digitize(values, edges)
-        means = np.array([values[classes == i].clip(low, high).mean() for i in range(3)])
-    array = np.digitize(sitk.GetArrayFromImage(smooth), (means[1:] + means[:-1]) / 2) + 1
-    return Grid.of(t1).image((array * (sitk.GetArrayViewFromImage(brain) > 0)).astype(np.uint8))
 
 
 def real_pairs(data: Path, settings: dict) -> list[dict]:

@@ -52,7 +52,7 @@ def export(trainer: Trainer, run: Path, folder: Path) -> Path:
     scores = {name: round(value, 4) for name, value in trainer.validate(split).items()}
     scores |= {f"{name} at the start": round(v, 4) for name, v in trainer.validate(split, start=True).items()}
     settings = config.as_dict()
-    settings.pop("card")
+    del settings["card"], settings["steps"]  # how many steps made the weights is said once, above
     settings["data"]["cohort"] = Path(config.data.cohort).name  # where it lay is nobody's business
     about["training"] = about["training"] | {
         "steps": best["step"],
@@ -73,10 +73,10 @@ def export(trainer: Trainer, run: Path, folder: Path) -> Path:
         "sha256": "",
     }
     try:
-        card = models.Card(**known, **about)
+        card = models.Card(**(known | about))
     except TypeError as error:
-        raise ValueError(f"card: {error}; known are version, summary, modalities, anatomy, skull, licence, training"
-                         ) from error  # fmt: skip
+        known = "version, summary, modalities, anatomy, skull, spacing_mm, licence, good_for, limits, training"
+        raise ValueError(f"card: {error}; known are {known}") from error
     file = models.save(folder, card, trainer.ema, kldivnet)
     _try(file, trainer.source, split)
     return file

@@ -62,6 +62,8 @@ class Objective(nn.Module):
 
     def similarity(self, fixed: Tensor, warped: Tensor, random: torch.Generator | None = None) -> Tensor:
         """What is maximised, of two images (1, 1, D, H, W); a scalar."""
+        if edge := self.loss.margin:
+            fixed, warped = (x[..., edge:-edge, edge:-edge, edge:-edge] for x in (fixed, warped))
         if self.loss.similarity == "mi":
             with torch.autocast(fixed.device.type, enabled=False):  # counting voxels needs more than 16 bits
                 chosen = torch.randperm(fixed.numel(), generator=random)[: self.loss.samples].to(fixed.device)

@@ -11,6 +11,7 @@ Any value of the configuration can be given as KEY=VALUE, such as loss.diffusion
 import argparse
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from lightning_fabric import Fabric
 from lightning_fabric.strategies import DDPStrategy
 
 from DivRegNetLib import models
+from DivRegNetLib.claim import claimed
 from DivRegNetLib.errors import DivRegNetError
 from training import config as configs
 from training.config import CONFIGS
@@ -49,15 +51,9 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def configuration(args: argparse.Namespace, cohort: Path | None) -> configs.Config:
-    """The run that the command line asks for.
-
-    Args:
-        cohort: a cohort prepared from raw volumes, where they were given.
-    """
+def configuration(args: argparse.Namespace) -> configs.Config:
+    """The run that the command line asks for."""
     values: dict = {k: v for k, v in (("name", args.name), ("steps", args.steps)) if v is not None}
-    if cohort is not None:
-        values["data"] = {"cohort": str(cohort)}
     if args.start:
         card = models.read_card(models.find(args.start))
         values |= {"start": args.start, "regnet": card.regnet}
@@ -84,7 +80,7 @@ def prepared(args: argparse.Namespace, config: configs.Config, output: Path) -> 
         return None
     preparation = prepare.from_arguments(args, config.seed)
     if preparation.spacing_mm is None and config.start:
-        preparation = replace(preparation, spacing_mm=models.read_card(models.find(config.start)).spacing_mm)
+        preparation = replace(preparation, spacing_mm=models.read_card(models.find(config.start)).spacing_mm or None)
     return prepare.prepare(sources, output / "cohort", preparation).parent
 
 
@@ -93,18 +89,17 @@ def main() -> int:
     try:
         if args.name is None and args.config is None:
             raise ValueError("give the model a --name, or an experiment's --config")
-        config = configuration(args, None)
+        config = configuration(args)
         output = args.output or Path("build/training") / config.name
         fabric = fabric_of(args.device, config.precision)
-        cohort = None
-        if fabric.is_global_zero:
-            cohort = prepared(args, config, output)
-        cohort = fabric.broadcast(cohort)
-        config = configuration(args, cohort)
-        trainer = fit(config, source_of(config, fabric.device), output, fabric, resume=args.resume)
-        if fabric.is_global_zero:
-            print(export(trainer, output, args.models or models.own_folders()[0]))
-        fabric.barrier()
+        with claimed(output) if fabric.is_global_zero else nullcontext():
+            cohort = prepared(args, config, output) if fabric.is_global_zero else None
+            if cohort := fabric.broadcast(cohort):
+                config = replace(config, data=replace(config.data, cohort=str(cohort)))
+            trainer = fit(config, source_of(config, fabric.device), output, fabric, resume=args.resume)
+            if fabric.is_global_zero:
+                print(export(trainer, output, args.models or models.own_folders()[0]))
+            fabric.barrier()
     except (ValueError, OSError, FloatingPointError, DivRegNetError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2

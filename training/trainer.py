@@ -59,6 +59,7 @@ class Trainer:
         self.dtype = next(self.objective.parameters()).dtype
         self.ema = copy.deepcopy(self.objective.regnet).eval().requires_grad_(False)
         self.step_number, self.best, self.log = 0, -math.inf, []
+        self._drawn: tuple[int, list[Pair]] = (-1, [])  # the parts of the pair that was drawn last
 
     def _start_from(self, model: models.Model) -> None:
         try:
@@ -75,6 +76,7 @@ class Trainer:
             "objective": self.objective.state_dict(),
             "ema": self.ema.state_dict(),
             "optimiser": self.optimiser.state_dict(),
+            "precision": self.fabric.strategy.precision.state_dict(),  # how much 16-mixed scales the loss
             "step": self.step_number,
             "best": self.best,
             "log": self.log,
@@ -93,6 +95,7 @@ class Trainer:
             )
         for name in ("objective", "ema", "optimiser"):
             getattr(self, name).load_state_dict(state[name])
+        self.fabric.strategy.precision.load_state_dict(state["precision"])
         self.step_number, self.best, self.log = state["step"], state["best"], state["log"]
 
     @property
@@ -134,9 +137,22 @@ class Trainer:
 
     def _batch(self, numbers: list[int]) -> Batch:
         """Pairs of this step by their number in it."""
-        seeds = [(self.config.seed * 1_000_003 + self.step_number) * 1009 + n for n in numbers]
-        pairs = [self.source.draw(Random(seed, self.fabric.device)).to(self.dtype) for seed in seeds]
-        return Batch(pairs, seeds)
+        return Batch(
+            [self._draw(n).to(self.dtype) for n in numbers], [self._seed(self.step_number, n) for n in numbers]
+        )
+
+    def _seed(self, step: int, number: int) -> int:
+        return (self.config.seed * 1_000_003 + step) * 1009 + number
+
+    def _draw(self, number: int) -> Pair:
+        """A pair of this step, or a part of one; the parts of a pair follow each other."""
+        data, batch = self.config.data, self.config.batch
+        first, part = divmod(self.step_number * batch + number, data.parts)
+        if self._drawn[0] != first:
+            random = Random(self._seed(*divmod(first * data.parts, batch)), self.fabric.device)
+            pair = self.source.draw(random)
+            self._drawn = first, [pair.part(data.part, random) for _ in range(data.parts)] if data.part else [pair]
+        return self._drawn[1][part]
 
     def _accumulate(self, batch: Batch, share: float, last: bool) -> dict[str, Tensor]:
         """Gradients of the loss of every pass, each judged on all that has been composed so far."""

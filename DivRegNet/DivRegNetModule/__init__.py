@@ -1,6 +1,6 @@
 """What the DivRegNet module of 3D Slicer is made of, beside the classes in DivRegNet.py that Slicer looks for.
 
-``fit``, ``verdict``, ``memory`` and ``checkerboard`` in ``comparison`` need neither Qt nor Slicer; nothing here imports
+``fit``, ``verdict`` and ``checkerboard`` in ``comparison`` need neither Qt nor Slicer; nothing here imports
 torch.
 """
 

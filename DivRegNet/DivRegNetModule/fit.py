@@ -53,15 +53,15 @@ def guess_modality(volume: VolumeFacts) -> str:
 
 
 def complaints(card: Card, fixed: VolumeFacts, moving: VolumeFacts) -> list[str]:
-    """Sentences about what does not fit the card; empty where everything seems to."""
-    found = []
+    """Sentences about what does not fit the card, the card's own limits last; empty where everything seems to."""
+    found, spacing = [], card.working_spacing(fixed, moving)
     for volume in (fixed, moving):
         found += [
             *_modality_complaint(card, volume),
-            *_spacing_complaint(card, volume),
-            *_field_of_view_complaint(card, volume),
+            *_spacing_complaint(spacing, volume),
+            *_field_of_view_complaint(card, spacing, volume),
         ]
-    return found
+    return [*found, card.limits] if found and card.limits else found
 
 
 def _modality_complaint(card: Card, volume: VolumeFacts) -> list[str]:
@@ -73,18 +73,18 @@ def _modality_complaint(card: Card, volume: VolumeFacts) -> list[str]:
     return [text.format(name=volume.name, guess=guess, trained=", ".join(map(str, card.modalities)))]
 
 
-def _spacing_complaint(card: Card, volume: VolumeFacts) -> list[str]:
-    if max(volume.spacing) <= THICK_SLICES * card.spacing_mm:
+def _spacing_complaint(spacing: float, volume: VolumeFacts) -> list[str]:
+    if max(volume.spacing) <= THICK_SLICES * spacing:
         return []
     text = _(
         "'{name}' has slices {thick:.3g} mm apart, the model works at {model:.3g} mm: expect less accuracy across."
     )
-    return [text.format(name=volume.name, thick=max(volume.spacing), model=card.spacing_mm)]
+    return [text.format(name=volume.name, thick=max(volume.spacing), model=spacing)]
 
 
-def _field_of_view_complaint(card: Card, volume: VolumeFacts) -> list[str]:
+def _field_of_view_complaint(card: Card, spacing: float, volume: VolumeFacts) -> list[str]:
     smallest, largest = min(volume.extent), max(volume.extent)
-    if smallest < SMALLEST_VOXELS * card.spacing_mm:
+    if smallest < SMALLEST_VOXELS * spacing:
         text = _("'{name}' is only {mm:.0f} mm thick, too little for the model to see the anatomy around.")
         return [text.format(name=volume.name, mm=smallest)]
     low, high = next((r for word, r in FIELD_OF_VIEW_MM.items() if word in card.anatomy.lower()), (0, np.inf))

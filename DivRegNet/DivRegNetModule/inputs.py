@@ -102,15 +102,17 @@ def card_lines(name: str) -> tuple[str, str]:
         return str(error), str(error)
     skulls = {"whole": _("with skull"), "stripped": _("skull-stripped"), "either": _("with or without skull")}
     skull = skulls.get(known.skull, "")
-    made_for = _("For {modalities} of the {what}, {mm:g} mm, version {version}").format(
+    made_for = _("For {modalities} of the {what}, {mm}, version {version}").format(
         modalities=", ".join(map(str, known.modalities)),
         what=f"{known.anatomy} {skull}".strip(),
-        mm=known.spacing_mm,
+        mm=f"{known.spacing_mm:g} mm" if known.spacing_mm else _("any resolution"),
         version=known.version,
     )
     trained = _("Trained on {data}").format(data=known.training.get("data", _("data that the card does not name")))
     scores = ", ".join(f"{task} {score:g}" for task, score in known.scores.items() if isinstance(score, int | float))
-    parts = [made_for, trained, _("Licence: {licence}").format(licence=known.licence)]
+    words = [_("Good for: {what}").format(what=known.good_for)] if known.good_for else []
+    words += [_("Limits: {what}").format(what=known.limits)] if known.limits else []
+    parts = [made_for, *words, trained, _("Licence: {licence}").format(licence=known.licence)]
     if scores:
         parts.append(_("Reached: {scores}").format(scores=scores))
     return f"{made_for}\n{shorten(trained, LINE_CHARACTERS, placeholder=' …')}", "\n\n".join(parts)

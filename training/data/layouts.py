@@ -18,7 +18,7 @@ from DivRegNetLib.files import VOLUME_SUFFIXES
 from training.data.cohort import SPLITS
 
 ROLES = ("both", "fixed", "moving")
-COLUMNS = ("subject", "image", "labels", "role", "contrast", "split", "name")
+COLUMNS = ("subject", "image", "labels", "role", "contrast", "split", "name", "frame")
 LITS = ("volume", "segmentation")
 CHANNEL = re.compile(r"(.+)_(\d{4})")  # nnU-Net: CASE_0000.nii.gz
 
@@ -34,6 +34,7 @@ class Source:
     labels: label map in the space of the images, or None.
     role: what it may be in a pair: ``both``, ``fixed`` or ``moving``.
     split: ``train``, ``validation`` or ``test`` where the cohort itself says; None leaves it to :func:`split`.
+    frame: volumes of a subject with the same one keep their places to each other; "" leaves it to their headers.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Source:
     labels: Path | None = None
     role: str = "both"
     split: str | None = None
+    frame: str = ""
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value that cannot be meant."""
@@ -109,6 +111,7 @@ def manifest(table: Path) -> list[Source]:
                 labels=table.parent / row["labels"] if row.get("labels") else None,
                 role=row.get("role") or "both",
                 split=row.get("split") or None,
+                frame=row.get("frame") or "",
             )
         except ValueError as error:
             raise ValueError(f"{table}, line {line}: {error}") from error

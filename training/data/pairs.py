@@ -34,6 +34,15 @@ class Pair:
         kinds = {k: getattr(self, k) for k in ("fixed", "moving", "brain", "truth")}
         return replace(self, **{k: None if t is None else t.to(dtype) for k, t in kinds.items()})
 
+    def part(self, side: int, random: "Random") -> "Pair":
+        """A cube of ``side`` voxels anywhere in the pair, or as much of it as there is; what moves into it from outside is
+        missing."""
+        cut = []
+        for n in self.fixed.shape[2:]:
+            start = random.index(max(n - side, 0) // 2 + 1) * 2
+            cut.append(slice(start, start + side))
+        return Pair(**{k: None if t is None else t[(..., *cut)].contiguous() for k, t in vars(self).items()})
+
 
 class Random:
     """Draws from one generator on one device."""
@@ -128,6 +137,8 @@ def augment(pair: Pair, augmentation: Augmentation, spacing: float, random: Rand
         spacing: mm per voxel.
     """
     a, shape = augmentation, pair.fixed.shape[2:]
+    if a == Augmentation(0, 0, 0, 0):
+        return pair
     centre = (torch.tensor(shape[::-1], device=pair.fixed.device).float().view(1, 3, 1, 1, 1) - 1) / 2
     at = fields.identity(tuple(shape), like=pair.fixed)
     place, placed_by = random_affine(random, a.degrees, a.shift_mm / spacing, 0, 0)

@@ -1,5 +1,7 @@
 """AAL Brain of arXiv 1908.08767, section 3.1: phantoms made of one template by random free-form deformation."""
 
+import torch
+
 from DivRegNetLib import fields
 from DivRegNetLib.intensity import normalise
 from training.data.cohort import Cohort, Volume
@@ -46,11 +48,12 @@ def phantom(cohort: Cohort, task: str, seed: int) -> Pair:
     truth = ffd(cohort.shape, CONTROL_MM / cohort.spacing, SD_MM / cohort.spacing, random)
     moving, fixed = (volume.images[volume.contrasts.index(c)][None].float() for c in task.split("-"))
     labels = (volume.labels > 0).float()  # the union of all regions is what the paper scores
+    maps = fields.warp(torch.cat((volume.brain.float(), labels), 1), truth, mode="nearest", padding="zeros")
     return Pair(
-        normalise(fields.warp(fixed, truth, padding="zeros"), "robust"),
-        normalise(moving, "robust"),
-        fields.warp(volume.brain.float(), truth, mode="nearest", padding="zeros"),
+        normalise(fields.warp(fixed, truth, padding="zeros"), cohort.normalisation),
+        normalise(moving, cohort.normalisation),
+        maps[:, :1],
         truth,
-        fields.warp(labels, truth, mode="nearest", padding="zeros").byte(),
+        maps[:, 1:].byte(),
         labels.byte(),
     )

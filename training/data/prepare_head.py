@@ -107,7 +107,7 @@ def main() -> None:
         "spacing": args.spacing,
         "shape": grid.shape,
         "origin": grid.origin,
-        "normalisation": "robust",
+        "normalisation": "balanced",
         "volumes": volumes,
         "classes": classes,
         "tissues": [tissue(c) for c in classes],

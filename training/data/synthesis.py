@@ -3,7 +3,7 @@
 Lengths are in voxels of the cohort's grid, points and components in x, y, z order.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ class Recipe:
     known_contrast: share of images that look like T1, T2 or PD; the others have any contrast.
     strip: share of pairs without skull (and, a tenth of it, of single images).
     thick: share of images with thick slices.
+    shapes: share of pairs that show random shapes instead of subjects (as in Hoffmann et al., "SynthMorph", IEEE TMI 2022).
     """
 
     same_subject: float = 0.75
@@ -38,10 +39,13 @@ class Recipe:
     known_contrast: float = 0.75
     strip: float = 0.3
     thick: float = 0.1
+    shapes: float = 0.0
 
 
 def make_pair(cohort: Cohort, recipe: Recipe, random: Random) -> Pair:
     """Two subjects (or one twice), deformed, shaded and degraded independently of each other."""
+    if random.chance(recipe.shapes):
+        cohort = _shapes(cohort, random)
     with_images = [s for s in cohort.volumes if s.images is not None]
     maps = [s for s in cohort.volumes if s.images is None]
     first = random.choice(with_images if with_images and (random.chance(recipe.real) or not maps) else maps)
@@ -80,6 +84,31 @@ def make_pair(cohort: Cohort, recipe: Recipe, random: Random) -> Pair:
     return Pair(fixed, moving, brain, truth, fixed_labels, moving_labels)
 
 
+def _shapes(cohort: Cohort, random: Random) -> Cohort:
+    """One label map of random shapes on the cohort's grid: the class whose smooth noise is highest, inside a blob."""
+    classes, size = 5 + random.index(16), random.choice((8, 12, 16, 24))
+    highest = labels = None
+    for label in range(1, classes + 1):
+        noise = _noise(cohort.shape, size, random)
+        if highest is None:
+            highest, labels = noise, torch.ones_like(noise, dtype=torch.uint8)
+        else:
+            labels = torch.where(noise > highest, torch.tensor(label, dtype=torch.uint8, device=noise.device), labels)
+            highest = torch.maximum(highest, noise)
+    if random.chance(0.7):
+        axes = [torch.linspace(-1, 1, n, device=random.device).square() / random.number(0.4, 1) for n in cohort.shape]
+        distance = axes[0][:, None, None] + axes[1][:, None] + axes[2]
+        labels = labels * (distance + 0.3 * _noise(cohort.shape, 24, random) < 0.9)
+    volume = Volume("shapes", "shapes", "both", "train", (), None, labels, (labels > 0).to(torch.uint8))
+    return replace(cohort, volumes=(volume,), tissues=("background",) + ("other",) * classes)
+
+
+def _noise(shape: tuple[int, int, int], size: int, random: Random) -> Tensor:
+    """Smooth noise with structures of about ``size`` voxels, (1, 1, D, H, W)."""
+    coarse = random.normal(1, 1, *(-(-n // size) + 1 for n in shape))
+    return F.interpolate(coarse, size=shape, mode="trilinear", align_corners=True)
+
+
 def _look(subject: Volume, points: Tensor, cohort: Cohort, recipe: Recipe, strip: bool, random: Random):
     """Image, brain and labels of a subject sampled at ``points``, as some scanner might have seen it."""
     labels = fields.sample(subject.labels.float(), points, mode="nearest", padding="zeros")
@@ -99,7 +128,7 @@ def _look(subject: Volume, points: Tensor, cohort: Cohort, recipe: Recipe, strip
     image = _blur(image, random.number(0.3, 0.9) if subject.images is None else random.number(0, 0.6))
     if random.chance(recipe.thick):
         image = _thicken(image, random)
-    image = normalise(image, "robust")
+    image = normalise(image, cohort.normalisation)
     image = (image + random.normal(*image.shape) * random.number(0, 0.05)).clamp(0, 1)
     return image, brain, labels.to(torch.uint8)
 

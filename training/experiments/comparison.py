@@ -7,7 +7,7 @@ and the figures. Rows are kept as they are done, and trainings resume, so the sa
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,13 +28,14 @@ from training.experiments import report, semi
 from training.trainer import fit
 
 NETWORKS = {
-    "RegNet + LNCC": ("loss.similarity=lncc", "loss.diffusion=1.0"),
-    "RegNet + MI 16": ("loss.similarity=mi", "loss.bins=16", "loss.samples=65536"),
-    "RegNet + MI 64": ("loss.similarity=mi", "loss.bins=64", "loss.samples=65536"),
-    "RegNet + MI 256": ("loss.similarity=mi", "loss.bins=256", "loss.samples=65536"),
+    "RegNet + LNCC": ("loss.similarity=lncc", "loss.diffusion=0.5"),
+    "RegNet + MI 16": ("loss.similarity=mi", "loss.bins=16"),
+    "RegNet + MI 64": ("loss.similarity=mi", "loss.bins=64"),
+    "RegNet + MI 256": ("loss.similarity=mi", "loss.bins=256"),
     "DivRegNet": (),
     "DivRegNet from Newton steps": (
-        "regnet.newton=10", "regnet.velocity=true", "regnet.symmetric=true", "kldivnet.frequencies=3",
+        "loss.diffusion=1.0", "regnet.newton=10", "regnet.velocity=true", "regnet.symmetric=true",
+        "kldivnet.frequencies=3",
     ),
 }  # fmt: skip
 """Row -> what it changes in the experiment's configuration."""
@@ -47,25 +48,28 @@ METHODS = ("affine", "FFD+SEMI", *list(NETWORKS)[:-1], "Newton steps alone", lis
 class Experiment:
     """A table of the paper.
 
-    name: of its report, and of its file in training/configs.
+    name: of its report.
+    config: its file in training/configs.
     tasks: the groups of rows.
-    overrides: what a task changes in the configuration.
+    overrides: what tasks change in the configuration.
     paper: (method, task) -> Dice, ASD mm, HD mm as the paper reports them.
     note: what stands above the table.
     """
 
     name: str
+    config: str
     tasks: tuple[str, ...]
     paper: dict[tuple[str, str], tuple[float, float, float]]
     note: str
-    overrides: Callable[[str], tuple[str, ...]] = field(default=lambda task: ())
+    overrides: Callable[[Sequence[str]], tuple[str, ...]] = field(default=lambda tasks: ())
 
 
 def add_arguments(parser: argparse.ArgumentParser, experiment: Experiment) -> None:
     """The options that :func:`run` needs, but for ``cohort``."""
-    parser.add_argument("--preset", default="quick", choices=("quick", "cpu", "paper"))
+    parser.add_argument("--preset", default="quick", help="one of the configuration's (default: %(default)s)")
     parser.add_argument("--pairs", type=int, default=50, help="test pairs per task, at most (default: %(default)s)")
     parser.add_argument("--tasks", nargs="+", default=list(experiment.tasks), choices=experiment.tasks)
+    parser.add_argument("--joint", action="store_true", help="train one network per row for all tasks, not one each")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--output", type=Path, default=Path("build/experiments") / experiment.name)
@@ -91,9 +95,10 @@ def run(experiment: Experiment, settings: argparse.Namespace) -> list[dict]:
     rows = [_row(experiment, task, method, settings) for task, methods in done.items() for method in methods]
     about = {
         "preset": settings.preset,
-        "seeds": f"training {_config(experiment, settings.tasks[0], 'DivRegNet', settings).seed}; test pairs as in "
+        "seeds": f"training {_config(experiment, experiment.tasks, 'DivRegNet', settings).seed}; test pairs as in "
         "training/data/sources.py",
         "pairs": settings.pairs,
+        "networks": "one per row, for all tasks" if settings.joint else "one per row and task",
         "device": settings.device,
         "seconds": round(time.time() - started),
         "note": experiment.note,
@@ -157,19 +162,20 @@ def figure(experiment: Experiment, task: str, methods: list[str], settings: argp
     return drawn
 
 
-def _config(experiment: Experiment, task: str, method: str, settings: argparse.Namespace) -> configs.Config:
+def _config(experiment: Experiment, tasks: Sequence[str], method: str, settings: argparse.Namespace) -> configs.Config:
+    """How a row is trained for some tasks."""
     return configs.load(
-        configs.CONFIGS / f"{experiment.name}.yaml",
+        configs.CONFIGS / experiment.config,
         preset=settings.preset,
-        overrides=[*experiment.overrides(task), *NETWORKS[method]],
-        name=f"{task}_{method}".replace(" + ", "_").replace(" ", "_"),
+        overrides=[*experiment.overrides(tasks), *NETWORKS[method]],
+        name="_".join([*tasks, method]).replace(" + ", "_").replace(" ", "_"),
         data={"cohort": str(settings.cohort)},
     )
 
 
 def _tested(experiment: Experiment, task: str, settings: argparse.Namespace) -> Source:
     """Where the test pairs come from, as many as were asked for."""
-    config = _config(experiment, task, "DivRegNet", settings).as_dict()
+    config = _config(experiment, [task], "DivRegNet", settings).as_dict()
     config["data"]["held_out"] = settings.pairs
     return source_of(configs.build(config))
 
@@ -216,7 +222,7 @@ def _method(
         return lambda fixed, moving: fields.resize(
             newton.approach(fixed, moving, NEWTON_STEPS, NEWTON_STRIDE), tuple(fixed.shape[2:])
         )
-    config = _config(experiment, task, method, settings)
+    config = _config(experiment, experiment.tasks if settings.joint else [task], method, settings)
     return fit(
         config, source_of(config, fabric.device), settings.output / "runs" / config.name, fabric, resume=True
     ).ema

@@ -36,8 +36,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, Python looks beside the script alone
 
 from DivRegNetLib import fields, files
+from DivRegNetLib.device import pick_device
 from DivRegNetLib.geometry import Grid
-from DivRegNetLib.pipeline import pick_device
 from DivRegNetLib.similarity import KLDivNet, lncc, parzen_mi
 from training.experiments import report
 

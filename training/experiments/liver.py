@@ -22,6 +22,7 @@ from training.experiments import comparison, report
 EXPERIMENTS = {
     "lits": comparison.Experiment(
         name="lits-liver",
+        config="liver.yaml",
         tasks=("CT-CT",),
         paper={
             ("affine", "CT-CT"): (0.7682, 8.02, 51.06), ("FFD+SEMI", "CT-CT"): (0.7905, 7.34, 49.22),
@@ -32,6 +33,7 @@ EXPERIMENTS = {
     ),
     "hospital": comparison.Experiment(
         name="hospital-liver",
+        config="liver.yaml",
         tasks=("MR-CT",),
         paper={
             ("affine", "MR-CT"): (0.8084, 5.35, 44.29), ("FFD+SEMI", "MR-CT"): (0.8304, 4.81, 43.73),

@@ -1,0 +1,303 @@
+"""DivRegNet measured against what users would pick instead, on the same pairs from the same start.
+
+    python training/benchmark.py --data DIR [--preset quick]
+    python training/benchmark.py --scaling
+
+Every pair is aligned once by DivRegNet's affine stage (phantoms and limbs, which lie in one frame, are not) and brought
+onto one isotropic grid, in intensities from 0 to 1 without the outermost 0.5 %. Every method gets these two volumes and
+nothing else, and the same number of threads, and runs in a process of its own; training/benchmarks/methods.py has the
+methods and their settings, cases.py what is registered.
+
+ANTs SyN, elastix and ConvexAdam are run where they are installed: ``pip install -e ".[benchmark]"``.
+
+Pairs and rows are kept as they are done, so the same command goes on after an interruption; ``--again METHOD`` measures
+anew, as is due when code has changed and not just settings or weights.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import SimpleITK as sitk
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+from tqdm import tqdm
+
+from DivRegNetLib import fields, files, models
+from DivRegNetLib.errors import DivRegNetError, InputError
+from training import pictures
+from training.benchmarks import measure, scaling
+from training.benchmarks.cases import FAMILIES, FIRST_SEED, Family, Prepared, prepare
+from training.benchmarks.measure import Settings
+from training.benchmarks.methods import METHODS, OURS, is_here, version
+from training.experiments import report
+
+REFERENCE = "ANTs SyN"
+TIME_AIM = 20.0
+COLUMNS = (
+    "Dice", "ASD mm", "HD95 mm", "error mm", "TRE mm", "folded %", "inverse mm", "seconds", "CPU s", "peak MiB",
+    "above start MiB", "GPU MiB",
+)  # fmt: skip
+COLOURS = dict(zip(METHODS, ("0.7", "0.4", "C0", "C1", "C2", "C3", "C6"), strict=True))
+
+
+def compare(
+    families: dict[str, Family], data: Path, settings: Settings, output: Path, quick: bool = False,
+    chosen: tuple[str, ...] = tuple(METHODS),
+) -> list[dict]:  # fmt: skip
+    """A row per case and method: what is not kept in ``output`` is measured. Methods that are nowhere are left out.
+
+    Args:
+        quick: one case of each family, on its coarse grid.
+    Raises:
+        InputError: the data folder lacks what a family needs.
+    """
+    for name, family in families.items():
+        if missing := [f for f in family.folders if not (data / f).is_dir()]:
+            raise InputError(f"{data}: has no folder {missing[0]}, which {name} needs; give others by --families")
+    rows, present = [], [m for m in chosen if is_here(m)]
+    todo = [(n, c) for n, family in families.items() for c in list(family.cases)[: 1 if quick else None]]
+    for name, case in tqdm(todo, desc="pairs"):
+        family = families[name]
+        spacing = family.quick_spacing if quick else family.spacing
+        folder = output / f"{spacing:g} mm" / name / case
+        pair = prepare(lambda load=family.cases[case]: load(data), spacing, folder, family.align)
+        for method in present:
+            found = measure.row(pair, method, settings, folder / method)
+            rows.append({"family": name, "case": case, "method": method} | found)
+        shown = [m for m in present if (folder / m / "displacement.mha").exists()]
+        drawn = picture(pair, shown, f"{name}: {case}")
+        files.write_whole(folder / "pair.png", lambda part, drawn=drawn: drawn.savefig(part, dpi=110, format="png"))
+    return rows
+
+
+def absent(chosen: tuple[str, ...]) -> list[str]:
+    """A sentence for each method that is not installed."""
+    return [
+        f"{name} is left out: {METHODS[name].package} is not installed; pip install -e '.[benchmark]' does it"
+        for name in chosen
+        if not is_here(name)
+    ]
+
+
+def summary(rows: list[dict]) -> list[dict]:
+    """Means over the cases of each family and method; the largest of memory."""
+    found = []
+    for family, method in dict.fromkeys((r["family"], r["method"]) for r in rows):
+        these = [r for r in rows if (r["family"], r["method"]) == (family, method)]
+        done = [r for r in these if "failed" not in r]
+        row = {"family": family, "method": method, "pairs": len(done)} | dict.fromkeys(COLUMNS)
+        for key in COLUMNS:
+            if values := [r[key] for r in done if r.get(key) is not None]:
+                row[key] = float(max(values) if "MiB" in key else np.mean(values))
+        found.append(row | ({"failed": len(these) - len(done)} if len(done) < len(these) else {}))
+    empty = [key for key in COLUMNS if all(row[key] is None for row in found)]
+    return [{k: v for k, v in row.items() if k not in empty} for row in found]
+
+
+def aims(rows: list[dict]) -> list[dict]:
+    """Per family: ours beside SyN and the best of the others, and how many times faster than SyN the forward pass is."""
+    found = []
+    for family in dict.fromkeys(r["family"] for r in rows):
+        of = {r["method"]: r for r in rows if r["family"] == family and r["pairs"]}
+        forward, refined, reference = of.get(OURS[0]), of.get(OURS[1]), of.get(REFERENCE)
+        if forward is None:
+            continue
+        rivals = {m: r["Dice"] for m, r in of.items() if m not in OURS}
+        best, ours = max(rivals, key=rivals.get, default=None), (refined or forward)["Dice"]
+        row = {"family": family, "forward pass Dice": forward["Dice"]}
+        if reference:
+            ratio = reference["seconds"] / forward["seconds"]
+            row |= {
+                "SyN Dice": reference["Dice"],
+                "at least SyN's": _word(forward["Dice"] >= reference["Dice"]),
+                "SyN's time / ours": ratio,
+                f"at least {TIME_AIM:g}": _word(ratio >= TIME_AIM),
+            }
+        row |= {"folded < 0.01 %": _word(forward["folded %"] < 0.01)}
+        if best and refined:
+            row |= {
+                "refined Dice": ours,
+                "best other": f"{best} {rivals[best]:.4f}",
+                "best of all": _word(ours >= rivals[best]),
+            }
+        found.append(row)
+    return found
+
+
+def _word(met: bool) -> str:
+    return "yes" if met else "no"
+
+
+def plot(rows: list[dict]) -> Figure:
+    """Accuracy against time, a panel per family; means over its cases."""
+    families = list(dict.fromkeys(r["family"] for r in rows))
+    columns = min(len(families), 4)
+    lines = -(-len(families) // columns)
+    figure = Figure(figsize=(3.4 * columns, 3.0 * lines + 0.6), layout="constrained")
+    for axes, family in zip(figure.subplots(lines, columns, squeeze=False).flat, families, strict=False):
+        of = {r["method"]: r for r in rows if r["family"] == family and r["pairs"]}
+        for method, row in of.items():
+            if METHODS[method].start is None:
+                axes.axhline(row["Dice"], color=COLOURS[method], linestyle=":", label=method)
+            else:
+                axes.plot(row["seconds"], row["Dice"], "o", color=COLOURS[method], label=method)
+        axes.set(xscale="log", title=family, xlabel="seconds", ylabel="Dice")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.grid(alpha=0.3)
+    for axes in figure.axes[len(families) :]:
+        axes.set_axis_off()
+    handles = {label: h for axes in figure.axes for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
+    return figure
+
+
+def plot_scaling(rows: list[dict]) -> Figure:
+    """Seconds and memory against the number of voxels."""
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    done = [r for r in rows if "failed" not in r]
+    voxels = [float(np.prod([float(n) for n in r["size"].split(" x ")])) for r in done]
+    for axes, key, label in zip(figure.subplots(1, 2), ("total s", "peak MiB"), ("seconds", "peak MiB"), strict=True):
+        axes.plot(voxels, [r[key] for r in done], "o-", color="C3")
+        axes.set(xscale="log", yscale="log", xlabel="voxels of each volume", ylabel=label)
+        axes.grid(alpha=0.3, which="both")
+    return figure
+
+
+def picture(pair: Prepared, done: list[str], title: str) -> Figure:
+    """A pair and the moving image under each method, with the outline of the fixed labels; at their middle slice."""
+    fixed, moving = (_tensor(sitk.ReadImage(str(pair.folder / f"{n}.mha"))) for n in ("fixed", "moving"))
+    labels = _tensor(pair.fixed_labels)
+    inside = np.flatnonzero((labels[0, 0] > 0).flatten(1).any(1).numpy())
+    at = (inside[len(inside) // 2] + 0.5) / max(labels.shape[2] - 1, 1)
+    figure = Figure(figsize=(2.2 * (len(done) + 2), 2.8), layout="constrained")
+    axes = figure.subplots(1, len(done) + 2)
+    pictures.show(axes[0], fixed, "fixed", labels, at)
+    pictures.show(axes[1], moving, "affine", labels, at)
+    for i, method in enumerate(done, 2):
+        field = sitk.ReadImage(str(pair.folder / method / "displacement.mha"), sitk.sitkVectorFloat32)
+        u = torch.from_numpy(np.moveaxis(sitk.GetArrayFromImage(field), -1, 0).copy())[None] / field.GetSpacing()[0]
+        pictures.show(axes[i], fields.warp(moving, u), method, labels, at)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def _tensor(image: sitk.Image) -> torch.Tensor:
+    return torch.from_numpy(sitk.GetArrayFromImage(image).astype(np.float32))[None, None]
+
+
+def about(settings: Settings, preset: str, started: float, more: dict) -> dict:
+    """What was run, for the report."""
+    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
+    return {
+        "preset": preset,
+        "seeds": f"deformations from {FIRST_SEED} on, see training/benchmarks/cases.py",
+        "device": settings.device,
+        "seconds": round(time.time() - started),
+        "model": models.load(settings.model, torch.device("cpu")).card.name,
+        "processor": cpu,
+        **more,
+    }
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+def write(rows: list[dict], settings: Settings, output: Path, preset: str, started: float, left_out: list[str]) -> str:
+    """Writes the report ``benchmark`` (means, aims, plot) and ``benchmark-pairs`` (every pair); returns it for a screen."""
+    means = summary(rows)
+    met = aims(means)
+    ran = {name for name in METHODS if any(r["method"] == name for r in rows)}
+    with_ = {f"{n} with": METHODS[n].settings for n in METHODS if n in ran}
+    packages = [METHODS[n].package for n in METHODS if n in ran and METHODS[n].package]
+    run = about(settings, preset, started, {p: version(p) for p in packages} | with_)
+    failed = [f"{r['method']} failed on {r['family']}, {r['case']}: {r['failed']}" for r in rows if "failed" in r]
+    kinds = "\n".join(
+        f"- **{n}**: {FAMILIES[n].note}." for n in dict.fromkeys(r["family"] for r in rows) if n in FAMILIES
+    )
+    note = "\n\n".join(filter(None, [
+        "Means over the pairs of each family; memory is the largest. Seconds are those of the registration alone, without "
+        "the affine start (its own row), imports and loading a model; CPU s are those of all cores, which other work on the "
+        "machine hardly changes. Dice, ASD and HD95 are means over labels. Peak "
+        "memory is the process's, libraries included; above start is without them.",
+        "Quick: coarse grids, one pair a family; this shows that all runs, not how good it is." * (preset == "quick"),
+        kinds, "\n\n".join(left_out + failed), *(["## Aims", report.table(met)] if met else []),
+        "![Dice against seconds](benchmark.png)",
+        "## All methods",
+    ]))  # fmt: skip
+    report.write(output, "benchmark-pairs", rows, run)
+    report.write(output, "benchmark", means, run | {"note": note})
+    drawn = plot(means)
+    files.write_whole(output / "benchmark.png", lambda part: drawn.savefig(part, dpi=110, format="png"))
+    return "\n\n".join([report.table(means), report.table(met) if met else "", *left_out, *failed])
+
+
+def scale(settings: Settings, refine: int, output: Path, most: int, started: float) -> str:
+    """Writes the report ``scaling`` and its plot; returns the table."""
+    sizes = [s for s in scaling.SIZES if np.prod(s, dtype=float) <= most]
+    folder = output / "scaling" / f"{settings.device} {settings.threads} {refine}"
+    rows = [
+        scaling.row(s, settings, refine, folder / f"{'x'.join(map(str, s))}.json") for s in tqdm(sizes, desc="sizes")
+    ]
+    note = (
+        f"The bundled pair stretched over volumes of {scaling.SPACING_MM:g} mm: seconds of each stage of the second run, "
+        "affine alignment included.\n\n![Seconds and memory](scaling.png)"
+    )
+    report.write(output, "scaling", rows, about(settings, "full", started, {"refine": refine, "note": note}))
+    drawn = plot_scaling(rows)
+    files.write_whole(output / "scaling.png", lambda part: drawn.savefig(part, dpi=110, format="png"))
+    return report.table(rows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("."), help="folder with brain_t1t2pd, hippocampus, ...")
+    parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=FAMILIES, metavar="FAMILY")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD")
+    parser.add_argument("--again", nargs="+", default=[], choices=METHODS, metavar="METHOD", help="forget its rows")
+    parser.add_argument("--preset", default="full", choices=("full", "quick"))
+    parser.add_argument("--model", default=models.DEFAULT)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count() or 1, help="of each method (default: %(default)s)"
+    )
+    parser.add_argument("--refine", type=int, default=measure.Settings.refine, help="steps (default: %(default)s)")
+    parser.add_argument("--scaling", action="store_true", help="time and memory of ours against volume size instead")
+    parser.add_argument("--largest", type=float, default=1e9, help="voxels, of --scaling")
+    parser.add_argument("--output", type=Path, default=Path("build/benchmark"))
+    args = parser.parse_args()
+    settings = Settings(args.model, args.device, args.threads, args.refine)
+    torch.set_num_threads(args.threads)
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(args.threads)
+    started, chosen = time.time(), tuple(args.methods)
+    for method in args.again:
+        for folder in args.output.glob(f"* mm/*/*/{method}"):
+            shutil.rmtree(folder)
+    try:
+        if args.scaling:
+            print(scale(settings, 0, args.output, int(args.largest), started))
+            return 0
+        left_out = absent(chosen)
+        for sentence in left_out:
+            print(sentence, file=sys.stderr)
+        families = {name: FAMILIES[name] for name in args.families}
+        rows = compare(families, args.data, settings, args.output, args.preset == "quick", chosen)
+        print(write(rows, settings, args.output, args.preset, started, left_out))
+    except (DivRegNetError, OSError) as error:
+        print(f"benchmark.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

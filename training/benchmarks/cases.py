@@ -1,0 +1,326 @@
+"""What is registered in the benchmark, and how each pair is scored.
+
+A family is a kind of task; each of its cases is a function from the data folder to a :class:`Material`. Volumes come as
+they are on disk. :func:`prepare` aligns a pair and brings it onto the family's grid, once for all methods.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+import torch
+
+from DivRegNetLib import affine, files, physical
+from DivRegNetLib.geometry import Grid
+from DivRegNetLib.intensity import normalise
+from training.data.phantoms import CONTROL_MM, SD_MM, TASKS
+from training.data.prepare_head import brain_mask
+
+FIRST_SEED = 5000
+SAMPLE = Path(__file__).resolve().parents[2] / "Resources" / "SampleData"
+BODY_WINDOW = (-160.0, 240.0)  # Hounsfield units, that of soft tissue
+BRAIN_WINDOW = (1780.0, 3100.0)  # -20 to 100 Hounsfield units on the scale of the CT template: 900 + 11 (HU + 100)
+MORE_SMOOTHING = 0.3  # mm2, before tissues are told apart
+
+
+@dataclass(frozen=True)
+class Material:
+    """A pair as it is on disk.
+
+    fixed, moving: images, each on a grid of its own.
+    fixed_labels, moving_labels: label maps, the same labels in both; 0 is not scored.
+    truth: from fixed to moving points, where it is known.
+    inside: where the error is measured; None: inside the fixed labels.
+    landmarks: (n, 3) LPS mm, in the fixed and in the moving image.
+    """
+
+    fixed: sitk.Image
+    moving: sitk.Image
+    fixed_labels: sitk.Image
+    moving_labels: sitk.Image
+    truth: sitk.Transform | None = None
+    inside: sitk.Image | None = None
+    landmarks: tuple[np.ndarray, np.ndarray] | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """Cases of one kind.
+
+    spacing: mm of the grid that all methods work on.
+    quick_spacing: the same in the preset ``quick``.
+    note: what is registered and what is scored.
+    folders: of the data folder, that the cases need.
+    align: how the pair is aligned before all methods, see DivRegNetLib/options.py.
+    """
+
+    spacing: float
+    quick_spacing: float
+    note: str
+    cases: dict[str, Callable[[Path], Material]]
+    folders: tuple[str, ...] = ()
+    align: str = "affine"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A pair on one grid after the affine alignment, as :func:`prepare` left it in a folder.
+
+    fixed_labels: on the grid; moving_labels: as on disk.
+    truth: true displacement from fixed to moving points on the grid (LPS, mm), the affine part included; or None.
+    inside: (D, H, W) bool, where the error is measured.
+    initial: (4, 4) LPS, the affine alignment.
+    seconds: that it took.
+    """
+
+    folder: Path
+    fixed: sitk.Image
+    fixed_labels: sitk.Image
+    moving_labels: sitk.Image
+    truth: sitk.Image | None
+    inside: np.ndarray
+    landmarks: tuple[np.ndarray, np.ndarray] | None
+    initial: np.ndarray
+    seconds: float
+
+
+def prepare(load: Callable[[], Material], spacing: float, folder: Path, align: str = "affine") -> Prepared:
+    """Brings a pair onto an isotropic grid over the fixed image, aligned and in the units of the bundled models.
+
+    Kept in the folder, where ``fixed.mha`` and ``moving.mha`` are what the methods register; found there, nothing is done.
+    """
+    if not (folder / "pair.json").exists():
+        _prepare(load(), spacing, folder, align)
+    about = json.loads((folder / "pair.json").read_text())
+    fixed, fixed_labels, moving_labels, inside = (
+        sitk.ReadImage(str(folder / f"{n}.mha")) for n in ("fixed", "fixed_labels", "moving_labels", "inside")
+    )
+    truth, points = folder / "truth.mha", about["landmarks"]
+    return Prepared(
+        folder=folder,
+        fixed=fixed,
+        fixed_labels=fixed_labels,
+        moving_labels=moving_labels,
+        truth=sitk.ReadImage(str(truth)) if truth.exists() else None,
+        inside=sitk.GetArrayFromImage(inside) > 0,
+        landmarks=None if points is None else (np.array(points[0]), np.array(points[1])),
+        initial=np.array(about["initial"]),
+        seconds=about["seconds"],
+    )
+
+
+def _prepare(material: Material, spacing: float, folder: Path, align: str) -> None:
+    grid, m = Grid.of(material.fixed).axis_aligned(spacing), material
+    started = time.perf_counter()
+    initial = affine.align(m.fixed, m.moving, align)
+    seconds = time.perf_counter() - started
+    nothing, nearest = sitk.Transform(), sitk.sitkNearestNeighbor
+    labels = sitk.Resample(m.fixed_labels, grid.empty_image(), nothing, nearest, 0)
+    inside = labels > 0 if m.inside is None else sitk.Resample(m.inside, grid.empty_image(), nothing, nearest, 0)
+    images = {
+        "fixed": _normalised(m.fixed, grid, np.eye(4)),
+        "moving": _normalised(m.moving, grid, initial),
+        "fixed_labels": labels,
+        "moving_labels": m.moving_labels,
+        "inside": sitk.Cast(inside, sitk.sitkUInt8),
+    }
+    if m.truth is not None:
+        images["truth"] = sitk.Cast(on_grid(m.truth, grid), sitk.sitkVectorFloat32)
+    for name, image in images.items():
+        files.write_image(image, folder / f"{name}.mha")
+    points = None if m.landmarks is None else [p.tolist() for p in m.landmarks]
+    about = {"initial": initial.tolist(), "seconds": seconds, "landmarks": points}
+    files.write_json(about, folder / "pair.json")
+
+
+def _normalised(image: sitk.Image, grid: Grid, matrix: np.ndarray) -> sitk.Image:
+    array = sitk.GetArrayFromImage(physical.resample_smooth(image, grid, matrix)[0])
+    return grid.image(normalise(torch.from_numpy(array)[None, None], "robust")[0, 0].numpy())
+
+
+def on_grid(transform: sitk.Transform, grid: Grid) -> sitk.Image:
+    """The displacement (LPS, mm) of a transform at every voxel of a grid."""
+    return sitk.TransformToDisplacementField(
+        transform, sitk.sitkVectorFloat64, grid.size, grid.origin, grid.spacing, grid.direction
+    )
+
+
+def free_form_deformation(image: sitk.Image, seed: int) -> sitk.Transform:
+    """That of the paper's phantoms: control points 20 mm apart, moved by N(0, 6 mm)."""
+    mesh = [max(int(n * s / CONTROL_MM), 1) for n, s in zip(image.GetSize(), image.GetSpacing(), strict=True)]
+    transform = sitk.BSplineTransformInitializer(image, mesh, 3)
+    transform.SetParameters(np.random.default_rng(seed).normal(0, SD_MM, len(transform.GetParameters())).tolist())
+    return transform
+
+
+def deformed(material: Material, seed: int) -> Material:
+    """The pair with its fixed image bent, so that the truth is known as far as the two lay in one frame before."""
+    bend = free_form_deformation(material.fixed, seed)
+
+    def bent(image: sitk.Image | None, how: int) -> sitk.Image | None:
+        return None if image is None else sitk.Resample(image, image, bend, how, 0)
+
+    return replace(
+        material,
+        fixed=bent(material.fixed, sitk.sitkLinear),
+        fixed_labels=bent(material.fixed_labels, sitk.sitkNearestNeighbor),
+        inside=bent(material.inside, sitk.sitkNearestNeighbor),
+        truth=bend,
+    )
+
+
+def tissues(t1: sitk.Image, brain: sitk.Image) -> sitk.Image:
+    """Fluid 1, grey 2 and white matter 3 by k-means of a T1 inside the brain; 0 elsewhere."""
+    smooth = sitk.DiscreteGaussian(sitk.Cast(t1, sitk.sitkFloat32), MORE_SMOOTHING)
+    values = sitk.GetArrayViewFromImage(smooth)[sitk.GetArrayViewFromImage(brain) > 0]
+    low, high = np.percentile(values, [1, 99])
+    means = np.quantile(values, [0.1, 0.45, 0.85])
+    for _ in range(50):
+        edges = (means[1:] + means[:-1]) / 2
+        classes = np.digitize(values, edges)
+        means = np.array([values[classes == i].clip(low, high).mean() for i in range(3)])
+    array = np.digitize(sitk.GetArrayFromImage(smooth), (means[1:] + means[:-1]) / 2) + 1
+    return Grid.of(t1).image((array * (sitk.GetArrayViewFromImage(brain) > 0)).astype(np.uint8))
+
+
+def relabelled(labels: sitk.Image, groups: list[tuple[int, ...]]) -> sitk.Image:
+    """A label map in which the labels of the first group are 1, those of the second 2, and all others 0."""
+    array = sitk.GetArrayViewFromImage(labels)
+    return Grid.of(labels).image(sum(n * np.isin(array, group) for n, group in enumerate(groups, 1)).astype(np.uint8))
+
+
+def brainweb(data: Path, contrast: str) -> sitk.Image:
+    return files.read_image(data / f"brain_t1t2pd/brainweb_{contrast}.nii.gz")
+
+
+def aal(data: Path) -> sitk.Image:
+    return files.read_labels(data / "brain_t1t2pd/aal_labels.nii.gz")
+
+
+def brainweb_tissues(data: Path) -> tuple[sitk.Image, sitk.Image]:
+    """Tissues of BrainWeb's head, and the inside of its skull."""
+    brain = brain_mask(brainweb(data, "T1"), aal(data))
+    return tissues(brainweb(data, "T1"), brain), brain
+
+
+def sample_pair(data: Path) -> Material:
+    fixed, moving = (files.read_image(SAMPLE / f"{n}.nii.gz") for n in ("fixed_T1", "moving_T2"))
+    labels = [files.read_labels(SAMPLE / f"{n}_labels.nii.gz") for n in ("fixed_T1", "moving_T2")]
+    points = tuple(files.read_landmarks(SAMPLE / f"{n}.mrk.json").points for n in ("fixed_T1", "moving_T2"))
+    return Material(fixed, moving, *(sitk.Cast(x > 0, sitk.sitkUInt8) for x in labels), landmarks=points)
+
+
+def phantom(data: Path, task: str, seed: int) -> Material:
+    moving, fixed = task.split("-")
+    union = sitk.Cast(aal(data) > 0, sitk.sitkUInt8)
+    return deformed(Material(brainweb(data, fixed), brainweb(data, moving), union, union), seed)
+
+
+def ms07(data: Path, moving: str, fixed: str) -> Material:
+    scans = {c: files.read_image(data / f"brain_multicontrast/ms07_{c}.nii.gz") for c in ("T1", moving)}
+    fixed_tissues, brain = brainweb_tissues(data)
+    inside = sitk.Cast(sitk.BinaryFillhole(scans["T1"] > 30), sitk.sitkUInt8)
+    return Material(sitk.Mask(brainweb(data, fixed), brain), scans[moving], fixed_tissues, tissues(scans["T1"], inside))
+
+
+# Right and left amygdala, caudate, hippocampus, pallidum, putamen, thalamus and cerebellum.
+MUSE = [(31,), (32,), (36,), (37,), (47,), (48,), (55,), (56,), (57,), (58,), (59,), (60,), (38, 40), (39, 41)]
+AAL = [(n + side,) for n in (41, 71, 37, 75, 73, 77) for side in (1, 0)]
+AAL += [tuple(range(92, 109, 2)), tuple(range(91, 109, 2))]
+
+
+def ixi012(data: Path, fixed: str) -> Material:
+    head = files.read_image(data / "brain_t1/IXI012-HH-1211_T1.nii.gz")
+    regions = files.read_labels(data / "brain_t1/IXI012-HH-1211_T1_DLMUSE.nii.gz")
+    return Material(brainweb(data, fixed), head, relabelled(aal(data), AAL), relabelled(regions, MUSE))
+
+
+def brain_ct(data: Path, fixed: str, seed: int) -> Material:
+    priors = np.stack([sitk.GetArrayFromImage(files.read_image(data / f"brain_ct/sc{t}.nii.gz"))
+                       for t in ("csf", "grey", "white")])  # fmt: skip
+    ct = files.read_image(data / "brain_ct/scct.nii.gz")
+    labels = Grid.of(ct).image(((priors.argmax(0) + 1) * (priors.max(0) > 0.5)).astype(np.uint8))
+    fixed_tissues, brain = brainweb_tissues(data)
+    ct = sitk.Clamp(ct, ct.GetPixelID(), *BRAIN_WINDOW)
+    return deformed(Material(brainweb(data, fixed), ct, fixed_tissues, labels, inside=brain), seed)
+
+
+def liver(data: Path) -> Material:
+    ct, mr = "liver/ct_crlm1004", "liver/mr_t2_cmb001"
+    images = [files.read_image(data / f"{n}.nii.gz") for n in (ct, mr)]
+    labels = [files.read_labels(data / f"{n}_liver.nii.gz") for n in (ct, mr)]
+    return Material(sitk.Clamp(images[0], images[0].GetPixelID(), *BODY_WINDOW), images[1], *labels)
+
+
+def limb(data: Path, patient: str, seed: int) -> Material:
+    mr, ct = (f"limb_ct_mr/STS_{patient}_{n}" for n in ("MR_T1", "CT"))
+    images = [files.read_image(data / f"{n}_image.nii.gz") for n in (mr, ct)]
+    labels = [files.read_labels(data / f"{n}_mask.nii.gz") for n in (mr, ct)]
+    body = sitk.BinaryFillhole(sitk.BinaryMorphologicalClosing(sitk.OtsuThreshold(images[0], 0, 1), [3, 3, 1]))
+    windowed = sitk.Clamp(images[1], sitk.sitkFloat32, *BODY_WINDOW)
+    return deformed(Material(images[0], windowed, *labels, inside=sitk.Cast(body, sitk.sitkUInt8)), seed)
+
+
+def hippocampus(data: Path, pair: int) -> Material:
+    """The last twenty cases make ten pairs; leave these out of any training."""
+    names = sorted(p.name for p in (data / "hippocampus/labels").glob("*.nii.gz"))[-20:]
+    fixed, moving = names[2 * pair : 2 * pair + 2]
+    read = [files.read_image(data / f"hippocampus/images/{n}") for n in (fixed, moving)]
+    return Material(*read, *(files.read_labels(data / f"hippocampus/labels/{n}") for n in (fixed, moving)))
+
+
+MS07 = {"T2 to T1": ("T2", "T1"), "T1 to T2": ("T1", "T2")}
+
+FAMILIES = {
+    "sample pair": Family(
+        2.0, 4.0, "bundled: BrainWeb T1, and its T2 bent, turned and on thick slices. Dice of the union of AAL's labels, "
+        "landmarks", {"T2 to T1": sample_pair},
+    ),
+    "AAL phantoms": Family(
+        2.0, 4.0, "BrainWeb T1, PD and T2 to its T2 after a free-form deformation (20 mm, N(0, 6 mm)). Dice of the union of "
+        "AAL's labels, error inside it", {f"{task}, {seed}": partial(phantom, task=task, seed=seed)
+                                         for seed in (FIRST_SEED,) for task in TASKS},
+        ("brain_t1t2pd",), align="none",
+    ),
+    "MS07 to BrainWeb": Family(
+        2.0, 4.0, "an MS patient to BrainWeb, both skull-stripped. Dice of fluid, grey "
+        "and white matter, told apart on each one's T1", {
+            name: partial(ms07, moving=m, fixed=f) for name, (m, f) in MS07.items()
+        }, ("brain_t1t2pd", "brain_multicontrast"),
+    ),
+    "IXI012 to BrainWeb": Family(
+        2.0, 4.0, "a whole head to another. Dice of what AAL (drawn on this very head) and DLMUSE both outline: amygdala, "
+        "caudate, hippocampus, pallidum, putamen, thalamus, cerebellum, left and right. The two protocols differ, so that "
+        "1 cannot be reached", {f"T1 to {fixed}": partial(ixi012, fixed=fixed) for fixed in ("T1", "T2")},
+        ("brain_t1t2pd", "brain_t1"),
+    ),
+    "brain CT to MR": Family(
+        2.0, 4.0, "a CT template, in the window of the brain, to BrainWeb bent as the phantoms are. Dice of fluid, grey and "
+        "white matter; the error inside "
+        "the skull takes the two for aligned in MNI space, so that it has a floor of some mm", {
+            f"CT to {fixed}": partial(brain_ct, fixed=fixed, seed=seed) for fixed, seed in (("T1", 5100),)
+        }, ("brain_t1t2pd", "brain_ct"),
+    ),
+    "liver MR to CT": Family(
+        4.0, 6.0, "two patients, CT in the window of soft tissue. Dice of the liver (silver standard)",
+        {"T2 to CT": liver}, ("liver",),
+    ),
+    "limb CT to MR": Family(
+        2.0, 4.0, "one patient in one frame, the MR bent as the phantoms are, CT in the window of soft tissue. Dice of the "
+        "tumour, error inside the body. Bone and skin lie up to 15 mm apart before the bending, and the tumour is outlined "
+        "once for both, so that these figures punish whoever aligns the two: look at the pictures", {
+            patient: partial(limb, patient=patient, seed=5200 + i)
+            for i, patient in enumerate(("001",))
+        }, ("limb_ct_mr",), align="none",
+    ),
+    "hippocampus": Family(
+        1.0, 1.0, "MR crops of two patients. Mean Dice of the anterior and posterior part", {
+            f"pair {i + 1}": partial(hippocampus, pair=i) for i in range(10)
+        }, ("hippocampus",),
+    ),
+}  # fmt: skip

@@ -1,0 +1,170 @@
+"""One row of the benchmark: a method registers a pair in a fresh process, and the result is scored."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+import torch
+
+from DivRegNetLib import files, metrics
+from DivRegNetLib.geometry import Grid, affine_transform
+from training.benchmarks import methods
+from training.benchmarks.cases import Prepared, on_grid
+
+WORKER = Path(methods.__file__)
+MIB = 2**20
+SCORES = {"Dice": "dice", "ASD mm": "asd", "HD95 mm": "hd95"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all rows have in common.
+
+    model: name or card of ours.
+    threads: of every method.
+    limit: seconds that a method may take.
+    """
+
+    model: str
+    device: str
+    threads: int
+    refine: int = methods.REFINE_STEPS
+    limit: float = 3600.0
+
+    def environment(self) -> dict[str, str]:
+        """Of a process that keeps to the number of threads."""
+        names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS")
+        return dict(os.environ) | dict.fromkeys(names, str(self.threads))
+
+    def of(self, method: str) -> dict:
+        """What a method is told."""
+        refine = self.refine if method == "DivRegNet, refined" else 0
+        return {"device": self.device, "threads": self.threads} | (
+            {"model": self.model, "refine": refine} if method in methods.OURS else {}
+        )
+
+
+def row(prepared: Prepared, method: str, settings: Settings, kept: Path) -> dict:
+    """Scores, seconds and memory of a method on a pair; kept in the folder ``kept``, with the displacement.
+
+    What is kept is taken as long as method, settings and pair are the same. A method that fails has a row that says why,
+    and is tried again the next time.
+    """
+    about = methods.METHODS[method]
+    key = {"settings": settings.of(method), "pair": _digest(prepared), "with": about.settings}
+    if method in methods.OURS:
+        key["weights"] = _weights(settings.model)
+    file = kept / "row.json"
+    if file.exists() and (found := json.loads(file.read_text()))["key"] == key:
+        return found["row"]
+    measured = {"seconds": prepared.seconds if method == "affine" else None}
+    if about.start:
+        kept.mkdir(parents=True, exist_ok=True)
+        measured = _run(prepared.folder, method, settings, kept)
+    if "failed" in measured:  # to be tried again
+        return measured
+    fields = _fields(kept) if about.start else (None, None)
+    start = np.eye(4) if method == "initial" else prepared.initial
+    measured = scores(prepared, start, *fields) | measured
+    files.write_json({"key": key, "row": measured}, file)
+    return measured
+
+
+def _run(pair: Path, method: str, settings: Settings, kept: Path) -> dict:
+    with tempfile.TemporaryDirectory(dir=kept.resolve()) as folder:
+        told = json.dumps(settings.of(method) | {"output": folder})
+        command = [sys.executable, str(WORKER), method, str(pair.resolve()), told]
+        try:
+            # In a folder of its own, as some leave files where they run.
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=settings.limit,
+                                  env=settings.environment(), cwd=folder)  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return {"failed": f"was not done after {settings.limit:g} s"}
+        if done.returncode:
+            said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+            return {"failed": (said or [f"ended with {done.returncode}"])[-1][:200]}
+        for kind in ("displacement", "inverse"):
+            (kept / f"{kind}.mha").unlink(missing_ok=True)
+            if (made := Path(folder) / f"{kind}.mha").exists():
+                made.replace(kept / made.name)
+        found = json.loads((Path(folder) / "measured.json").read_text())
+    return {
+        "seconds": found["seconds"],
+        "CPU s": found["cpu"],
+        "peak MiB": found["peak"] / MIB,
+        "above start MiB": found["added"] / MIB,
+        "GPU MiB": None if found["gpu"] is None else found["gpu"] / MIB,
+    }
+
+
+def _fields(kept: Path) -> tuple[sitk.Image, sitk.Image | None]:
+    there = [kept / f"{kind}.mha" for kind in ("displacement", "inverse")]
+    return tuple(sitk.ReadImage(str(f), sitk.sitkVectorFloat64) if f.exists() else None for f in there)
+
+
+def scores(
+    prepared: Prepared, start: np.ndarray, displacement: sitk.Image | None = None, inverse: sitk.Image | None = None
+) -> dict:
+    """How good ``p -> start(p + u(p))`` is, from fixed to moving points.
+
+    Args:
+        start: (4, 4), LPS.
+        displacement: u on the pair's grid (LPS, mm); None: 0.
+        inverse: v with ``q + v(q)`` inverse to ``p + u(p)``, on the same grid.
+    Returns:
+        Dice, ASD and HD95 (mm), means over the labels of the fixed image (a label that is lost has Dice 0);
+        error (mm) inside the pair's ``inside``; TRE of landmarks (mm); folded voxels (%); ``inverse mm``, the distance
+        from where a point starts to where forth and back takes it. What cannot be told is absent.
+    """
+    grid, transform = Grid.of(prepared.fixed), affine_transform(start)
+    if displacement is not None:
+        # A transform owns its field and empties the image it is given.
+        bend = sitk.DisplacementFieldTransform(sitk.Image(displacement))
+        transform = sitk.CompositeTransform([transform, bend])
+    found = _overlap(prepared, transform)
+    if prepared.truth is not None:
+        error = sitk.GetArrayFromImage(on_grid(transform, grid)) - sitk.GetArrayViewFromImage(prepared.truth)
+        found["error mm"] = float(np.linalg.norm(error, axis=-1)[prepared.inside].mean())
+    if prepared.landmarks is not None:
+        found["TRE mm"] = float(metrics.landmark_error(*prepared.landmarks, transform).mean())
+    if displacement is not None:
+        u = _in_voxels(displacement)
+        found["folded %"] = metrics.jacobian_statistics(u)["folded_percent"]
+        if inverse is not None:
+            found["inverse mm"] = metrics.inverse_consistency(u, _in_voxels(inverse), grid.spacing[0])["mean"]
+    return found
+
+
+def _overlap(prepared: Prepared, transform: sitk.Transform) -> dict[str, float]:
+    warped = sitk.Resample(prepared.moving_labels, prepared.fixed_labels, transform, sitk.sitkNearestNeighbor, 0)
+    wanted = set(np.unique(sitk.GetArrayViewFromImage(prepared.fixed_labels)).tolist()) - {0}
+    overlap = metrics.label_overlap(prepared.fixed_labels, sitk.Cast(warped, prepared.fixed_labels.GetPixelID()))
+    labels = [overlap["labels"][str(label)] for label in sorted(wanted)]
+    kept = {n: [s[k] for s in labels if s[k] is not None] for n, k in SCORES.items()}
+    return {name: float(np.mean(values)) for name, values in kept.items() if values}
+
+
+def _in_voxels(displacement: sitk.Image) -> torch.Tensor:
+    """(1, 3, D, H, W); the grid is isotropic and lies along the LPS axes."""
+    array = sitk.GetArrayFromImage(displacement).astype(np.float32) / displacement.GetSpacing()[0]
+    return torch.from_numpy(np.moveaxis(array, -1, 0).copy())[None]
+
+
+def _digest(prepared: Prepared) -> str:
+    about = hashlib.sha256()
+    for name in ("fixed.mha", "moving.mha"):
+        about.update((prepared.folder / name).read_bytes())
+    return about.hexdigest()[:16]
+
+
+def _weights(model: str) -> str:
+    from DivRegNetLib import models
+
+    return models.load(model, torch.device("cpu")).card.sha256[:16]

@@ -1,0 +1,229 @@
+"""The methods that are compared: each registers one pair, in a process of its own.
+
+    python training/benchmarks/methods.py METHOD FOLDER SETTINGS     registers fixed.mha and moving.mha of a folder
+
+Each imports its own package when it is started, so that its memory is not that of the others. A method is a
+function ``settings -> register``, and ``register`` takes (fixed, moving), both float32 on one grid that is isotropic and
+along the LPS axes, and gives the displacement from fixed to moving points as a vector image on that grid (LPS, mm), and
+the inverse or None. What ``register`` takes is timed; imports and loading a model are not.
+"""
+
+import importlib.metadata
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+
+Register = Callable[[sitk.Image, sitk.Image], "tuple[sitk.Image, sitk.Image | None]"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    package: the distribution it needs beside the project's own; None: none.
+    settings: what it is run with, in words.
+    start: ``settings -> register``; None: nothing is run, where the pair starts is scored.
+    """
+
+    package: str | None
+    settings: str
+    start: Callable[[dict], Register] | None = None
+
+
+def syn(settings: dict) -> Register:
+    """Symmetric normalisation (Avants et al., Medical Image Analysis 2008) of ANTs."""
+    import ants
+
+    def convert(image: sitk.Image):
+        array = np.ascontiguousarray(sitk.GetArrayViewFromImage(image).T)
+        direction = np.reshape(image.GetDirection(), (3, 3))
+        return ants.from_numpy(array, origin=image.GetOrigin(), spacing=image.GetSpacing(), direction=direction)
+
+    def register(fixed: sitk.Image, moving: sitk.Image):
+        found = ants.registration(
+            convert(fixed), convert(moving), "SyNOnly", initial_transform="Identity", syn_metric="mattes",
+            syn_sampling=32, reg_iterations=syn_iterations(fixed.GetSize(), fixed.GetSpacing()),
+        )  # fmt: skip
+        fields = [next(f for f in found[k] if f.endswith("Warp.nii.gz")) for k in ("fwdtransforms", "invtransforms")]
+        displacement, inverse = (sitk.ReadImage(f, sitk.sitkVectorFloat32) for f in fields)
+        return displacement, inverse
+
+    return register
+
+
+def syn_iterations(size: tuple[int, ...], spacing: tuple[float, ...]) -> tuple[int, ...]:
+    """Those of ANTs' own script for images of 1 mm, whose levels are shrunk 8, 4, 2 and 1 times.
+
+    On coarser or smaller grids its first levels would have voxels in which no anatomy is left (with all four SyN slid a
+    head of 4 mm voxels 25 mm along its axis), so those of more than 8 mm or of fewer than 8 voxels are left out.
+    """
+    levels = zip((8, 4, 2, 1), (100, 70, 50, 20), strict=True)
+    fit = [n for shrink, n in levels if shrink == 1 or (shrink * max(spacing) <= 8 and min(size) >= 8 * shrink)]
+    return tuple(fit)
+
+
+def elastix(settings: dict) -> Register:
+    """Cubic B-splines under mutual information (Klein et al., IEEE TMI 2010)."""
+    import itk
+
+    def convert(image: sitk.Image):
+        converted = itk.image_from_array(sitk.GetArrayFromImage(image))
+        converted.SetSpacing(image.GetSpacing())
+        converted.SetOrigin(image.GetOrigin())
+        converted.SetDirection(itk.matrix_from_array(np.reshape(image.GetDirection(), (3, 3))))
+        return converted
+
+    def register(fixed: sitk.Image, moving: sitk.Image):
+        parameters = itk.ParameterObject.New()
+        levels = len(syn_iterations(fixed.GetSize(), fixed.GetSpacing()))
+        parameters.AddParameterMap(itk.ParameterObject.GetDefaultParameterMap("bspline", levels))
+        there = convert(moving)
+        _, found = itk.elastix_registration_method(
+            convert(fixed), there, parameter_object=parameters, log_to_console=False
+        )
+        return _vectors(itk.array_from_image(itk.transformix_deformation_field(there, found)), fixed), None
+
+    return register
+
+
+def convex_adam(settings: dict) -> Register:
+    """Coupled convex optimisation and Adam on MIND-SSC (Siebert et al., IEEE TMI 2024)."""
+    import torch
+    from convexAdam.convex_adam_MIND import convex_adam_pt
+
+    device = torch.device(settings["device"])
+
+    def register(fixed: sitk.Image, moving: sitk.Image):
+        # Sides that are no multiple of its coarse grid of 6 voxels would be stretched.
+        after = [-n % 6 for n in fixed.GetSize()]
+        images = [sitk.GetArrayFromImage(sitk.ZeroFluxNeumannPad(x, [0, 0, 0], after)) for x in (fixed, moving)]
+        found = convex_adam_pt(*(torch.from_numpy(x) for x in images), device=device)
+        x, y, z = fixed.GetSize()
+        return _vectors(found[:z, :y, :x, ::-1] * fixed.GetSpacing()[0], fixed), None
+
+    return _warmed(register)
+
+
+def divregnet(settings: dict) -> Register:
+    """This project, after the alignment that all methods start from."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    from DivRegNetLib import models, pipeline
+
+    model = models.load(settings["model"], pipeline.pick_device(settings["device"]))
+    options = {"model": model, "device": settings["device"], "align": "none"}
+
+    def register(fixed: sitk.Image, moving: sitk.Image):
+        result = pipeline.register(
+            fixed, moving, spacing=fixed.GetSpacing()[0], refine=settings.get("refine", 0), **options
+        )
+        return tuple(t.GetDisplacementField() for t in (result.transform, result.inverse))
+
+    return _warmed(register)
+
+
+REFINE_STEPS = 12
+
+METHODS = {
+    "initial": Method(None, "as the images lie in space"),
+    "affine": Method(None, "DivRegNet's own affine stage (phantoms and limbs: none); where all below start"),
+    "ANTs SyN": Method(
+        "antspyx", "SyNOnly, Mattes MI of 32 bins, gradient step 0.2, flow sigma 3, iterations 100 x 70 x 50 x 20 on levels "
+        "shrunk 8, 4, 2 and 1 times, without those of more than 8 mm or fewer than 8 voxels", syn,
+    ),
+    "elastix": Method(
+        "itk-elastix", "default parameter map bspline: 256 iterations a resolution, as many of these as SyN has levels, Mattes "
+        "MI and bending energy, 10 mm control points", elastix,
+    ),
+    "ConvexAdam": Method(
+        "convexadam", "MIND-SSC, defaults of convex_adam_pt (80 iterations of Adam); sides padded to multiples of 6",
+        convex_adam,
+    ),
+    "DivRegNet": Method(None, "forward pass, align=none", divregnet),
+    "DivRegNet, refined": Method(None, "align=none, as many steps as --refine says", divregnet),
+}  # fmt: skip
+"""Name -> method, in the order of the table."""
+
+OURS = ("DivRegNet", "DivRegNet, refined")
+
+
+def version(package: str) -> str | None:
+    """Of an installed package; None where it is not installed."""
+    return next((d.version for d in importlib.metadata.distributions(name=package)), None)
+
+
+def is_here(method: str) -> bool:
+    """Whether what a method needs is installed."""
+    package = METHODS[method].package
+    return package is None or version(package) is not None
+
+
+def reset_peak() -> int:
+    """Memory of this process now, bytes; from here on :func:`peak` counts anew, where the system can (Linux)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return peak()
+    return _status("VmRSS")
+
+
+def peak() -> int:
+    """Largest memory of this process, bytes.
+
+    On Linux not ``ru_maxrss``: that one counts the parent's memory at the time of the fork, too.
+    """
+    try:
+        return _status("VmHWM")
+    except OSError:
+        largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return largest if sys.platform == "darwin" else largest * 1024
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+def _vectors(array: np.ndarray, like: sitk.Image) -> sitk.Image:
+    image = sitk.GetImageFromArray(np.ascontiguousarray(array, dtype=np.float32), isVector=True)
+    image.CopyInformation(like)
+    return image
+
+
+def _warmed(register: Register) -> Register:
+    """After a small generated pair, so that what torch loads at the first call is not charged to the first pair."""
+    blobs = [sitk.GaussianSource(sitk.sitkFloat32, [48] * 3, [s] * 3, [24.0] * 3, 1.0) for s in (10.0, 12.0)]
+    register(*blobs)
+    return register
+
+
+def gpu_peak() -> int | None:
+    """Largest memory that torch held on the GPU, bytes; None without one."""
+    torch = sys.modules.get("torch")
+    return torch.cuda.max_memory_allocated() if torch and torch.cuda.is_available() else None
+
+
+def main(name: str, folder: Path, settings: dict) -> None:
+    fixed, moving = (sitk.ReadImage(str(folder / f"{n}.mha"), sitk.sitkFloat32) for n in ("fixed", "moving"))
+    register = METHODS[name].start(settings)
+    before = reset_peak()
+    started = time.perf_counter(), time.process_time()
+    displacement, inverse = register(fixed, moving)
+    seconds, worked = time.perf_counter() - started[0], time.process_time() - started[1]
+    most = peak()
+    output = Path(settings["output"])
+    for image, kind in ((displacement, "displacement"), (inverse, "inverse")):
+        if image is not None:
+            sitk.WriteImage(sitk.Cast(image, sitk.sitkVectorFloat32), str(output / f"{kind}.mha"), useCompression=True)
+    measured = {"seconds": seconds, "cpu": worked, "peak": most, "added": most - before, "gpu": gpu_peak()}
+    (output / "measured.json").write_text(json.dumps(measured))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]))

@@ -1,0 +1,79 @@
+"""Time and memory of a registration against the size of its volumes, each size in a process of its own.
+
+The bundled pair is stretched over volumes of SPACING_MM, so that a larger volume shows more and not just finer: the grid
+that the network works on grows with it. The second run is timed, as in a cohort; the peak is that of the process.
+
+    python training/benchmarks/scaling.py WIDTH HEIGHT DEPTH MODEL DEVICE REFINE
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import SimpleITK as sitk
+
+from DivRegNetLib import files, models, pipeline
+from DivRegNetLib.geometry import Grid
+from training.benchmarks import methods
+from training.benchmarks.cases import SAMPLE
+from training.benchmarks.measure import MIB, Settings
+
+SIZES = ((64, 64, 64), (128, 128, 128), (192, 192, 192), (256, 256, 256), (512, 512, 200), (512, 512, 400))
+SPACING_MM = 0.8  # of a CT of 512 x 512 pixels over 410 mm
+
+
+def stretched(image: sitk.Image, size: tuple[int, int, int]) -> sitk.Image:
+    """An image over the whole of ``size`` voxels of SPACING_MM, int16."""
+    here, there = Grid.of(image), Grid.build(size, [SPACING_MM] * 3)
+    scale = np.diag([n * s / (m * SPACING_MM) for n, s, m in zip(here.size, here.spacing, size, strict=True)])
+    transform = sitk.AffineTransform(3)
+    directions = here.matrix[:3, :3] / here.spacing
+    matrix = directions @ scale
+    transform.SetMatrix(matrix.ravel().tolist())
+    transform.SetTranslation((here.centre - matrix @ there.centre).tolist())
+    return sitk.Cast(sitk.Resample(image, there.empty_image(), transform, sitk.sitkLinear, 0.0), sitk.sitkInt16)
+
+
+def measure(size: tuple[int, int, int], model: str, device: str, refine: int) -> dict:
+    """Registers volumes of ``size`` voxels in this process, twice."""
+    fixed, moving = (stretched(files.read_image(SAMPLE / f"{name}.nii.gz"), size) for name in ("fixed_T1", "moving_T2"))
+    loaded = models.load(model, pipeline.pick_device(device))
+    before = methods.reset_peak()
+    for _ in range(2):
+        result = None
+        result = pipeline.register(fixed, moving, model=loaded, device=device, refine=refine)
+    gpu = methods.gpu_peak()
+    return {
+        "size": " x ".join(map(str, size)),
+        "working size": " x ".join(map(str, result.settings["working_size"])),
+        "working mm": result.settings["spacing"],
+        **{f"{stage} s": seconds for stage, seconds in result.timings.items() if stage != "check"},
+        "total s": sum(result.timings.values()),
+        "peak MiB": methods.peak() / MIB,
+        "above start MiB": (methods.peak() - before) / MIB,
+        "GPU MiB": None if gpu is None else gpu / MIB,
+    }
+
+
+def row(size: tuple[int, int, int], settings: Settings, refine: int, kept: Path) -> dict:
+    """As :func:`measure`, in a process of its own; what is kept is taken."""
+    if kept.exists():
+        return json.loads(kept.read_text())
+    command = [sys.executable, __file__, *map(str, size), settings.model, settings.device, str(refine)]
+    done = subprocess.run(command, capture_output=True, text=True, env=settings.environment())
+    if done.returncode:
+        said = (done.stderr.strip() or f"ended with {done.returncode}").splitlines()[-1]
+        return {"size": " x ".join(map(str, size)), "failed": said[:200]}
+    found = json.loads(done.stdout.splitlines()[-1])
+    files.write_json(found, kept)
+    return found
+
+
+if __name__ == "__main__":
+    *numbers, name, where, steps = sys.argv[1:]
+    print(json.dumps(measure(tuple(map(int, numbers)), name, where, int(steps))))

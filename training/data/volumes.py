@@ -1,0 +1,145 @@
+"""One volume of a cohort: read and checked, brought into the common space, and kept as a file of arrays."""
+
+import json
+import zipfile
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+import torch
+
+from DivRegNetLib import affine, files
+from DivRegNetLib.check import check_geometry, check_image
+from DivRegNetLib.errors import InputError
+from DivRegNetLib.geometry import Grid
+from DivRegNetLib.intensity import normalise
+from DivRegNetLib.physical import resample_mask, resample_smooth
+from training.data.broken import Broken, blame
+from training.data.layouts import Source
+
+NORMALISATION = "robust"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a worker needs to make one volume's file.
+
+    reference: its image, and what tells whether that is still the same file.
+    grid: the common one.
+    place: the (4, 4) LPS map from the common space to the volume where another volume's is its own; None: to be found.
+    fingerprint: changes with all that the file is made from.
+    """
+
+    source: Source
+    reference: tuple[Path, str]
+    grid: Grid
+    align: str
+    place: list[list[float]] | None
+    output: Path
+    fingerprint: str
+
+    @property
+    def file(self) -> Path:
+        return self.output / f"{self.source.name}.npz"
+
+
+def state(path: Path) -> str:
+    """What changes when a file, or a file in a folder, does: paths, sizes and times."""
+    listed = sorted(path.iterdir()) if path.is_dir() else [path]
+    return json.dumps([(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in listed])
+
+
+def recorded(task: Task) -> dict | None:
+    """``fingerprint`` and ``to_reference`` of a volume that is made already; None where it is to be made."""
+    try:
+        with zipfile.ZipFile(task.file) as archive:
+            record = json.loads(archive.comment)
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return None
+    return record if record["fingerprint"] == task.fingerprint else None
+
+
+def make(task: Task) -> dict | Broken:
+    """Writes one volume's file, and returns its record; or what is broken."""
+    try:
+        arrays, matrix = _arrays(task)
+    except Broken as error:
+        return error
+    record = {"to_reference": matrix.tolist(), "fingerprint": task.fingerprint}
+
+    def write(part: Path) -> None:
+        np.savez_compressed(part, **arrays)
+        with zipfile.ZipFile(part, "a") as archive:  # the record in the same file: they cannot contradict each other
+            archive.comment = json.dumps(record).encode()
+
+    files.write_whole(task.file, write)
+    return record
+
+
+def _arrays(task: Task) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """``images`` (C, D, H, W) float16 and perhaps ``labels`` (D, H, W) uint8 on the common grid, and the (4, 4) LPS map
+    from the common space to the volume.
+
+    Raises:
+        Broken: a file cannot be used.
+    """
+    source, grid = task.source, task.grid
+    images, labels = read(source)
+    arrays, matrix = {}, np.eye(4) if task.place is None else np.array(task.place)
+    with blame() as at:
+        at(source.images[0])
+        if task.place is None and source.images[0] != task.reference[0]:
+            matrix = affine.align(_reference_image(*task.reference), images[0], task.align)
+        stack = []
+        for path, image in zip(source.images, images, strict=True):
+            at(path)
+            values = sitk.GetArrayFromImage(resample_smooth(image, grid, matrix)[0])
+            if values.min() == values.max():
+                raise InputError(
+                    f"nothing of it lies in the common space, aligned by {task.align!r}; try another --align"
+                )
+            stack.append(normalise(torch.from_numpy(values)[None, None], NORMALISATION)[0, 0].numpy())
+        arrays["images"] = np.stack(stack).astype(np.float16)
+        if labels is not None:
+            at(source.labels)
+            arrays["labels"] = sitk.GetArrayFromImage(resample_mask(labels, grid, matrix)).astype(np.uint8)
+            if not arrays["labels"].any():
+                raise InputError(f"no label lies in the common space, aligned by {task.align!r}; try another --align")
+    return arrays, matrix
+
+
+@lru_cache(maxsize=1)
+def _reference_image(path: Path, state: str) -> sitk.Image:
+    """The reference, read once by each worker; ``state`` tells one content of the file from another."""
+    return files.read_image(path)
+
+
+def read(source: Source) -> tuple[list[sitk.Image], sitk.Image | None]:
+    """The images of a source and its labels as uint8, all checked.
+
+    Raises:
+        Broken: the file that cannot be used.
+    """
+    images, labels = [], None
+    with blame() as at:
+        for path in source.images:
+            at(path)
+            images.append(check_image(files.read_image(path), source.name))
+        if source.labels is not None:
+            at(source.labels)
+            labels = files.read_labels(source.labels)
+            check_geometry(labels, f"{source.name} label map")
+            values = sitk.GetArrayViewFromImage(labels)
+            low, high = int(values.min()), int(values.max())
+            if low < 0 or high > 255:
+                raise InputError(f"holds labels from {low} to {high}, 0 to 255 are possible; renumber them")
+            if high == 0:
+                raise InputError("no voxel is labelled; draw labels or remove the file")
+            labels = sitk.Cast(labels, sitk.sitkUInt8)
+            if Grid.of(labels) != Grid.of(images[0]):
+                on_image = resample_mask(labels, Grid.of(images[0]), np.eye(4))
+                if not sitk.GetArrayViewFromImage(on_image).any():
+                    raise InputError(f"no label lies where {source.images[0].name} is; give both files the same origin")
+    return images, labels
