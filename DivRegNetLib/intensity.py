@@ -39,13 +39,13 @@ def _balanced(image: Tensor) -> Tensor:
     """As ``robust``, then a quarter of the way towards every brightness being equally common (but for what fills more than
     5 % of the image, such as air): a CT's soft tissues then differ by more than a bin of a histogram."""
     image = _robust(image)
-    at = image.double() * LEVELS
-    below = at.long().clamp(max=LEVELS - 1)
+    at = image * LEVELS
+    below = at.int().clamp_(max=LEVELS - 1)
     common = torch.bincount(below.flatten(), minlength=LEVELS).double()
     common = common.clamp(max=0.05 * image.numel())
-    share = torch.cat((common.new_zeros(1), common.cumsum(0))) / common.sum()
-    rank = torch.lerp(share[below], share[below + 1], at - below)
-    return torch.lerp(image, rank.to(image.dtype), 0.25)
+    share = (torch.cat((common.new_zeros(1), common.cumsum(0))) / common.sum()).to(image.dtype)
+    rank = share[:-1][below].addcmul_(at.sub_(below), share.diff()[below])
+    return torch.lerp(image, rank, 0.25)
 
 
 SCHEMES = {"robust": _robust, "balanced": _balanced}

@@ -40,6 +40,7 @@ HALF_WINDOWS, HALF_SCALES = (10.0, 4.0), (4.0, 2.0)
 WINDOWS, SCALES = (4.0, 2.0), (2.0, 1.0)
 TOLD = (10.0, 2.0)  # the windows that a network is told of
 FLUID, ELASTIC = 2.0, 1.0  # smoothing of each step and of the sum of all, standard deviations in voxels of the images
+TOGETHER = 100_000  # values worked on at once, so that they stay in the cache of a CPU
 SQUARINGS = 2  # a step is integrated as a velocity, so that none of them folds
 
 Valid = tuple[Tensor, Tensor]
@@ -188,22 +189,41 @@ def equations(
         pointwise mutual information of the voxels that count, in nats.
     """
     in_m, in_f = gradient(moving), fixed_gradient or gradient(fixed)
-    found, known = [], []
+    depth, height, width = fixed.shape[2:]
+    slices = _at_once(height * width * stride, fixed) * stride
+    found = fixed.new_empty((len(fixed), 9, *(n // stride for n in fixed.shape[2:])))
+    known = []
     for i in range(len(fixed)):
         of_pair = None if counts is None else counts[i, 0]
         table, cell = _tables(fixed[i, 0], moving[i, 0], block, of_pair)
-        along_m, along_f, info_m, info_f, pointwise = table.index_select(1, cell.flatten()).view(-1, *cell.shape)
-        m, f = ([g[i, 0] for g in gradients] for gradients in (in_m, in_f))
-        by_m, by_f = ([g * info for g in gradients] for gradients, info in ((m, info_m), (f, info_f)))
-        parts = cell.new_empty((9, *cell.shape), dtype=moving.dtype)
-        for n, (a, b) in enumerate(itertools.combinations_with_replacement(range(3), 2)):
-            torch.mul(m[a], by_m[b], out=parts[n]).addcmul_(f[a], by_f[b])
-        for a in range(3):
-            torch.mul(m[a], along_m, out=parts[6 + a]).addcmul_(f[a], along_f, value=-1)
-        found.append(F.avg_pool3d(parts, stride))
-        known.append(pointwise.sum() / (cell.numel() if counts is None else of_pair.sum().clamp_min(1)))
-    units = found[0].new_tensor([stride**2] * 6 + [stride] * 3).view(-1, 1, 1, 1)
-    return torch.stack(found) * units, torch.stack(known)
+        total = 0.0
+        for first in range(0, depth, slices):
+            slab = slice(first, min(first + slices, depth))
+            told = table.index_select(1, cell[slab].flatten()).view(-1, *cell[slab].shape)
+            m, f = ([g[i, 0, slab] for g in gradients] for gradients in (in_m, in_f))
+            parts = _contributions(m, f, told)
+            found[i, :, slab.start // stride : slab.stop // stride] = F.avg_pool3d(parts, stride)
+            total = total + told[4].sum()
+        known.append(total / (cell.numel() if counts is None else of_pair.sum().clamp_min(1)))
+    units = found.new_tensor([stride**2] * 6 + [stride] * 3).view(-1, 1, 1, 1)
+    return found * units, torch.stack(known)
+
+
+def _contributions(m: list[Tensor], f: list[Tensor], told: Tensor) -> Tensor:
+    """Information and force of each voxel, (9, d, h, w) as in :func:`equations` but in voxels of the images.
+
+    Args:
+        m, f: gradients of the moving and the fixed image along x, y, z, each (d, h, w).
+        told: (5, d, h, w), what :func:`_tables` says of each voxel.
+    """
+    along_m, along_f, info_m, info_f, _ = told
+    by_m, by_f = ([g * info for g in gradients] for gradients, info in ((m, info_m), (f, info_f)))
+    parts = told.new_empty((9, *told.shape[1:]))
+    for n, (a, b) in enumerate(itertools.combinations_with_replacement(range(3), 2)):
+        torch.mul(m[a], by_m[b], out=parts[n]).addcmul_(f[a], by_f[b])
+    for a in range(3):
+        torch.mul(m[a], along_m, out=parts[6 + a]).addcmul_(f[a], along_f, value=-1)
+    return parts
 
 
 def solve(normal: Tensor, window: float) -> tuple[Tensor, Tensor]:
@@ -255,7 +275,7 @@ def _tables(fixed: Tensor, moving: Tensor, block: int, counts: Tensor | None) ->
     z, y, x = (torch.arange(n, device=fixed.device, dtype=torch.int32) // block for n in fixed.shape)
     cell = (z[:, None, None] * blocks[1] + y[:, None]) * blocks[2] + x
     for image in (fixed, moving):
-        cell = cell * BINS + (image * (BINS - 1)).round().int().clamp(0, BINS - 1)
+        cell = cell.mul_(BINS).add_((image * (BINS - 1)).round_().int().clamp_(0, BINS - 1))
     cells = math.prod(blocks) * BINS**2
     if counts is not None:
         cell = cell.masked_fill_(~counts, cells)
@@ -264,18 +284,39 @@ def _tables(fixed: Tensor, moving: Tensor, block: int, counts: Tensor | None) ->
     z, y, x = (fields.gaussian(n, REACH, like=fixed) for n in blocks)
     window = y @ (z @ counted.view(blocks[0], -1)).view(blocks[0], blocks[1], -1)
     window = (x @ window.view(-1, blocks[2], BINS**2)).view(-1, BINS, BINS)
-    window = window / window.sum((1, 2), keepdim=True).clamp_min(1e-6)
     whole = counted.view(-1, BINS, BINS).sum(0)
-    parzen = fields.gaussian(BINS, PARZEN, like=fixed)
-    joint = parzen @ (window + EVERYWHERE * whole / whole.sum().clamp_min(1)) @ parzen.T
-    joint = joint / joint.sum((1, 2), keepdim=True).clamp_min(LEAST)
+    whole = EVERYWHERE * whole / whole.sum().clamp_min(1)
+    tables = window.new_empty(5, cells + 1)
+    tables[:, cells] = 0
+    some, parzen = _at_once(BINS**2, fixed), fields.gaussian(BINS, PARZEN, like=fixed)
+    for here, told in zip(window.split(some), tables[:, :cells].view(5, -1, BINS, BINS).split(some, 1), strict=True):
+        _tell(here, whole, parzen, told)
+    return tables, cell
+
+
+def _tell(window: Tensor, whole: Tensor, parzen: Tensor, told: Tensor) -> None:
+    """Writes what :func:`_tables` says of some blocks.
+
+    Args:
+        window: (B, BINS, BINS), voxels counted about each block, by the intensity of the fixed and the moving image.
+        whole: (BINS, BINS), what is added from the whole images.
+        parzen: (BINS, BINS), by which both axes are smoothed.
+        told: (5, B, BINS, BINS), written to.
+    """
+    window = window / window.sum((1, 2), keepdim=True).clamp_min(1e-6)
+    joint = parzen @ (window + whole) @ parzen.T
+    joint /= joint.sum((1, 2), keepdim=True).clamp_min(LEAST)
     of_f, of_m = joint.sum(2, keepdim=True), joint.sum(1, keepdim=True)
-    joint = joint.lerp(of_f * of_m, DOUBT)
-    pointwise = ((joint + LEAST) / (of_f * of_m + LEAST)).log()
-    along_f, along_m = (g * (BINS - 1) for g in torch.gradient(pointwise, dim=(1, 2)))
+    product = of_f * of_m
+    joint = joint.lerp_(product, DOUBT)
+    pointwise = ((joint + LEAST) / product.add_(LEAST)).log_()
+    along_f, along_m = (g.mul_(BINS - 1) for g in torch.gradient(pointwise, dim=(1, 2)))
     info_m = (joint * along_m.square()).sum(2, keepdim=True) / of_f.clamp_min(LEAST)
     info_f = (joint * along_f.square()).sum(1, keepdim=True) / of_m.clamp_min(LEAST)
-    tables = joint.new_zeros(5, cells + 1)
-    for table, values in zip(tables, (along_m, along_f, info_m, info_f, pointwise), strict=True):
-        table[:cells].view_as(joint).copy_(values.expand_as(joint))
-    return tables, cell
+    for table, values in zip(told, (along_m, along_f, info_m, info_f, pointwise), strict=True):
+        table.copy_(values.expand_as(joint))
+
+
+def _at_once(values: int, like: Tensor) -> int:
+    """How many things of so many values each are worked on together: few on a CPU, for its cache's sake, else all."""
+    return like.numel() if like.is_cuda else max(TOGETHER // values, 1)

@@ -532,9 +532,10 @@ def test_a_registration_runs_in_another_process_and_its_result_can_be_looked_at_
     ready.ui.registerButton.click()
     assert ready._run is not None, ready.ui.messageLabel.text
     assert not ready.ui.registerButton.enabled and ready.ui.cancelButton.enabled and ready.ui.progressBar.visible
-    formats = set()
-    wait(ready, until=lambda: formats.add(ready.ui.progressBar.format) or False)
-    assert len(formats) > 1
+    told = []
+    ready.ui.progressBar.valueChanged.connect(told.append)
+    wait(ready)
+    assert len(told) > 1 and told == sorted(told)
     outcome = ready._outcome
     assert outcome is not None, ready.ui.messageLabel.text
     assert ready.ui.resultCollapsibleButton.visible
