@@ -215,7 +215,7 @@ def test_syn_leaves_out_the_levels_in_which_no_anatomy_is_left():
 
 def test_scaling_fills_volumes_of_the_size_that_is_asked_for(settings, tmp_path):
     kept = tmp_path / "32.json"
-    row = scaling.row((32, 24, 28), settings, 0, kept)
+    row = scaling.row((32, 24, 28), settings, kept)
     assert row["size"] == "32 x 24 x 28" and row["total s"] > 0 and row["peak MiB"] > 50
     assert json.loads(kept.read_text()) == row
     blob = sitk.GaussianSource(sitk.sitkFloat32, [20] * 3, [1.2] * 3, [9.5, 9.5, 4.5], 1000.0)

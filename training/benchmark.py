@@ -242,18 +242,16 @@ def write(rows: list[dict], settings: Settings, output: Path, preset: str, start
     return "\n\n".join([report.table(means), report.table(met) if met else "", *left_out, *failed])
 
 
-def scale(settings: Settings, refine: int, output: Path, most: int, started: float) -> str:
+def scale(settings: Settings, output: Path, most: int, started: float) -> str:
     """Writes the report ``scaling`` and its plot; returns the table."""
     sizes = [s for s in scaling.SIZES if np.prod(s, dtype=float) <= most]
-    folder = output / "scaling" / f"{settings.device} {settings.threads} {refine}"
-    rows = [
-        scaling.row(s, settings, refine, folder / f"{'x'.join(map(str, s))}.json") for s in tqdm(sizes, desc="sizes")
-    ]
+    folder = output / "scaling" / f"{settings.device} {settings.threads}"
+    rows = [scaling.row(s, settings, folder / f"{'x'.join(map(str, s))}.json") for s in tqdm(sizes, desc="sizes")]
     note = (
         f"The bundled pair stretched over volumes of {scaling.SPACING_MM:g} mm: seconds of each stage of the second run, "
         "affine alignment included.\n\n![Seconds and memory](scaling.png)"
     )
-    report.write(output, "scaling", rows, about(settings, "full", started, {"refine": refine, "note": note}))
+    report.write(output, "scaling", rows, about(settings, "full", started, {"note": note}))
     drawn = plot_scaling(rows)
     files.write_whole(output / "scaling.png", lambda part: drawn.savefig(part, dpi=110, format="png"))
     return report.table(rows)
@@ -285,7 +283,7 @@ def main() -> int:
             shutil.rmtree(folder)
     try:
         if args.scaling:
-            print(scale(settings, 0, args.output, int(args.largest), started))
+            print(scale(settings, args.output, int(args.largest), started))
             return 0
         left_out = absent(chosen)
         for sentence in left_out:

@@ -85,7 +85,7 @@ def prepared(args: argparse.Namespace, config: configs.Config, output: Path) -> 
 
 
 def main() -> int:
-    args = parser().parse_args()
+    args = parser().parse_intermixed_args()
     try:
         if args.name is None and args.config is None:
             raise ValueError("give the model a --name, or an experiment's --config")

@@ -195,7 +195,7 @@ class Trainer:
             scores["Dice"] = mean_dice(pair.fixed_labels, warped)
         if pair.truth is not None:
             inside = torch.ones_like(pair.fixed) > 0 if pair.fixed_labels is None else pair.fixed_labels > 0
-            error = (displacement - pair.truth).norm(dim=1, keepdim=True)[inside]
+            error = fields.length(displacement - pair.truth)[inside]
             scores["mm"] = error.mean().item() * self.source.cohort.spacing
         scores["folded %"] = 100 * (fields.jacobian_determinant(displacement) <= 0).float().mean().item()
         return scores

@@ -3,7 +3,7 @@
 The bundled pair is stretched over volumes of SPACING_MM, so that a larger volume shows more and not just finer: the grid
 that the network works on grows with it. The second run is timed, as in a cohort; the peak is that of the process.
 
-    python training/benchmarks/scaling.py WIDTH HEIGHT DEPTH MODEL DEVICE REFINE
+    python training/benchmarks/scaling.py WIDTH HEIGHT DEPTH MODEL DEVICE
 """
 
 import json
@@ -39,14 +39,14 @@ def stretched(image: sitk.Image, size: tuple[int, int, int]) -> sitk.Image:
     return sitk.Cast(sitk.Resample(image, there.empty_image(), transform, sitk.sitkLinear, 0.0), sitk.sitkInt16)
 
 
-def measure(size: tuple[int, int, int], model: str, device: str, refine: int) -> dict:
+def measure(size: tuple[int, int, int], model: str, device: str) -> dict:
     """Registers volumes of ``size`` voxels in this process, twice."""
     fixed, moving = (stretched(files.read_image(SAMPLE / f"{name}.nii.gz"), size) for name in ("fixed_T1", "moving_T2"))
     loaded = models.load(model, pipeline.pick_device(device))
     before = methods.reset_peak()
     for _ in range(2):
         result = None
-        result = pipeline.register(fixed, moving, model=loaded, device=device, refine=refine)
+        result = pipeline.register(fixed, moving, model=loaded, device=device)
     gpu = methods.gpu_peak()
     return {
         "size": " x ".join(map(str, size)),
@@ -60,11 +60,11 @@ def measure(size: tuple[int, int, int], model: str, device: str, refine: int) ->
     }
 
 
-def row(size: tuple[int, int, int], settings: Settings, refine: int, kept: Path) -> dict:
+def row(size: tuple[int, int, int], settings: Settings, kept: Path) -> dict:
     """As :func:`measure`, in a process of its own; what is kept is taken."""
     if kept.exists():
         return json.loads(kept.read_text())
-    command = [sys.executable, __file__, *map(str, size), settings.model, settings.device, str(refine)]
+    command = [sys.executable, __file__, *map(str, size), settings.model, settings.device]
     done = subprocess.run(command, capture_output=True, text=True, env=settings.environment())
     if done.returncode:
         said = (done.stderr.strip() or f"ended with {done.returncode}").splitlines()[-1]
@@ -75,5 +75,5 @@ def row(size: tuple[int, int, int], settings: Settings, refine: int, kept: Path)
 
 
 if __name__ == "__main__":
-    *numbers, name, where, steps = sys.argv[1:]
-    print(json.dumps(measure(tuple(map(int, numbers)), name, where, int(steps))))
+    *numbers, name, where = sys.argv[1:]
+    print(json.dumps(measure(tuple(map(int, numbers)), name, where)))

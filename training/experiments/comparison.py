@@ -123,7 +123,7 @@ def scores(pair: Pair, displacement: Tensor, spacing: float) -> dict[str, float]
     surface = metrics.surface_distances(inside, found, grid)
     values = {"Dice": metrics.dice(inside, found), "ASD mm": surface["asd"], "HD mm": surface["hd"]}
     if pair.truth is not None:
-        error = (displacement - pair.truth).norm(dim=1)[0].cpu().numpy()[inside]
+        error = fields.length(displacement - pair.truth)[0, 0].cpu().numpy()[inside]
         values["error mm"] = float(error.mean()) * spacing
     values["folded %"] = 100 * (fields.jacobian_determinant(displacement) <= 0).float().mean().item()
     return values
@@ -149,7 +149,7 @@ def figure(experiment: Experiment, task: str, methods: list[str], settings: argp
         if pair.truth is None:
             pictures.show(axes[1, i], pair.fixed, f"Dice {dice:.3f}", labels)
         else:
-            error = (displacement - pair.truth).norm(dim=1, keepdim=True) * source.cohort.spacing
+            error = fields.length(displacement - pair.truth) * source.cohort.spacing
             shown = axes[1, i].imshow(pictures.plane(error * (pair.fixed_labels > 0)), cmap="magma", vmin=0, vmax=6)
             axes[1, i].set_title(f"Dice {dice:.3f}", fontsize=9)
             axes[1, i].set_axis_off()
