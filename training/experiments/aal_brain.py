@@ -21,6 +21,7 @@ START = (0.9039, 1.34, 9.84)
 EXPERIMENT = comparison.Experiment(
     name="aal-brain",
     config="aal-brain.yaml",
+    truth=True,
     tasks=phantoms.TASKS,
     overrides=lambda tasks: (f"data.tasks=[{', '.join(tasks)}]",),
     paper={

@@ -27,21 +27,23 @@ from training.data.sources import Source, source_of
 from training.experiments import report, semi
 from training.trainer import fit
 
+FROM_NEWTON = (
+    "loss.diffusion=1.0", "regnet.newton=10", "regnet.velocity=true", "regnet.symmetric=true", "kldivnet.frequencies=3",
+)  # fmt: skip
+TAUGHT = "RegNet from Newton steps, taught the truth"
 NETWORKS = {
     "RegNet + LNCC": ("loss.similarity=lncc", "loss.diffusion=0.5"),
     "RegNet + MI 16": ("loss.similarity=mi", "loss.bins=16"),
     "RegNet + MI 64": ("loss.similarity=mi", "loss.bins=64"),
     "RegNet + MI 256": ("loss.similarity=mi", "loss.bins=256"),
     "DivRegNet": (),
-    "DivRegNet from Newton steps": (
-        "loss.diffusion=1.0", "regnet.newton=10", "regnet.velocity=true", "regnet.symmetric=true",
-        "kldivnet.frequencies=3",
-    ),
-}  # fmt: skip
-"""Row -> what it changes in the experiment's configuration."""
+    "DivRegNet from Newton steps": FROM_NEWTON,
+    TAUGHT: (*FROM_NEWTON, "loss.weight=0", "loss.known=1", "warmup=0"),
+}
+"""Row -> what it changes in the experiment's configuration. TAUGHT is for pairs whose true deformation is known."""
 
 NEWTON_STEPS, NEWTON_STRIDE = 10, 2
-METHODS = ("affine", "FFD+SEMI", *list(NETWORKS)[:-1], "Newton steps alone", list(NETWORKS)[-1])
+METHODS = ("affine", "FFD+SEMI", *list(NETWORKS)[:-2], "Newton steps alone", *list(NETWORKS)[-2:])
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Experiment:
     overrides: what tasks change in the configuration.
     paper: (method, task) -> Dice, ASD mm, HD mm as the paper reports them.
     note: what stands above the table.
+    truth: whether the deformation of its pairs is known.
     """
 
     name: str
@@ -61,7 +64,12 @@ class Experiment:
     tasks: tuple[str, ...]
     paper: dict[tuple[str, str], tuple[float, float, float]]
     note: str
+    truth: bool = False
     overrides: Callable[[Sequence[str]], tuple[str, ...]] = field(default=lambda tasks: ())
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        return METHODS if self.truth else tuple(m for m in METHODS if m != TAUGHT)
 
 
 def add_arguments(parser: argparse.ArgumentParser, experiment: Experiment) -> None:
@@ -70,7 +78,9 @@ def add_arguments(parser: argparse.ArgumentParser, experiment: Experiment) -> No
     parser.add_argument("--pairs", type=int, default=50, help="test pairs per task, at most (default: %(default)s)")
     parser.add_argument("--tasks", nargs="+", default=list(experiment.tasks), choices=experiment.tasks)
     parser.add_argument("--joint", action="store_true", help="train one network per row for all tasks, not one each")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD")
+    parser.add_argument(
+        "--methods", nargs="+", default=list(experiment.methods), choices=experiment.methods, metavar="METHOD"
+    )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--output", type=Path, default=Path("build/experiments") / experiment.name)
 
