@@ -110,26 +110,33 @@ def aims(rows: list[dict]) -> list[dict]:
         forward, refined, reference = of.get(OURS[0]), of.get(OURS[1]), of.get(REFERENCE)
         if forward is None:
             continue
-        rivals = {m: r["Dice"] for m, r in of.items() if m not in OURS}
-        best, ours = max(rivals, key=rivals.get, default=None), (refined or forward)["Dice"]
-        row = {"family": family, "forward pass Dice": forward["Dice"]}
+        by = judged(family)
+        sign = 1 if by == "Dice" else -1  # of errors, the least is the best
+        rivals = {m: r[by] for m, r in of.items() if m not in OURS}
+        best, ours = max(rivals, key=lambda m: sign * rivals[m], default=None), (refined or forward)[by]
+        row = {"family": family, "judged by": by, "forward pass": forward[by]}
         if reference:
             ratio = reference["seconds"] / forward["seconds"]
             row |= {
-                "SyN Dice": reference["Dice"],
-                "at least SyN's": _word(forward["Dice"] >= reference["Dice"]),
+                "SyN": reference[by],
+                "at least SyN's": _word(sign * forward[by] >= sign * reference[by]),
                 "SyN's time / ours": ratio,
                 f"at least {TIME_AIM:g}": _word(ratio >= TIME_AIM),
             }
         row |= {"folded < 0.01 %": _word(forward["folded %"] < 0.01)}
         if best and refined:
             row |= {
-                "refined Dice": ours,
+                "refined": ours,
                 "best other": f"{best} {rivals[best]:.4f}",
-                "best of all": _word(ours >= rivals[best]),
+                "best of all": _word(sign * ours >= sign * rivals[best]),
             }
         found.append(row)
     return found
+
+
+def judged(family: str) -> str:
+    """The column that tells which method is better."""
+    return FAMILIES[family].judged if family in FAMILIES else "Dice"
 
 
 def _word(met: bool) -> str:
@@ -143,13 +150,15 @@ def plot(rows: list[dict]) -> Figure:
     lines = -(-len(families) // columns)
     figure = Figure(figsize=(3.4 * columns, 3.0 * lines + 0.6), layout="constrained")
     for axes, family in zip(figure.subplots(lines, columns, squeeze=False).flat, families, strict=False):
-        of = {r["method"]: r for r in rows if r["family"] == family and r["pairs"]}
+        of, by = {r["method"]: r for r in rows if r["family"] == family and r["pairs"]}, judged(family)
         for method, row in of.items():
             if METHODS[method].start is None:
-                axes.axhline(row["Dice"], color=COLOURS[method], linestyle=":", label=method)
+                axes.axhline(row[by], color=COLOURS[method], linestyle=":", label=method)
             else:
-                axes.plot(row["seconds"], row["Dice"], "o", color=COLOURS[method], label=method)
-        axes.set(xscale="log", title=family, xlabel="seconds", ylabel="Dice")
+                axes.plot(row["seconds"], row[by], "o", color=COLOURS[method], label=method)
+        axes.set(xscale="log", title=family, xlabel="seconds", ylabel=by)
+        if by != "Dice":  # up is better
+            axes.invert_yaxis()
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter(NullFormatter())

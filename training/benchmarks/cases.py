@@ -22,6 +22,7 @@ from training.data.phantoms import CONTROL_MM, SD_MM, TASKS
 from training.data.prepare_head import brain_mask
 
 FIRST_SEED = 5000
+UNBENT = "unbent"  # folder of the pair before the bending, in that of a pair
 SAMPLE = Path(__file__).resolve().parents[2] / "Resources" / "SampleData"
 BODY_WINDOW = (-160.0, 240.0)  # Hounsfield units, that of soft tissue
 BRAIN_WINDOW = (1780.0, 3100.0)  # -20 to 100 Hounsfield units on the scale of the CT template: 900 + 11 (HU + 100)
@@ -37,6 +38,8 @@ class Material:
     truth: from fixed to moving points, where it is known.
     inside: where the error is measured; None: inside the fixed labels.
     landmarks: (n, 3) LPS mm, in the fixed and in the moving image.
+    unbent: the pair before its fixed image was bent by ``truth``, where the two did not lie in one frame even then. What a
+        method makes of that pair is the rest of its truth.
     """
 
     fixed: sitk.Image
@@ -46,6 +49,7 @@ class Material:
     truth: sitk.Transform | None = None
     inside: sitk.Image | None = None
     landmarks: tuple[np.ndarray, np.ndarray] | None = None
+    unbent: "Material | None" = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class Family:
     note: what is registered and what is scored.
     folders: of the data folder, that the cases need.
     align: how the pair is aligned before all methods, see DivRegNetLib/options.py.
+    judged: what tells which method is better, a key of :func:`training.benchmarks.measure.scores`.
     """
 
     spacing: float
@@ -65,6 +70,7 @@ class Family:
     cases: dict[str, Callable[[Path], Material]]
     folders: tuple[str, ...] = ()
     align: str = "affine"
+    judged: str = "Dice"
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,7 @@ class Prepared:
     inside: (D, H, W) bool, where the error is measured.
     initial: (4, 4) LPS, the affine alignment.
     seconds: that it took.
+    unbent: see :class:`Material`; ``truth`` then goes to the points of its fixed image.
     """
 
     folder: Path
@@ -87,6 +94,7 @@ class Prepared:
     landmarks: tuple[np.ndarray, np.ndarray] | None
     initial: np.ndarray
     seconds: float
+    unbent: "Prepared | None" = None
 
 
 def prepare(load: Callable[[], Material], spacing: float, folder: Path, align: str = "affine") -> Prepared:
@@ -111,10 +119,13 @@ def prepare(load: Callable[[], Material], spacing: float, folder: Path, align: s
         landmarks=None if points is None else (np.array(points[0]), np.array(points[1])),
         initial=np.array(about["initial"]),
         seconds=about["seconds"],
+        unbent=prepare(load, spacing, folder / UNBENT, align) if (folder / UNBENT).is_dir() else None,
     )
 
 
 def _prepare(material: Material, spacing: float, folder: Path, align: str) -> None:
+    if material.unbent is not None:
+        _prepare(material.unbent, spacing, folder / UNBENT, align)
     grid, m = Grid.of(material.fixed).axis_aligned(spacing), material
     started = time.perf_counter()
     initial = affine.align(m.fixed, m.moving, align)
@@ -158,8 +169,12 @@ def free_form_deformation(image: sitk.Image, seed: int) -> sitk.Transform:
     return transform
 
 
-def deformed(material: Material, seed: int) -> Material:
-    """The pair with its fixed image bent, so that the truth is known as far as the two lay in one frame before."""
+def deformed(material: Material, seed: int, *, one_frame: bool = True) -> Material:
+    """The pair with its fixed image bent, so that the truth is known.
+
+    Args:
+        one_frame: the two lay in one frame before, so that the bending is the whole of it.
+    """
     bend = free_form_deformation(material.fixed, seed)
 
     def bent(image: sitk.Image | None, how: int) -> sitk.Image | None:
@@ -171,6 +186,7 @@ def deformed(material: Material, seed: int) -> Material:
         fixed_labels=bent(material.fixed_labels, sitk.sitkNearestNeighbor),
         inside=bent(material.inside, sitk.sitkNearestNeighbor),
         truth=bend,
+        unbent=None if one_frame else material,
     )
 
 
@@ -263,7 +279,9 @@ def limb(data: Path, patient: str, seed: int) -> Material:
     labels = [files.read_labels(data / f"{n}_mask.nii.gz") for n in (mr, ct)]
     body = sitk.BinaryFillhole(sitk.BinaryMorphologicalClosing(sitk.OtsuThreshold(images[0], 0, 1), [3, 3, 1]))
     windowed = sitk.Clamp(images[1], sitk.sitkFloat32, *BODY_WINDOW)
-    return deformed(Material(images[0], windowed, *labels, inside=sitk.Cast(body, sitk.sitkUInt8)), seed)
+    return deformed(
+        Material(images[0], windowed, *labels, inside=sitk.Cast(body, sitk.sitkUInt8)), seed, one_frame=False
+    )
 
 
 def hippocampus(data: Path, pair: int) -> Material:
@@ -311,12 +329,13 @@ FAMILIES = {
         {"T2 to CT": liver}, ("liver",),
     ),
     "limb CT to MR": Family(
-        2.0, 4.0, "one patient in one frame, the MR bent as the phantoms are, CT in the window of soft tissue. Dice of the "
-        "tumour, error inside the body. Bone and skin lie up to 15 mm apart before the bending, and the tumour is outlined "
-        "once for both, so that these figures punish whoever aligns the two: look at the pictures", {
+        2.0, 4.0, "one patient, CT in the window of soft tissue, the MR bent as the phantoms are. In the frame that the "
+        "two share, bone and skin lie up to 15 mm apart, so that no figure tells how well they are aligned: look at the "
+        "pictures. The error is the distance, inside the body, of what a method makes of the bent pair to what it makes of the "
+        "unbent one, bent. The tumour, outlined once for both, is as far off as the frame", {
             patient: partial(limb, patient=patient, seed=5200 + i)
             for i, patient in enumerate(("001",))
-        }, ("limb_ct_mr",), align="none",
+        }, ("limb_ct_mr",), align="none", judged="error mm",
     ),
     "hippocampus": Family(
         1.0, 1.0, "MR crops of two patients. Mean Dice of the anterior and posterior part", {

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 from DivRegNetLib import files, metrics
 from DivRegNetLib.geometry import Grid, affine_transform
 from training.benchmarks import methods
-from training.benchmarks.cases import Prepared, on_grid
+from training.benchmarks.cases import UNBENT, Prepared, on_grid
 
 WORKER = Path(methods.__file__)
 MIB = 2**20
@@ -64,15 +64,18 @@ def row(prepared: Prepared, method: str, settings: Settings, kept: Path) -> dict
     file = kept / "row.json"
     if file.exists() and (found := json.loads(file.read_text()))["key"] == key:
         return found["row"]
+    if prepared.unbent is not None:
+        before = row(prepared.unbent, method, settings, kept / UNBENT)
+        if "failed" in before:
+            return before
+        prepared = replace(prepared, truth=_truth(prepared, _found(prepared.unbent, method, kept / UNBENT)))
     measured = {"seconds": prepared.seconds if method == "affine" else None}
     if about.start:
         kept.mkdir(parents=True, exist_ok=True)
         measured = _run(prepared.folder, method, settings, kept)
     if "failed" in measured:  # to be tried again
         return measured
-    fields = _fields(kept) if about.start else (None, None)
-    start = np.eye(4) if method == "initial" else prepared.initial
-    measured = scores(prepared, start, *fields) | measured
+    measured = scores(prepared, *_found(prepared, method, kept)) | measured
     files.write_json({"key": key, "row": measured}, file)
     return measured
 
@@ -104,9 +107,17 @@ def _run(pair: Path, method: str, settings: Settings, kept: Path) -> dict:
     }
 
 
-def _fields(kept: Path) -> tuple[sitk.Image, sitk.Image | None]:
+def _found(prepared: Prepared, method: str, kept: Path) -> tuple[np.ndarray, sitk.Image | None, sitk.Image | None]:
+    """What a method made of a pair: start, displacement and inverse, as :func:`scores` takes them."""
+    start = np.eye(4) if method == "initial" else prepared.initial
     there = [kept / f"{kind}.mha" for kind in ("displacement", "inverse")]
-    return tuple(sitk.ReadImage(str(f), sitk.sitkVectorFloat64) if f.exists() else None for f in there)
+    return start, *(sitk.ReadImage(str(f), sitk.sitkVectorFloat64) if f.exists() else None for f in there)
+
+
+def _truth(prepared: Prepared, unbent: tuple[np.ndarray, sitk.Image | None, sitk.Image | None]) -> sitk.Image:
+    """The bending of a pair, and after it what a method made of the unbent pair: a displacement as ``prepared.truth``."""
+    there = [_transform(*unbent[:2]), _transform(np.eye(4), prepared.truth)]
+    return on_grid(sitk.CompositeTransform(there), Grid.of(prepared.fixed))
 
 
 def scores(
@@ -123,11 +134,7 @@ def scores(
         error (mm) inside the pair's ``inside``; TRE of landmarks (mm); folded voxels (%); ``inverse mm``, the distance
         from where a point starts to where forth and back takes it. What cannot be told is absent.
     """
-    grid, transform = Grid.of(prepared.fixed), affine_transform(start)
-    if displacement is not None:
-        # A transform owns its field and empties the image it is given.
-        bend = sitk.DisplacementFieldTransform(sitk.Image(displacement))
-        transform = sitk.CompositeTransform([transform, bend])
+    grid, transform = Grid.of(prepared.fixed), _transform(start, displacement)
     found = _overlap(prepared, transform)
     if prepared.truth is not None:
         error = sitk.GetArrayFromImage(on_grid(transform, grid)) - sitk.GetArrayViewFromImage(prepared.truth)
@@ -140,6 +147,15 @@ def scores(
         if inverse is not None:
             found["inverse mm"] = metrics.inverse_consistency(u, _in_voxels(inverse), grid.spacing[0])["mean"]
     return found
+
+
+def _transform(start: np.ndarray, displacement: sitk.Image | None) -> sitk.Transform:
+    """``p -> start(p + u(p))``, see :func:`scores`."""
+    if displacement is None:
+        return affine_transform(start)
+    # A transform owns its field and empties the image it is given.
+    bend = sitk.DisplacementFieldTransform(sitk.Cast(displacement, sitk.sitkVectorFloat64))
+    return sitk.CompositeTransform([affine_transform(start), bend])
 
 
 def _overlap(prepared: Prepared, transform: sitk.Transform) -> dict[str, float]:
