@@ -199,26 +199,25 @@ def equations(
         total = 0.0
         for first in range(0, depth, slices):
             slab = slice(first, min(first + slices, depth))
-            told = table.index_select(1, cell[slab].flatten()).view(-1, *cell[slab].shape)
+            says = table.index_select(1, cell[slab].flatten()).view(-1, *cell[slab].shape)
             m, f = ([g[i, 0, slab] for g in gradients] for gradients in (in_m, in_f))
-            parts = _contributions(m, f, told)
-            found[i, :, slab.start // stride : slab.stop // stride] = F.avg_pool3d(parts, stride)
-            total = total + told[4].sum()
+            found[i, :, slab.start // stride : slab.stop // stride] = F.avg_pool3d(_contributions(m, f, says), stride)
+            total = total + says[4].sum()
         known.append(total / (cell.numel() if counts is None else of_pair.sum().clamp_min(1)))
     units = found.new_tensor([stride**2] * 6 + [stride] * 3).view(-1, 1, 1, 1)
     return found * units, torch.stack(known)
 
 
-def _contributions(m: list[Tensor], f: list[Tensor], told: Tensor) -> Tensor:
+def _contributions(m: list[Tensor], f: list[Tensor], says: Tensor) -> Tensor:
     """Information and force of each voxel, (9, d, h, w) as in :func:`equations` but in voxels of the images.
 
     Args:
         m, f: gradients of the moving and the fixed image along x, y, z, each (d, h, w).
-        told: (5, d, h, w), what :func:`_tables` says of each voxel.
+        says: (5, d, h, w), what :func:`_tables` says of each voxel.
     """
-    along_m, along_f, info_m, info_f, _ = told
+    along_m, along_f, info_m, info_f, _ = says
     by_m, by_f = ([g * info for g in gradients] for gradients, info in ((m, info_m), (f, info_f)))
-    parts = told.new_empty((9, *told.shape[1:]))
+    parts = says.new_empty((9, *says.shape[1:]))
     for n, (a, b) in enumerate(itertools.combinations_with_replacement(range(3), 2)):
         torch.mul(m[a], by_m[b], out=parts[n]).addcmul_(f[a], by_f[b])
     for a in range(3):
@@ -289,31 +288,31 @@ def _tables(fixed: Tensor, moving: Tensor, block: int, counts: Tensor | None) ->
     tables = window.new_empty(5, cells + 1)
     tables[:, cells] = 0
     some, parzen = _at_once(BINS**2, fixed), fields.gaussian(BINS, PARZEN, like=fixed)
-    for here, told in zip(window.split(some), tables[:, :cells].view(5, -1, BINS, BINS).split(some, 1), strict=True):
-        _tell(here, whole, parzen, told)
+    for here, out in zip(window.split(some), tables[:, :cells].view(5, -1, BINS, BINS).split(some, 1), strict=True):
+        _pointwise(here, whole, parzen, out)
     return tables, cell
 
 
-def _tell(window: Tensor, whole: Tensor, parzen: Tensor, told: Tensor) -> None:
+def _pointwise(window: Tensor, whole: Tensor, parzen: Tensor, out: Tensor) -> None:
     """Writes what :func:`_tables` says of some blocks.
 
     Args:
         window: (B, BINS, BINS), voxels counted about each block, by the intensity of the fixed and the moving image.
         whole: (BINS, BINS), what is added from the whole images.
         parzen: (BINS, BINS), by which both axes are smoothed.
-        told: (5, B, BINS, BINS), written to.
+        out: (5, B, BINS, BINS), written to.
     """
     window = window / window.sum((1, 2), keepdim=True).clamp_min(1e-6)
     joint = parzen @ (window + whole) @ parzen.T
     joint /= joint.sum((1, 2), keepdim=True).clamp_min(LEAST)
     of_f, of_m = joint.sum(2, keepdim=True), joint.sum(1, keepdim=True)
     product = of_f * of_m
-    joint = joint.lerp_(product, DOUBT)
+    joint.lerp_(product, DOUBT)
     pointwise = ((joint + LEAST) / product.add_(LEAST)).log_()
     along_f, along_m = (g.mul_(BINS - 1) for g in torch.gradient(pointwise, dim=(1, 2)))
     info_m = (joint * along_m.square()).sum(2, keepdim=True) / of_f.clamp_min(LEAST)
     info_f = (joint * along_f.square()).sum(1, keepdim=True) / of_m.clamp_min(LEAST)
-    for table, values in zip(told, (along_m, along_f, info_m, info_f, pointwise), strict=True):
+    for table, values in zip(out, (along_m, along_f, info_m, info_f, pointwise), strict=True):
         table.copy_(values.expand_as(joint))
 
 
