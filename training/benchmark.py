@@ -45,7 +45,7 @@ COLUMNS = (
     "Dice", "ASD mm", "HD95 mm", "error mm", "TRE mm", "folded %", "inverse mm", "seconds", "CPU s", "peak MiB",
     "above start MiB", "GPU MiB",
 )  # fmt: skip
-COLOURS = dict(zip(METHODS, ("0.7", "0.4", "C0", "C1", "C2", "C3", "C6"), strict=True))
+COLOURS = dict(zip(METHODS, ("0.7", "0.4", "C0", "C1", "C2", "C8", "C3", "C6"), strict=True))
 
 
 def compare(

@@ -45,10 +45,12 @@ class Settings:
 
     def of(self, method: str) -> dict:
         """What a method is told."""
-        refine = self.refine if method == "DivRegNet, refined" else 0
-        return {"device": self.device, "threads": self.threads} | (
-            {"model": self.model, "refine": refine} if method in methods.OURS else {}
-        )
+        told = {"device": self.device, "threads": self.threads}
+        if method in methods.OURS:
+            told |= {"model": self.model, "refine": self.refine if method == "DivRegNet, refined" else 0}
+        if method == "Newton steps alone":
+            told |= {"untrained": True}
+        return told
 
 
 def row(prepared: Prepared, method: str, settings: Settings, kept: Path) -> dict:

@@ -117,6 +117,9 @@ def divregnet(settings: dict) -> Register:
     from DivRegNetLib import models, pipeline
 
     model = models.load(settings["model"], pipeline.pick_device(settings["device"]))
+    if settings.get("untrained"):  # RegNet then adds nothing to what it starts from
+        for parameter in model.regnet.head.parameters():
+            parameter.data.zero_()
     options = {"model": model, "device": settings["device"], "align": "none"}
 
     def register(fixed: sitk.Image, moving: sitk.Image):
@@ -145,12 +148,13 @@ METHODS = {
         "convexadam", "MIND-SSC, defaults of convex_adam_pt (80 iterations of Adam); sides padded to multiples of 6",
         convex_adam,
     ),
+    "Newton steps alone": Method(None, "as DivRegNet, but that RegNet predicts nothing", divregnet),
     "DivRegNet": Method(None, "forward pass, align=none", divregnet),
     "DivRegNet, refined": Method(None, "align=none, as many steps as --refine says", divregnet),
 }  # fmt: skip
 """Name -> method, in the order of the table."""
 
-OURS = ("DivRegNet", "DivRegNet, refined")
+OURS = ("DivRegNet", "DivRegNet, refined", "Newton steps alone")
 
 
 def version(package: str) -> str | None:
