@@ -173,7 +173,7 @@ def test_what_the_network_adds_is_told_from_what_it_starts_from(prepared, settin
         field = sitk.ReadImage(str(tmp_path / method / "displacement.mha"))
         moved[method] = np.abs(sitk.GetArrayViewFromImage(field)).max()
     assert moved["Newton steps alone"] < 1e-4, "the tiny model starts from none"
-    assert moved["DivRegNet"] > 1
+    assert moved["DivRegNet"] > 0.1
 
 
 def test_quick_takes_one_case_of_a_family_on_its_coarse_grid(families, settings, tmp_path):
