@@ -1,5 +1,6 @@
 """The paper's experiments end to end, on data small enough for a minute: what they write, and that it is true."""
 
+import argparse
 import csv
 import json
 import os
@@ -203,6 +204,16 @@ def test_the_papers_numbers_and_cohort_sizes_are_those_of_the_paper():
         for (method, task), (dice, asd, hd) in experiment.paper.items():
             assert method in comparison.METHODS and task in experiment.tasks
             assert 0.7 < dice < 1 and 0 < asd < hd
+
+
+@pytest.mark.parametrize("experiment", [AAL, *EXPERIMENTS.values()], ids=lambda e: e.name)
+def test_every_row_of_every_experiment_has_a_configuration(experiment, tmp_path):
+    settings = argparse.Namespace(preset="quick", cohort=tmp_path)
+    assert (comparison.SUPERVISED in experiment.methods) == (experiment is AAL)
+    for method in set(experiment.methods) & set(comparison.NETWORKS):
+        config = comparison._config(experiment, experiment.tasks, method, settings)
+        supervised = method == comparison.SUPERVISED
+        assert (config.loss.known > 0) == supervised == (config.loss.weight == 0)
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ from training.trainer import fit
 FROM_NEWTON = (
     "loss.diffusion=1.0", "regnet.newton=10", "regnet.velocity=true", "regnet.symmetric=true", "kldivnet.frequencies=3",
 )  # fmt: skip
-TAUGHT = "RegNet from Newton steps, taught the truth"
+SUPERVISED = "RegNet from Newton steps and known deformations"
 NETWORKS = {
     "RegNet + LNCC": ("loss.similarity=lncc", "loss.diffusion=0.5"),
     "RegNet + MI 16": ("loss.similarity=mi", "loss.bins=16"),
@@ -38,9 +38,9 @@ NETWORKS = {
     "RegNet + MI 256": ("loss.similarity=mi", "loss.bins=256"),
     "DivRegNet": (),
     "DivRegNet from Newton steps": FROM_NEWTON,
-    TAUGHT: (*FROM_NEWTON, "loss.weight=0", "loss.known=1", "warmup=0"),
+    SUPERVISED: (*FROM_NEWTON, "loss.weight=0", "loss.known=1", "warmup=0"),
 }
-"""Row -> what it changes in the experiment's configuration. TAUGHT is for pairs whose true deformation is known."""
+"""Row -> what it changes in the experiment's configuration. SUPERVISED is for pairs whose true deformation is known."""
 
 NEWTON_STEPS, NEWTON_STRIDE = 10, 2
 METHODS = ("affine", "FFD+SEMI", *list(NETWORKS)[:-2], "Newton steps alone", *list(NETWORKS)[-2:])
@@ -69,7 +69,7 @@ class Experiment:
 
     @property
     def methods(self) -> tuple[str, ...]:
-        return METHODS if self.truth else tuple(m for m in METHODS if m != TAUGHT)
+        return METHODS if self.truth else tuple(m for m in METHODS if m != SUPERVISED)
 
 
 def add_arguments(parser: argparse.ArgumentParser, experiment: Experiment) -> None:
