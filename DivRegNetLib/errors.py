@@ -22,8 +22,9 @@ class Cancelled(DivRegNetError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Python's own, torch's of either device, and ITK's."""
-    phrases = ("allocate memory", "not enough memory", "out of memory", "bad allocation", "bad_alloc", "alloc_failed")
+    """Python's own, torch's of either device, oneDNN's (whose convolutions then cannot be set up), and ITK's."""
+    phrases = ("allocate memory", "not enough memory", "out of memory", "bad allocation", "bad_alloc", "alloc_failed",
+               "could not create a primitive", "could not execute a primitive")  # fmt: skip
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(phrase in str(error).lower() for phrase in phrases)
     )
