@@ -6,6 +6,7 @@ and the figures. Rows are kept as they are done, and trainings resume, so the sa
 
 import argparse
 import json
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -154,7 +155,7 @@ def figure(experiment: Experiment, task: str, methods: list[str], settings: argp
             displacement = torch.from_numpy(kept["displacement"]).float()
         labels = fields.warp(pair.moving_labels.float(), displacement, mode="nearest", padding="zeros")
         warped = fields.warp(pair.moving, displacement)
-        pictures.show(axes[0, i], warped, method, pair.fixed_labels)
+        pictures.show(axes[0, i], warped, textwrap.fill(method, 20), pair.fixed_labels)
         dice = metrics.dice(*((x > 0).numpy() for x in (pair.fixed_labels, labels)))
         if pair.truth is None:
             pictures.show(axes[1, i], pair.fixed, f"Dice {dice:.3f}", labels)
