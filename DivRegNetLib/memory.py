@@ -152,8 +152,8 @@ def available(root: Path = Path("/")) -> float:
 
 
 def give_back() -> None:
-    """After a registration of many: frees what only holds itself (a figure's parts do), and returns to the system what
-    is free but kept by the C library, which grows by a quarter of a megabyte with each pair."""
+    """After a registration of many, or where the memory ran out: frees what only holds itself (a figure's parts do), and
+    returns to the system what is free but kept by the C library, a quarter of a megabyte more with each pair."""
     gc.collect()
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError):  # a C library other than glibc

@@ -141,6 +141,7 @@ class _Registration:
         """
         for name in ("f", "m", "unaligned", "f_mask", "m_mask", "valid", "u", "inverse_u", "transform", "inverse"):
             vars(self).pop(name, None)
+        memory.give_back()
         at = f", the last time at {self.grid.spacing[0]:.3g} mm" if self.stage in AGAIN else ""
         finest = self.grid.spacing[0] * memory.COARSER**2 if at else np.inf
         if finest <= max(self.asked, memory.COARSEST * self.usual):
