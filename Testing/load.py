@@ -31,7 +31,7 @@ from DivRegNetLib import cohort  # noqa: E402
 
 SETTLED = 20  # pairs after which nothing may grow any more
 GROWTH_MIB = 30.0
-GROWTH_FILES = 4
+GROWTH_FILES = 1
 LOOK_SECONDS = 0.02
 
 

@@ -204,7 +204,7 @@ def test_a_computer_without_memory_gets_a_coarser_resolution_and_is_told(pair, t
         import DivRegNetLib.pipeline
         from DivRegNetLib import worker
         pages = int(Path("/proc/self/statm").read_text().split()[0])
-        limit = pages * resource.getpagesize() + 330 * 2**20
+        limit = pages * resource.getpagesize() + 250 * 2**20
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         worker.main(folder)
     """)
