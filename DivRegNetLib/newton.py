@@ -4,85 +4,99 @@ The discriminant that maximises the Donsker-Varadhan bound (arXiv 1908.08767, Eq
 ``L(f, m) = log p(f, m) / (p(f) p(m))``. For a single pair joint histograms give it in closed form, and with it the
 force that raises S: ``L_m grad m`` on the moving image and its opposite ``-L_f grad f`` on the fixed one, taken together
 (as in Vercauteren et al., "Symmetric log-domain diffeomorphic registration", MICCAI 2008). The Fisher information
-``E[L_m^2 | f] grad m grad m^T``, and that of the fixed image, take the place of the Hessian. Both are gathered over a
-window and solved for a displacement (Lucas and Kanade, IJCAI 1981).
+``E[L_m^2 | f] grad m grad m^T``, and that of the fixed image, take the place of the Hessian. A step is the smooth field
+that answers these forces (:mod:`DivRegNetLib.variational`).
 
 The histograms are those of overlapping neighbourhoods, as in spatially encoded MI (Zhuang et al., IEEE TMI 2011): what
 two intensities have to do with each other differs from place to place, with the tissues there and with the bias field.
+
+A displacement on a grid of half the resolution needs no look at every voxel. A step looks at one voxel of the images for
+each of that grid, at another one the next time: intensities are not averaged, which would make tissues of mixtures, and
+eight steps see all voxels at the cost of one.
 
 Axis order and units as in :mod:`DivRegNetLib.fields`. Nothing here is learnt, and nothing is differentiated.
 """
 
 import itertools
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from DivRegNetLib import fields
+from DivRegNetLib import fields, variational
 
-BINS = 48
-PARZEN = 2.0  # standard deviation of the histogram's window, in bins
-BLOCK = 12  # side in voxels of the whole image, of the blocks that histograms are counted in
+BINS = 40
+PARZEN = 1.5  # standard deviation of the histogram's window, in bins
+BLOCK = 12  # side of the blocks that histograms are counted in, in voxels of the whole images
+FEWEST = 4  # voxels that are looked at along the side of a block
 REACH = 0.6  # standard deviation of the window over blocks
 EVERYWHERE = 0.05  # weight of the histogram of the whole images in that of a window
-DOUBT = 2e-3  # how far a histogram is moved towards independence, so that what was hardly seen says nothing
+DOUBT = 0.01  # how far a histogram is moved towards independence, so that what was hardly seen says nothing
 LEAST = 1e-9  # a share of voxels that is next to none
 SEEN = 0.99  # share of a voxel that has been measured
-LITTLE = 0.05  # information, per voxel squared, that rounding alone may feign
-PRIOR = 0.2  # added to the information, as a share of its mean: how much a place must know to move on its own
-LONGEST = 1.0  # of a step before it is scaled, in voxels of the output grid
-# Of the steps on images at half resolution, which come first, and of those on whole images: at the first and the last, the
-# window's standard deviation in voxels of the images, and what a step is multiplied by, as smoothing takes most of a
-# long-range one away.
-HALF_WINDOWS, HALF_SCALES = (10.0, 4.0), (4.0, 2.0)
-WINDOWS, SCALES = (4.0, 2.0), (2.0, 1.0)
-TOLD = (10.0, 2.0)  # the windows that a network is told of
-FLUID, ELASTIC = 2.0, 1.0  # smoothing of each step and of the sum of all, standard deviations in voxels of the images
-TOGETHER = 100_000  # values worked on at once, so that they stay in the cache of a CPU
+LITTLE = 0.05  # information, per voxel squared, that rounding alone may feign, as a mean
+STILL = 1e-3  # information that nothing moves, at every voxel: where nothing else is known, nothing does
+LEVELS = (4, 2)  # voxels that are averaged along each axis for the first steps, a quarter of them each
+LONGEST = 2.0  # of a step, in voxels of the output grid
 SQUARINGS = 2  # a step is integrated as a velocity, so that none of them folds
+ITERATIONS = 6  # of conjugate gradients
+TOGETHER = 100_000  # values worked on at once, so that they stay in the cache of a CPU
 
 Valid = tuple[Tensor, Tensor]
 """Where a fixed and a moving image have been measured, each (N, 1, D, H, W), bool or the share of a voxel."""
 
 
+class Smoothness(NamedTuple):
+    """What a step is smoothed by.
+
+    window: standard deviation, in voxels of the images, of the Gaussian that forces and information are gathered over.
+    fluid, elastic: see :mod:`DivRegNetLib.variational`, in units of the mean information.
+    """
+
+    window: float
+    fluid: float
+    elastic: float
+
+
+FIRST, LAST = Smoothness(3.0, 2.0, 0.3), Smoothness(1.5, 0.5, 0.1)
+TOLD = (FIRST, LAST)  # of the steps that a network is told of
+
+
 @torch.no_grad()
 def approach(fixed: Tensor, moving: Tensor, steps: int, stride: int, valid: Valid | None = None) -> Tensor:
-    """Displacement after some steps from the identity, the window narrowing from the first to the last.
+    """Displacement after some steps from the identity: on images of a quarter and of half the resolution, then on whole ones.
 
-    The first half of the steps, if they are two or more and the images as long, is made on images of half the resolution.
-    The constants of this file were chosen on BrainWeb phantoms and on MS07 against BrainWeb (training/README.md).
+    Steps become less smooth from the first to the last on whole images. The constants of this file were chosen on
+    BrainWeb phantoms, MS07, IXI012, label maps, and crops of the hippocampus, the abdomen and limbs (training/README.md).
 
     Args:
-        fixed, moving: (N, 1, D, H, W) in [0, 1], sides multiples of ``stride``.
+        fixed, moving: (N, 1, D, H, W) in [0, 1], sides multiples of ``4 * stride``, or some levels are left out.
         steps: at least 1.
         stride: voxels of the images per voxel of the output grid.
         valid: where the images count; None: everywhere.
     Returns:
         (N, 3, D/stride, H/stride, W/stride), in voxels of the output grid.
     """
-    images, displacement = {}, None
+    displacement, shape = None, fixed.shape[2:]
     with torch.autocast(fixed.device.type, enabled=False):  # counting voxels needs more than 16 bits
-        for pool, window, scale in _schedule(steps, stride):
-            if pool not in images:
-                images[pool] = Images(fixed, moving, stride, valid, pool=pool)
-            displacement, _ = images[pool].step(displacement, window, scale)
+        for pool, smoothnesses in _schedule(steps, stride, shape):
+            images = Images(fixed, moving, stride, valid, pool=pool)
+            if displacement is not None:
+                displacement = fields.resize(displacement, tuple(n // (pool * stride) for n in shape))
+            for turn, smoothness in enumerate(smoothnesses):
+                displacement, _ = images.step(displacement, smoothness, turn)
     return displacement
 
 
-def _schedule(steps: int, stride: int) -> list[tuple[int, float, float]]:
-    """Pooling, window and scale of every step."""
-    halves = steps // 2 if stride == 2 else 0
-    parts = [(2, halves, HALF_WINDOWS, HALF_SCALES)] if halves else []
-    first = (WINDOWS[0], SCALES[0]) if halves else (HALF_WINDOWS[0], HALF_SCALES[0])
-    parts.append((1, steps - halves, (first[0], WINDOWS[1]), (first[1], SCALES[1])))
-    found = []
-    for pool, count, windows, scales in parts:
-        for i in range(count):
-            along = i / (count - 1) if count > 1 else 1.0
-            found.append((pool, *(a + (b - a) * along for a, b in (windows, scales))))
-    return found
+def _schedule(steps: int, stride: int, shape: tuple[int, ...]) -> list[tuple[int, list[Smoothness]]]:
+    """For each level, how many voxels are averaged along each axis and the smoothness of each of its steps."""
+    coarse = [pool for pool in LEVELS if steps >= 4 and not any(n % (pool * stride) for n in shape)]
+    last = steps - len(coarse) * (steps // 4)
+    along = [i / (last - 1) if last > 1 else 1.0 for i in range(last)]
+    fine = [Smoothness(*(a + (b - a) * t for a, b in zip(FIRST, LAST, strict=True))) for t in along]
+    return [*((pool, [FIRST] * (steps // 4)) for pool in coarse), (1, fine)]
 
 
 class Images:
@@ -94,32 +108,105 @@ class Images:
         """
         Args:
             fixed, moving, stride, valid: as in :func:`approach`.
-            pool: voxels that are averaged along each axis first; divides ``stride``.
+            pool: voxels that are averaged along each axis first.
         """
-        self.fixed, self.moving = (F.avg_pool3d(x, pool) if pool > 1 else x for x in (fixed, moving))
-        self.gradient, self.stride, self.pool = gradient(self.fixed), stride, pool
-        self.valid = None
+        self.fixed, moving = (F.avg_pool3d(x, pool) if pool > 1 else x for x in (fixed, moving))
+        self.stride, self.gradient, self.valid = stride, torch.cat(gradient(self.fixed), 1), None
+        self.block = max(round(BLOCK / stride / pool), FEWEST)
+        turns = list(itertools.product(range(stride), repeat=3))
+        self.turns = [turn for opposite in zip(turns, turns[::-1], strict=True) for turn in opposite][: len(turns)]
+        channels = [moving, *gradient(moving)]
         if valid is not None:
-            self.valid = tuple(F.avg_pool3d(_without_edge(x).to(fixed.dtype), pool) for x in valid)
+            inside = (_without_edge(x).to(moving.dtype) for x in valid)
+            self.valid, of_moving = (F.avg_pool3d(x, pool) if pool > 1 else x for x in inside)
+            channels.append(of_moving)
+        self.moving = torch.cat(channels, 1)
 
-    def step(self, displacement: Tensor | None, window: float, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    def step(self, displacement: Tensor | None, smoothness: Smoothness, turn: int = 0) -> tuple[Tensor, Tensor]:
         """One step further.
 
         Args:
             displacement: (N, 3, d, h, w) on the output grid, in its voxels; None: the identity.
-            window: standard deviation of the Gaussian neighbourhood, in voxels of the images (those before pooling).
-            scale: what the step is multiplied by.
+            turn: which voxels are looked at, see :meth:`equations`.
         Returns:
             The displacement after the step; and the mean pointwise mutual information before it, (N,) in nats.
         """
-        moving, counts = warped(self.moving, displacement, self.valid)
-        normal, information = equations(
-            self.fixed, moving, self.stride // self.pool, counts, BLOCK // self.pool, self.gradient
-        )
-        step, _ = solve(normal, window / self.stride)
-        step = fields.integrate(fields.smooth(step, FLUID / self.stride) * scale, SQUARINGS)
-        whole = step if displacement is None else fields.compose(displacement, step)
-        return fields.smooth(whole, ELASTIC / self.stride), information
+        normal, information = self.equations(displacement, turn)
+        step = fields.integrate(solve(normal, smoothness, self.stride, displacement), SQUARINGS)
+        return step if displacement is None else fields.compose(displacement, step), information
+
+    def equations(self, displacement: Tensor | None, turn: int = 0) -> tuple[Tensor, Tensor]:
+        """What each voxel of the output grid contributes: information and force.
+
+        Args:
+            displacement: as in :meth:`step`.
+            turn: number of the step: of the ``stride ** 3`` voxels of the images in each of the output grid, another one is
+                looked at in each.
+        Returns:
+            (N, 9, d, h, w): the information's xx, xy, xz, yy, yz, zz and the force's x, y, z, in voxels of the output grid;
+            for (moving, fixed) the information is the same and the force the opposite. And (N,) the mean pointwise mutual
+            information of the voxels that count, in nats.
+        """
+        offset = self.turns[turn % len(self.turns)]
+        every = (..., *(slice(o, None, self.stride) for o in offset))
+        fixed, in_f = self.fixed[every], self.gradient[every]
+        found = self._moved(displacement, offset, fixed.shape[2:])
+        moving, in_m = found[:, :1], found[:, 1:4]
+        if displacement is not None:  # of the image as it is after the displacement
+            in_m = in_m + torch.cat([(slope * in_m).sum(1, keepdim=True) for slope in gradient(displacement)], 1)
+        counts = None if self.valid is None else (self.valid[every] > SEEN) & (found[:, 4:] > SEEN)
+        normal, known = fixed.new_empty((len(fixed), 9, *fixed.shape[2:])), []
+        for i in range(len(fixed)):
+            of_pair = None if counts is None else counts[i, 0]
+            table, cell = _tables(fixed[i, 0], moving[i, 0], self.block, of_pair)
+            says = table.index_select(1, cell.flatten()).view(-1, *cell.shape)
+            _contribute(in_m[i], in_f[i], says, normal[i])
+            known.append(says[4].sum() / (cell.numel() if counts is None else of_pair.sum().clamp_min(1)))
+        units = normal.new_tensor([self.stride**2] * 6 + [self.stride] * 3).view(-1, 1, 1, 1)
+        return normal * units, torch.stack(known)
+
+    def _moved(self, displacement: Tensor | None, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        """The moving image, its gradient and where it has been measured, at the voxels that are looked at after a
+        displacement: (N, 4 or 5, d, h, w)."""
+        if displacement is None:
+            return self.moving[(..., *(slice(o, None, self.stride) for o in offset))]
+        points = fields.identity(shape, like=displacement) * self.stride
+        points = points + points.new_tensor(offset[::-1]).view(1, 3, 1, 1, 1)
+        for dim, o in zip((2, 3, 4), offset, strict=True):
+            aside = (
+                o + 0.5
+            ) / self.stride - 0.5  # of a voxel of the output grid, whose middle lies between those of images
+            if aside:
+                at = torch.arange(displacement.shape[dim], device=points.device, dtype=points.dtype) + aside
+                displacement = fields.sample_along(displacement, dim, at)
+        return fields.sample(self.moving, points + displacement * self.stride)
+
+
+def solve(normal: Tensor, smoothness: Smoothness, stride: int, whole: Tensor | None = None) -> Tensor:
+    """The step that the equations ask for.
+
+    Args:
+        normal: (N, 9, D, H, W), see :meth:`Images.equations`.
+        stride: voxels of the images per voxel of this grid.
+        whole: (N, 3, D, H, W) the displacement before the step; None: the identity.
+    Returns:
+        (N, 3, D, H, W) in voxels of this grid, no longer than LONGEST.
+    """
+    unit = usual(normal)
+    normal = fields.smooth(normal, smoothness.window / stride)
+    normal[:, [0, 3, 5]] += STILL
+    step = variational.solve(normal, whole, smoothness.fluid * unit, smoothness.elastic * unit, ITERATIONS)
+    return step / (fields.length(step) / LONGEST).clamp_min(1)
+
+
+def usual(normal: Tensor) -> Tensor:
+    """Mean information of the voxels of (N, 9, D, H, W) equations, (N, 1, 1, 1, 1)."""
+    return _known(normal).mean((1, 2, 3, 4), keepdim=True) + LITTLE
+
+
+def _known(normal: Tensor) -> Tensor:
+    """(N, 1, D, H, W): information, the mean over the axes."""
+    return normal[:, [0, 3, 5]].mean(1, keepdim=True)
 
 
 def warped(moving: Tensor, displacement: Tensor | None, valid: Valid | None) -> tuple[Tensor, Tensor | None]:
@@ -138,6 +225,28 @@ def warped(moving: Tensor, displacement: Tensor | None, valid: Valid | None) -> 
     return both[:, :1], None if valid is None else (valid[0] > SEEN) & (both[:, 1:] > SEEN)
 
 
+@torch.no_grad()
+def guess(fixed: Tensor, moving: Tensor, stride: int, counts: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The next step, and what a network is told of it.
+
+    Args:
+        fixed, moving, stride: as in :func:`approach`, moving already warped.
+        counts: (N, 1, D, H, W) bool, which voxels count; None: all.
+    Returns:
+        (N, 3, d, h, w) step in voxels of the output grid; (N, 4 * len(TOLD), d, h, w) steps, and how much is known (from 0
+        over 0.5 where it is the image's mean to 1), for each smoothness of TOLD; and the same of (moving, fixed).
+    """
+    with torch.autocast(fixed.device.type, enabled=False):
+        normal, _ = Images(fixed, moving, stride, None if counts is None else (counts, counts)).equations(None)
+        steps = [solve(normal, smoothness, stride) for smoothness in TOLD]
+        known = [_known(fields.smooth(normal, smoothness.window / stride)) for smoothness in TOLD]
+        known = [k / (k + usual(normal)) for k in known]
+    forward, backward = (
+        torch.cat([x for s, k in zip(steps, known, strict=True) for x in (sign * s, k)], 1) for sign in (1, -1)
+    )
+    return steps[-1], forward, backward
+
+
 def _without_edge(valid: Tensor) -> Tensor:
     """(N, 1, D, H, W) bool, one voxel less, as differences would reach over the edge; all where nothing else would be left."""
     inner = valid.clone()
@@ -148,105 +257,19 @@ def _without_edge(valid: Tensor) -> Tensor:
     return inner if inner.any() else valid
 
 
-@torch.no_grad()
-def guess(fixed: Tensor, moving: Tensor, stride: int, counts: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """The next step, and what a network is told of it.
+def _contribute(m: Tensor, f: Tensor, says: Tensor, out: Tensor) -> None:
+    """Writes information and force of each voxel, (9, d, h, w) as in :meth:`Images.equations` but in voxels of the images.
 
     Args:
-        fixed, moving, stride, counts: as in :func:`equations`.
-    Returns:
-        (N, 3, d, h, w) step in voxels of the output grid; (N, 4 * len(TOLD), d, h, w) steps and how much is known, for
-        each window of TOLD; and the same of (moving, fixed).
-    """
-    with torch.autocast(fixed.device.type, enabled=False):
-        normal, _ = equations(fixed, moving, stride, counts)
-        found = [solve(normal, window / stride) for window in TOLD]
-        step = fields.smooth(found[-1][0], FLUID / stride)
-    forward, backward = (torch.cat([x for step, known in found for x in (sign * step, known)], 1) for sign in (1, -1))
-    return step, forward, backward
-
-
-@torch.no_grad()
-def equations(
-    fixed: Tensor,
-    moving: Tensor,
-    stride: int,
-    counts: Tensor | None = None,
-    block: int = BLOCK,
-    fixed_gradient: list[Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """What each voxel of the output grid contributes: information and force.
-
-    Args:
-        fixed, moving: (N, 1, D, H, W) in [0, 1], moving already warped, sides multiples of ``stride``.
-        stride: voxels of the images per voxel of the output grid.
-        counts: (N, 1, D, H, W) bool, which voxels count; None: all.
-        block: voxels per side of a histogram's block.
-        fixed_gradient: what :func:`gradient` gives for ``fixed``, where it is at hand.
-    Returns:
-        (N, 9, D/stride, H/stride, W/stride): the information's xx, xy, xz, yy, yz, zz and the force's x, y, z, in voxels
-        of the output grid; for (moving, fixed) the information is the same and the force the opposite. And (N,) the mean
-        pointwise mutual information of the voxels that count, in nats.
-    """
-    in_m, in_f = gradient(moving), fixed_gradient or gradient(fixed)
-    depth, height, width = fixed.shape[2:]
-    slices = _at_once(height * width * stride, fixed) * stride
-    found = fixed.new_empty((len(fixed), 9, *(n // stride for n in fixed.shape[2:])))
-    known = []
-    for i in range(len(fixed)):
-        of_pair = None if counts is None else counts[i, 0]
-        table, cell = _tables(fixed[i, 0], moving[i, 0], block, of_pair)
-        total = 0.0
-        for first in range(0, depth, slices):
-            slab = slice(first, min(first + slices, depth))
-            says = table.index_select(1, cell[slab].flatten()).view(-1, *cell[slab].shape)
-            m, f = ([g[i, 0, slab] for g in gradients] for gradients in (in_m, in_f))
-            found[i, :, slab.start // stride : slab.stop // stride] = F.avg_pool3d(_contributions(m, f, says), stride)
-            total = total + says[4].sum()
-        known.append(total / (cell.numel() if counts is None else of_pair.sum().clamp_min(1)))
-    units = found.new_tensor([stride**2] * 6 + [stride] * 3).view(-1, 1, 1, 1)
-    return found * units, torch.stack(known)
-
-
-def _contributions(m: list[Tensor], f: list[Tensor], says: Tensor) -> Tensor:
-    """Information and force of each voxel, (9, d, h, w) as in :func:`equations` but in voxels of the images.
-
-    Args:
-        m, f: gradients of the moving and the fixed image along x, y, z, each (d, h, w).
+        m, f: gradients of the moving and the fixed image along x, y, z, (3, d, h, w).
         says: (5, d, h, w), what :func:`_tables` says of each voxel.
     """
     along_m, along_f, info_m, info_f, _ = says
-    by_m, by_f = ([g * info for g in gradients] for gradients, info in ((m, info_m), (f, info_f)))
-    parts = says.new_empty((9, *says.shape[1:]))
+    by_m, by_f = m * info_m, f * info_f
     for n, (a, b) in enumerate(itertools.combinations_with_replacement(range(3), 2)):
-        torch.mul(m[a], by_m[b], out=parts[n]).addcmul_(f[a], by_f[b])
+        torch.mul(m[a], by_m[b], out=out[n]).addcmul_(f[a], by_f[b])
     for a in range(3):
-        torch.mul(m[a], along_m, out=parts[6 + a]).addcmul_(f[a], along_f, value=-1)
-    return parts
-
-
-def solve(normal: Tensor, window: float) -> tuple[Tensor, Tensor]:
-    """The step that the equations of a neighbourhood ask for, and how much is known there.
-
-    Args:
-        normal: (N, 9, D, H, W), see :func:`equations`.
-        window: standard deviation of the Gaussian neighbourhood, in voxels of this grid.
-    Returns:
-        (N, 3, D, H, W) step in voxels of this grid, no longer than LONGEST; and (N, 1, D, H, W) how much is known, from
-        0 over 0.5 where it is the image's mean to 1.
-    """
-    xx, xy, xz, yy, yz, zz, x, y, z = fields.smooth(normal, window).split(1, 1)
-    known = (xx + yy + zz) / 3
-    usual = known.mean((2, 3, 4), keepdim=True) + LITTLE
-    prior = PRIOR * usual
-    xx, yy, zz = xx + prior, yy + prior, zz + prior
-    # Inverse of the symmetric 3x3 matrix by cofactors.
-    a, b, c = yy * zz - yz * yz, xz * yz - xy * zz, xy * yz - xz * yy
-    d, e, f = xx * zz - xz * xz, xy * xz - xx * yz, xx * yy - xy * xy
-    step = torch.cat((a * x + b * y + c * z, b * x + d * y + e * z, c * x + e * y + f * z), 1)
-    step = step / (xx * a + xy * b + xz * c)
-    step = step / (fields.length(step) / LONGEST).clamp_min(1)
-    return step, known / (known + usual)
+        torch.mul(m[a], along_m, out=out[6 + a]).addcmul_(f[a], along_f, value=-1)
 
 
 def gradient(image: Tensor) -> list[Tensor]:

@@ -205,18 +205,15 @@ class RegNet(nn.Module):
             x = decoder(torch.cat((F.interpolate(x, size=skip.shape[2:], mode="nearest"), skip), 1))
         return self.head(x).to(fixed.dtype)
 
-    def begin(
-        self, fixed: Tensor, moving: Tensor, steps: int | None = None, valid: newton.Valid | None = None
-    ) -> Tensor | None:
+    def begin(self, fixed: Tensor, moving: Tensor, valid: newton.Valid | None = None) -> Tensor | None:
         """The displacement that the first pass starts from, as :meth:`advance` takes it; None for the identity.
 
         Args:
-            steps: fewer than ``config.newton``, in training.
             valid: where the images have been measured; None: everywhere.
         """
         if not self.config.newton:
             return None
-        return newton.approach(fixed, moving, steps or self.config.newton, self.config.stride, valid)
+        return newton.approach(fixed, moving, self.config.newton, self.config.stride, valid)
 
     def advance(
         self,
@@ -253,7 +250,7 @@ class RegNet(nn.Module):
         if any(pad):
             fixed, moving = (F.pad(x, pad, mode="replicate") for x in (fixed, moving))
             valid = None if valid is None else tuple(F.pad(x, pad) for x in valid)
-        displacement = self.begin(fixed, moving, valid=valid)
+        displacement = self.begin(fixed, moving, valid)
         for _ in range(self.config.passes):
             displacement = self.advance(fixed, moving, displacement, valid)
         return fields.resize(displacement, fixed.shape[2:])[:, :, : shape[0], : shape[1], : shape[2]]

@@ -42,6 +42,10 @@ def inner(field: torch.Tensor) -> torch.Tensor:
     return field[..., 4:-4, 4:-4, 4:-4]
 
 
+def equations(fixed: torch.Tensor, moving: torch.Tensor, stride: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return newton.Images(fixed, moving, stride).equations(None)
+
+
 # What the steps find
 
 
@@ -74,16 +78,54 @@ def test_more_steps_come_closer():
     assert errors[2] < errors[1] < 0.9 * errors[0]
 
 
-def test_the_next_step_is_the_narrow_windows_and_both_windows_are_told():
-    """Fixed image, moving image, and what a network gets: for each window a step and how much is known."""
+def test_the_next_step_is_the_least_smooth_and_both_are_told():
+    """Fixed image, moving image, and what a network gets: for each smoothness a step and how much is known."""
     moving, fixed, _ = deformed((24, 32, 16), 1.0, seed=3)
     step, forward, backward = newton.guess(fixed, moving, 2)
-    normal, _ = newton.equations(fixed, moving, 2)
-    wide, narrow = (newton.solve(normal, window / 2) for window in newton.TOLD)
-    torch.testing.assert_close(step, fields.smooth(narrow[0], newton.FLUID / 2))
-    torch.testing.assert_close(forward, torch.cat((*wide, *narrow), 1))
-    torch.testing.assert_close(backward, torch.cat((-wide[0], wide[1], -narrow[0], narrow[1]), 1))
+    normal, _ = equations(fixed, moving, 2)
+    first, last = (newton.solve(normal, smoothness, 2) for smoothness in newton.TOLD)
+    torch.testing.assert_close(step, last)
+    torch.testing.assert_close(forward[:, [0, 1, 2, 4, 5, 6]], torch.cat((first, last), 1))
+    torch.testing.assert_close(backward[:, [0, 1, 2, 4, 5, 6]], -torch.cat((first, last), 1))
+    torch.testing.assert_close(forward[:, [3, 7]], backward[:, [3, 7]])
+    assert 0 <= forward[:, [3, 7]].min() < 0.5 < forward[:, [3, 7]].max() < 1
     assert step.shape == (1, 3, 12, 16, 8)
+
+
+def test_every_voxel_is_looked_at_once_in_a_round_of_steps():
+    """The force of all turns together is that of a look at every voxel."""
+    moving, fixed, _ = deformed((16, 24, 16), 1.0, seed=3)
+    assert sorted(newton.Images(fixed, moving, 2).turns) == sorted(
+        {(i, j, k) for i in (0, 1) for j in (0, 1) for k in (0, 1)}
+    )
+    images = newton.Images(at := index_image((16, 24, 16)), at, 2)
+    seen = [images._moved(None, turn, (8, 12, 8))[:, 0] for turn in images.turns]
+    assert torch.equal(torch.cat(seen).flatten().sort()[0], at.flatten())
+
+
+@pytest.mark.parametrize("turn", range(8))
+def test_a_displacement_on_the_output_grid_moves_the_voxels_that_are_looked_at_by_as_much(turn):
+    """Of a ramp, sampled at whatever voxels: its value there plus slope times displacement, which is linear, too."""
+    shape = (16, 24, 16)
+    x, y, z = fields.identity(shape, like=torch.zeros(())).split(1, 1)
+    ramp = 0.02 * x - 0.01 * y + 0.015 * z
+    u, v, w = fields.identity((8, 12, 8), like=ramp).split(1, 1)
+    coarse = torch.cat((0.1 + 0.05 * u, 0.02 * v, -0.1 - 0.03 * w), 1)  # in voxels of the output grid
+    images = newton.Images(ramp, ramp, 2)
+    offset = images.turns[turn]
+    every = (..., *(slice(o, None, 2) for o in offset))
+    middle = [(c[every] + 0.5) / 2 - 0.5 for c in (x, y, z)]  # in voxels of the output grid
+    moved = 2 * (0.02 * (0.1 + 0.05 * middle[0]) - 0.01 * 0.02 * middle[1] + 0.015 * (-0.1 - 0.03 * middle[2]))
+    found = images._moved(coarse, offset, (8, 12, 8))[:, :1]
+    torch.testing.assert_close(inner2(found), inner2(ramp[every] + moved), atol=1e-5, rtol=0)
+
+
+def index_image(shape) -> torch.Tensor:
+    return torch.arange(math.prod(shape), dtype=torch.float32).view(1, 1, *shape)
+
+
+def inner2(field: torch.Tensor) -> torch.Tensor:
+    return field[..., 2:-2, 2:-2, 2:-2]
 
 
 # What they leave alone
@@ -125,29 +167,31 @@ def test_what_has_not_been_measured_neither_pulls_nor_counts():
         .mean()
         for image, valid in ((cut, None), (cut, (torch.ones_like(seen), seen)), (moving, None))
     ]
-    assert errors[2] < errors[1] < 0.9 * errors[0]
+    assert errors[2] < errors[1] < 0.95 * errors[0]
 
 
 def test_the_information_of_a_step_is_that_of_its_start_and_rises_from_step_to_step():
     moving, fixed, truth = deformed((32, 32, 32), 1.5, seed=10)
     images, displacement, found = newton.Images(fixed, moving, 1), None, []
     for _ in range(6):
-        displacement, information = images.step(displacement, 2.0)
+        displacement, information = images.step(displacement, newton.FIRST)
         found.append(information.item())
     assert found == sorted(found)
-    aligned = newton.Images(fixed, moving, 1).step(truth, 2.0)[1].item()
+    aligned = images.equations(truth)[1].item()
     assert found[0] < 0.7 * aligned and found[-1] > 0.8 * aligned
 
 
 @given(seed=st.integers(0, 10**6))
 def test_the_equations_of_the_swapped_pair_ask_for_the_opposite_step(seed):
     fixed, moving = textured((16, 24, 16), seed), other_contrast(textured((16, 24, 16), seed + 1))
-    forward, backward = newton.equations(fixed, moving, 2)[0], newton.equations(moving, fixed, 2)[0]
+    forward, backward = equations(fixed, moving, 2)[0], equations(moving, fixed, 2)[0]
     torch.testing.assert_close(forward[:, :X], backward[:, :X])
     torch.testing.assert_close(forward[:, X:], -backward[:, X:])
-    torch.testing.assert_close(newton.solve(forward, 1.5)[0], -newton.solve(backward, 1.5)[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        newton.solve(forward, newton.LAST, 2), -newton.solve(backward, newton.LAST, 2), atol=1e-4, rtol=1e-3
+    )
     told, swapped = newton.guess(fixed, moving, 2)[2], newton.guess(moving, fixed, 2)[1]
-    torch.testing.assert_close(told, swapped, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(told, swapped, atol=1e-4, rtol=1e-3)
 
 
 def test_a_batch_of_two_is_two_batches_of_one():
@@ -187,9 +231,9 @@ def test_nothing_is_differentiated():
 def test_unrelated_images_hold_little_information_and_related_ones_much():
     noise, other = torch.rand(2, 1, 1, 32, 32, 32, generator=torch.Generator().manual_seed(0))
     unrelated, related = (
-        newton.equations(noise, image, 2)[0][:, [XX, YY, ZZ]].mean() for image in (other, other_contrast(noise))
+        equations(noise, image, 2)[0][:, [XX, YY, ZZ]].mean() for image in (other, other_contrast(noise))
     )
-    assert related > 50 * unrelated
+    assert related > 10 * unrelated
 
 
 # The equations
@@ -203,38 +247,34 @@ def constant(values: dict[int, float], shape=(6, 7, 8)) -> torch.Tensor:
     return normal
 
 
-@pytest.mark.parametrize("window", [5.0, 1.0])
-def test_a_window_over_equal_equations_solves_them_with_the_prior(window):
-    """(A + prior) u = b, A with an off-diagonal term, by torch's solver."""
+def test_equal_equations_everywhere_have_their_own_solution():
+    """A u = b, A with off-diagonal terms, by torch's solver: nothing to smooth."""
     parts = {XX: 4.0, XY: 1.0, XZ: -0.5, YY: 3.0, YZ: 0.25, ZZ: 2.0, X: 0.6, Y: -0.3, Z: 0.9}
-    step, known = newton.solve(constant(parts), window)
-    prior = newton.PRIOR * (3.0 + newton.LITTLE)
+    step = newton.solve(constant(parts), newton.FIRST, 2)
     matrix = torch.tensor([[4.0, 1.0, -0.5], [1.0, 3.0, 0.25], [-0.5, 0.25, 2.0]], dtype=torch.float64)
-    expected = torch.linalg.solve(
-        matrix + prior * torch.eye(3, dtype=torch.float64), torch.tensor([0.6, -0.3, 0.9]).double()
-    )
+    expected = torch.linalg.solve(matrix, torch.tensor([0.6, -0.3, 0.9]).double())
     assert expected.norm() < newton.LONGEST
-    torch.testing.assert_close(step, expected.view(1, 3, 1, 1, 1).expand_as(step), atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(known, torch.full_like(known, 0.5), atol=0.01, rtol=0)
+    torch.testing.assert_close(step, expected.view(1, 3, 1, 1, 1).expand_as(step), atol=1e-3, rtol=1e-3)
 
 
 def test_a_step_is_cut_at_its_longest_in_its_own_direction():
     parts = {XX: 1.0, YY: 1.0, ZZ: 1.0, X: 30.0, Y: -40.0, Z: 0.0}
-    step, _ = newton.solve(constant(parts), 1.5)
+    step = newton.solve(constant(parts), newton.FIRST, 1)
     expected = newton.LONGEST * torch.tensor([0.6, -0.8, 0.0], dtype=torch.float64)
     torch.testing.assert_close(step, expected.view(1, 3, 1, 1, 1).expand_as(step), atol=1e-6, rtol=1e-6)
 
 
-def test_a_window_gathers_what_lies_within_it():
-    """Information in the middle alone: known there, unknown where the window does not reach."""
+def test_what_is_known_reaches_further_the_smoother_a_step_is():
+    """Information and a pull in the middle alone."""
     normal = constant({}, (25, 25, 25))
     normal[:, [XX, YY, ZZ], 12, 12, 12] = 1000.0
     normal[:, X, 12, 12, 12] = 500.0
-    step, known = newton.solve(normal, 1.5)
-    assert known[0, 0, 12, 12, 12] > 0.9 > 0.1 > known[0, 0, 12, 12, 18] >= 0
-    assert step[0, 0, 12, 12, 12] > 0.4
-    assert step[0, 0, 12, 12, 12] > step[0, 0, 12, 12, 15] > step[0, 0, 12, 12, 18] == 0
-    assert step[0, 1:].abs().max() == 0
+    near, far = (
+        (*(s := newton.solve(normal, smoothness, 2))[0, 0, 12, 12, [12, 18]], s)[:2] for smoothness in newton.TOLD
+    )
+    for here, there in (near, far):
+        assert here > there > 0
+    assert near[1] / near[0] > far[1] / far[0]  # FIRST comes first in TOLD
 
 
 def test_the_equations_of_jointly_gaussian_images_are_those_of_their_correlation():
@@ -246,7 +286,7 @@ def test_the_equations_of_jointly_gaussian_images_are_those_of_their_correlation
     f, z = torch.randn(2, 1, 1, 48, 48, 48, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     m = r * f + math.sqrt(1 - r * r) * z
     fixed, moving = ((0.5 + sd * x).clamp(0, 1) for x in (f, m))
-    found, _ = newton.equations(fixed, moving, 1)
+    found, _ = equations(fixed, moving, 1)
     blur = 1 + (newton.PARZEN / (newton.BINS - 1) / sd) ** 2
     rho, width = r / blur, math.sqrt(blur) * sd
     f, m = ((x - 0.5) / width for x in (fixed, moving))

@@ -91,6 +91,7 @@ class Config:
     """A training run. Lengths of time are in steps.
 
     start: a bundled model, or the path of a card, whose weights and architecture training starts from; "" for none.
+    similarity_start: the same, for the weights of KLDivNet alone.
     batch: pairs per step, over all processes; ``micro_batch``: pairs at a time in one process, gradients
         accumulated; the network's batch statistics are over those that go together in all processes.
     warmup: steps in which KLDivNet learns alone.
@@ -105,6 +106,7 @@ class Config:
     name: str
     seed: int = 1
     start: str = ""
+    similarity_start: str = ""
     steps: int = 10_000
     batch: int = 1
     micro_batch: int = 1

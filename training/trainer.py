@@ -47,6 +47,8 @@ class Trainer:
         self.objective = Objective(config)
         if config.start:
             self._start_from(models.load(config.start))
+        if config.similarity_start:
+            self._similarity_from(models.load(config.similarity_start))
         self.objective.regnet.to(memory_format=torch.channels_last_3d)
         self.optimiser = torch.optim.Adam(
             [
@@ -69,6 +71,14 @@ class Trainer:
         except RuntimeError as error:
             raise ValueError(f"start: model {self.config.start!r} has another architecture than regnet or kldivnet here"
                              ) from error  # fmt: skip
+
+    def _similarity_from(self, model: models.Model) -> None:
+        try:
+            self.objective.kldivnet.load_state_dict(model.kldivnet.state_dict())
+        except (AttributeError, RuntimeError) as error:  # there is none here or there, or it is another
+            raise ValueError(
+                f"similarity_start: model {self.config.similarity_start!r} has no KLDivNet like kldivnet here"
+            ) from error
 
     def state(self) -> dict:
         return {
@@ -158,9 +168,7 @@ class Trainer:
         """Gradients of the loss of every pass, each judged on all that has been composed so far."""
         regnet, learning = self.objective.regnet.train(), self.step_number - self.config.warmup
         passes = 1 if self.warming_up or learning < self.config.single_pass else regnet.config.passes
-        coarse = None
-        if not self.warming_up and regnet.config.newton:  # starts of all qualities
-            coarse = regnet.begin(batch.fixed, batch.moving, 1 + self.step_number % regnet.config.newton)
+        coarse = None if self.warming_up else regnet.begin(batch.fixed, batch.moving)
         for i in range(passes):
             with self.fabric.no_backward_sync(self.wrapped, enabled=not (last and i == passes - 1)):
                 loss, terms, coarse = self.wrapped(batch, coarse, self.warming_up)

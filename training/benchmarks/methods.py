@@ -131,7 +131,7 @@ def divregnet(settings: dict) -> Register:
     return _warmed(register)
 
 
-REFINE_STEPS = 12
+REFINE_STEPS = 16
 
 METHODS = {
     "initial": Method(None, "as the images lie in space"),

@@ -1,0 +1,86 @@
+"""The equations of a step: against a dense solver, and what must hold whatever the images."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from DivRegNetLib import variational
+
+SHAPE = (4, 5, 6)  # three different sides
+
+
+def equations(seed: int, shape=SHAPE, pairs: int = 1) -> torch.Tensor:
+    """Positive definite matrices and forces at every voxel, (pairs, 9, *shape), double precision."""
+    root = torch.randn(pairs, 3, 3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    matrix = torch.einsum("nij...,nkj...->nik...", root, root)
+    upper = [matrix[:, i, j] for i, j in ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2))]
+    force = torch.randn(pairs, 3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 1))
+    return torch.cat((torch.stack(upper, 1), force), 1)
+
+
+def weights(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64).view(-1, 1, 1, 1, 1)
+
+
+def dense(normal: torch.Tensor, whole: torch.Tensor, fluid: float, elastic: float) -> torch.Tensor:
+    """The same by a dense matrix: columns are what the left side makes of unit fields."""
+    units = torch.eye(whole.numel(), dtype=torch.float64).view(-1, *whole.shape[1:])
+    left = variational._times(normal[:, :6], units) + (fluid + elastic) * variational.laplacian(units)
+    right = normal[:, 6:] - elastic * variational.laplacian(whole)
+    return torch.linalg.solve(left.flatten(1).T, right.flatten()).view(whole.shape)
+
+
+@pytest.mark.parametrize("elastic", [0.0, 0.7])
+def test_enough_iterations_give_the_solution_of_a_dense_solver(elastic):
+    normal = equations(0)
+    whole = torch.randn(1, 3, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    found = variational.solve(normal, whole, weights(0.5), weights(elastic), iterations=200)
+    torch.testing.assert_close(found, dense(normal, whole, 0.5, elastic), atol=1e-8, rtol=1e-6)
+
+
+def test_each_iteration_comes_closer():
+    normal = equations(1)
+    exact = dense(normal, torch.zeros(1, 3, *SHAPE, dtype=torch.float64), 2.0, 0.0)
+    errors = [(variational.solve(normal, None, weights(2.0), weights(0.0), n) - exact).norm() for n in (1, 3, 6, 12)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[2] < 0.1 * exact.norm()
+
+
+def test_the_same_matrix_everywhere_is_solved_at_once():
+    """There the preconditioner is the inverse: a force of one cosine is answered by that cosine."""
+    normal = torch.zeros(1, 9, *SHAPE, dtype=torch.float64)
+    normal[:, [0, 3, 5]] = 3.0
+    at = torch.arange(SHAPE[2], dtype=torch.float64)
+    normal[:, 6] = torch.cos(torch.pi * 2 * (at + 0.5) / SHAPE[2])
+    found = variational.solve(normal, None, weights(1.5), weights(0.5), iterations=1)
+    stiffness = 2.0 * (2 - 2 * torch.cos(torch.tensor(torch.pi * 2 / SHAPE[2])).double())
+    torch.testing.assert_close(found, normal[:, 6:] / (3 + stiffness))
+
+
+@given(seed=st.integers(0, 10**6))
+def test_pairs_of_a_batch_do_not_know_of_each_other(seed):
+    normal, fluid, elastic = equations(seed, pairs=2), weights(0.5, 2.0), weights(0.1, 0.0)
+    whole = equations(seed + 7, pairs=2)[:, 6:]
+    together = variational.solve(normal, whole, fluid, elastic, 5)
+    for i in range(2):
+        one = (x[i : i + 1] for x in (normal, whole, fluid, elastic))
+        torch.testing.assert_close(together[i : i + 1], variational.solve(*one, 5))
+
+
+def test_without_force_nothing_moves_and_without_information_nothing_breaks():
+    normal = equations(2)
+    normal[:, 6:] = 0
+    for still in (normal, torch.zeros_like(normal)):
+        assert torch.equal(
+            variational.solve(still, None, weights(1.0), weights(0.0), 6), torch.zeros(1, 3, *SHAPE).double()
+        )
+    assert torch.isfinite(variational.solve(torch.zeros_like(normal), None, weights(0.0), weights(0.0), 6)).all()
+
+
+@given(seed=st.integers(0, 10**6), shape=st.tuples(*[st.integers(1, 6)] * 3))
+def test_the_laplacian_is_symmetric_and_lets_a_shift_be(seed, shape):
+    a, b = torch.randn(2, 1, 3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close((a * variational.laplacian(b)).sum(), (b * variational.laplacian(a)).sum())
+    assert (a * variational.laplacian(a)).sum() >= -1e-12
+    assert not variational.laplacian(torch.ones_like(a)).any()
