@@ -29,8 +29,6 @@ from DivRegNetLib import fields, variational
 
 BINS = 40
 PARZEN = 1.5  # standard deviation of the histogram's window, in bins
-BLOCK = 12  # side of the blocks that histograms are counted in, in voxels of the whole images
-FEWEST = 4  # voxels that are looked at along the side of a block
 REACH = 0.6  # standard deviation of the window over blocks
 EVERYWHERE = 0.05  # weight of the histogram of the whole images in that of a window
 DOUBT = 0.01  # how far a histogram is moved towards independence, so that what was hardly seen says nothing
@@ -39,6 +37,9 @@ SEEN = 0.99  # share of a voxel that has been measured
 LITTLE = 0.05  # information, per voxel squared, that rounding alone may feign, as a mean
 STILL = 1e-3  # information that nothing moves, at every voxel: where nothing else is known, nothing does
 LEVELS = (4, 2)  # voxels that are averaged along each axis for the first steps, a quarter of them each
+# Side of the blocks that histograms are counted in, by how many voxels are averaged along each axis; in voxels that are looked
+# at where that is every second one.
+BLOCKS = {4: 4, 2: 4, 1: 6}
 LONGEST = 2.0  # of a step, in voxels of the output grid
 SQUARINGS = 2  # a step is integrated as a velocity, so that none of them folds
 ITERATIONS = 6  # of conjugate gradients
@@ -112,7 +113,7 @@ class Images:
         """
         self.fixed, moving = (F.avg_pool3d(x, pool) if pool > 1 else x for x in (fixed, moving))
         self.stride, self.gradient, self.valid = stride, torch.cat(gradient(self.fixed), 1), None
-        self.block = max(round(BLOCK / stride / pool), FEWEST)
+        self.block = BLOCKS[pool] * 2 // stride
         turns = list(itertools.product(range(stride), repeat=3))
         self.turns = [turn for opposite in zip(turns, turns[::-1], strict=True) for turn in opposite][: len(turns)]
         channels = [moving, *gradient(moving)]

@@ -132,9 +132,9 @@ def test_evaluate_reports_labels_and_landmarks_before_and_after(pair, references
 
 def test_models_lists_the_bundled_model(capsys):
     assert main(["models"]) == 0
-    assert "head-mr" in capsys.readouterr().out
+    assert "general" in capsys.readouterr().out
     assert main(["models", "--json"]) == 0
-    assert any(card["name"] == "head-mr" for card in json.loads(capsys.readouterr().out))
+    assert any(card["name"] == "general" for card in json.loads(capsys.readouterr().out))
 
 
 def bad_inputs(folder):

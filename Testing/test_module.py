@@ -418,7 +418,7 @@ def census() -> set[str]:
 
 def test_the_panel_loads_and_shows_the_models_and_devices(widget):
     models_ = widget.ui.modelComboBox
-    assert [models_.itemData(i) for i in range(models_.count)] == [models.DEFAULT, "head-mr", "other"]
+    assert [models_.itemData(i) for i in range(models_.count)] == [models.DEFAULT, "other"]
     assert "For T1, T2 of the head" in widget.ui.cardLabel.text and "Trained on noise" in widget.ui.cardLabel.text
     assert [widget.ui.deviceComboBox.itemData(i) for i in range(2)] == ["auto", "cpu"]
     assert widget.ui.alignmentComboBox.currentText == "Affine"
