@@ -435,7 +435,7 @@ def test_choices_in_the_panel_reach_the_parameters_and_back(widget, pair):
     p = widget._parameterNode
     widget.ui.fixedSelector.setCurrentNode(pair[1])
     widget.ui.refineSpinBox.setValue(7)
-    widget.ui.modelComboBox.setCurrentIndex(2)
+    widget.ui.modelComboBox.setCurrentIndex(1)
     widget.ui.inverseCheckBox.setChecked(True)
     widget.ui.alsoApplyToSelector.check(pair[0])
     assert (p.fixedVolume.GetName(), p.refineSteps, p.model, p.giveInverse) == ("moving", 7, "other", True)
