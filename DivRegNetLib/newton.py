@@ -174,9 +174,7 @@ class Images:
         points = fields.identity(shape, like=displacement) * self.stride
         points = points + points.new_tensor(offset[::-1]).view(1, 3, 1, 1, 1)
         for dim, o in zip((2, 3, 4), offset, strict=True):
-            aside = (
-                o + 0.5
-            ) / self.stride - 0.5  # of a voxel of the output grid, whose middle lies between those of images
+            aside = (o + 0.5) / self.stride - 0.5  # of the middle of a voxel of the output grid, in its voxels
             if aside:
                 at = torch.arange(displacement.shape[dim], device=points.device, dtype=points.dtype) + aside
                 displacement = fields.sample_along(displacement, dim, at)
