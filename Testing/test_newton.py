@@ -93,12 +93,9 @@ def test_the_next_step_is_the_least_smooth_and_both_are_told():
 
 
 def test_every_voxel_is_looked_at_once_in_a_round_of_steps():
-    """The force of all turns together is that of a look at every voxel."""
-    moving, fixed, _ = deformed((16, 24, 16), 1.0, seed=3)
-    assert sorted(newton.Images(fixed, moving, 2).turns) == sorted(
-        {(i, j, k) for i in (0, 1) for j in (0, 1) for k in (0, 1)}
-    )
-    images = newton.Images(at := index_image((16, 24, 16)), at, 2)
+    at = index_image((16, 24, 16))
+    images = newton.Images(at, at, 2)
+    assert sorted(images.turns) == sorted({(i, j, k) for i in (0, 1) for j in (0, 1) for k in (0, 1)})
     seen = [images._moved(None, turn, (8, 12, 8))[:, 0] for turn in images.turns]
     assert torch.equal(torch.cat(seen).flatten().sort()[0], at.flatten())
 
@@ -231,9 +228,9 @@ def test_nothing_is_differentiated():
 def test_unrelated_images_hold_little_information_and_related_ones_much():
     noise, other = torch.rand(2, 1, 1, 32, 32, 32, generator=torch.Generator().manual_seed(0))
     unrelated, related = (
-        equations(noise, image, 2)[0][:, [XX, YY, ZZ]].mean() for image in (other, other_contrast(noise))
+        equations(noise, image, 1)[0][:, [XX, YY, ZZ]].mean() for image in (other, other_contrast(noise))
     )
-    assert related > 10 * unrelated
+    assert related > 50 * unrelated
 
 
 # The equations
@@ -269,12 +266,10 @@ def test_what_is_known_reaches_further_the_smoother_a_step_is():
     normal = constant({}, (25, 25, 25))
     normal[:, [XX, YY, ZZ], 12, 12, 12] = 1000.0
     normal[:, X, 12, 12, 12] = 500.0
-    near, far = (
-        (*(s := newton.solve(normal, smoothness, 2))[0, 0, 12, 12, [12, 18]], s)[:2] for smoothness in newton.TOLD
-    )
-    for here, there in (near, far):
+    first, last = (newton.solve(normal, smoothness, 2)[0, 0, 12, 12, [12, 18]] for smoothness in newton.TOLD)
+    for here, there in (first, last):
         assert here > there > 0
-    assert near[1] / near[0] > far[1] / far[0]  # FIRST comes first in TOLD
+    assert first[1] / first[0] > last[1] / last[0]
 
 
 def test_the_equations_of_jointly_gaussian_images_are_those_of_their_correlation():
