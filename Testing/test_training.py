@@ -526,6 +526,16 @@ def test_a_training_can_start_from_a_model(tiny_cohort, tiny_model, tmp_path, mo
         trainer_of(other)
 
 
+def test_kldivnet_alone_starts_from_a_model(tiny_cohort):
+    bundled = models.load("general")
+    same = bundled.kldivnet.config.as_dict()
+    trainer = trainer_of(tiny(tiny_cohort, similarity_start="general", kldivnet=same))
+    assert not differing(dict(trainer.objective.kldivnet.state_dict()), dict(bundled.kldivnet.state_dict()))
+    for other in ({"kldivnet": same | {"channels": 8}}, {"kldivnet": same, "loss": {"similarity": "mi"}}):
+        with pytest.raises(ValueError, match="similarity_start: model 'general' has no KLDivNet like kldivnet here"):
+            trainer_of(tiny(tiny_cohort, similarity_start="general", **other))
+
+
 # From raw volumes to a model in the list, as a user does it
 
 
