@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+PARTS = 16  # of the points of one image, at which several threads sample it
 COARSEST = 16  # voxels of the shortest side, from which on an inversion starts at half the resolution
 
 
@@ -35,7 +36,13 @@ def sample(image: Tensor, points: Tensor, *, mode: str = "bilinear", padding: st
     """
     size = points.new_tensor(image.shape[:1:-1]).view(1, 3, 1, 1, 1)
     grid = (points * 2 + 1) / size - 1  # in this order the border of the grid, and with it 0 beyond, is met exactly
-    return F.grid_sample(image, grid.permute(0, 2, 3, 4, 1), mode=mode, padding_mode=padding, align_corners=False)
+    grid, how = grid.permute(0, 2, 3, 4, 1), {"mode": mode, "padding_mode": padding, "align_corners": False}
+    if len(grid) > 1 or grid.is_cuda or image.requires_grad:
+        return F.grid_sample(image, grid, **how)
+    # On a CPU threads share the images of a batch, not the voxels of one: parts of the grid are made a batch.
+    parts = math.gcd(points[0, 0].numel(), PARTS)
+    found = F.grid_sample(image.expand(parts, -1, -1, -1, -1), grid.reshape(parts, 1, 1, -1, 3), **how)
+    return found.transpose(0, 1).reshape(1, -1, *points.shape[2:])
 
 
 def sample_along(image: Tensor, dim: int, at: Tensor) -> Tensor:

@@ -131,18 +131,20 @@ class Grid:
         return bool(((here.max(0) >= there.min(0)) & (there.max(0) >= here.min(0))).all())
 
     def axis_aligned(self, spacing: float, *, multiple: int = 1) -> "Grid":
-        """The isotropic grid along the LPS axes that covers this one, centred on it; sides are multiples of ``multiple``.
+        """The isotropic grid along the LPS axes that covers this one; sides are multiples of ``multiple``.
 
-        Where this one is no thicker than a voxel, it is centred on a voxel, so as not to fall between two.
+        An edge between voxels falls on this grid's low side, and what the sides have beyond this grid is shared between low
+        and high in whole voxels: along the LPS axes and at its own spacing this grid's voxels are voxels of the new one, and
+        no image is blurred by falling between them. Where this one is no thicker than a voxel, a voxel is centred on it.
 
         Args:
             spacing: mm.
         """
         corners = self.corners()
-        extent = corners.max(0) - corners.min(0)
-        size = np.maximum(np.ceil(extent / (spacing * multiple) - 1e-6), 1).astype(int) * multiple
-        middle = np.where(extent <= spacing, size // 2, (size - 1) / 2)
-        return Grid.build(size, [spacing] * 3, self.centre - middle * spacing)
+        low, extent = corners.min(0), np.ptp(corners, 0) / spacing
+        size = np.maximum(np.ceil(extent / multiple - 1e-6), 1).astype(int) * multiple
+        before = np.where(extent <= 1, size // 2 + (1 - extent) / 2, np.ceil((size - extent - 1) / 2 - 1e-6))
+        return Grid.build(size, [spacing] * 3, low + (0.5 - before) * spacing)
 
     def working_grid(self, spacing: float, *, multiple: int = 1) -> "Grid":
         """The :meth:`axis_aligned` grid a network works on; coarser than asked only where that has too many voxels."""

@@ -62,16 +62,25 @@ def test_the_axis_aligned_grid_covers_every_corner_and_no_more_than_needed(grid,
     aligned = grid.axis_aligned(spacing, multiple=multiple)
     np.testing.assert_allclose(aligned.matrix[:3, :3], np.eye(3) * spacing, atol=1e-12)
     extent = np.ptp(grid.corners(), axis=0)
-    thin, off = extent <= spacing, aligned.centre - grid.centre
-    np.testing.assert_allclose(off[~thin], 0, atol=1e-6)
-    middle = aligned.to_index(grid.centre)[thin]
-    np.testing.assert_allclose(middle, np.round(middle), atol=1e-6, err_msg="what is thin falls between two voxels")
+    thin = extent <= spacing
+    edge = aligned.to_index(grid.corners().min(0))[~thin] + 0.5
+    np.testing.assert_allclose(edge, np.round(edge), atol=1e-5, err_msg="the low side falls within a voxel")
+    middle = aligned.to_index(grid.centre)
+    np.testing.assert_allclose(middle[thin], np.round(middle[thin]), atol=1e-6, err_msg="what is thin falls between two")
+    assert (np.abs(middle - (np.array(aligned.size) - 1) / 2)[~thin] <= 0.5 + 1e-5).all(), "the room beyond is shared"
     assert all(n % multiple == 0 for n in aligned.size)
     low, high = aligned.corners().min(0), aligned.corners().max(0)
     slack = 1e-5 * spacing * multiple
     assert (grid.corners() >= low - slack).all()
     assert (grid.corners() <= high + slack).all()
     assert ((high - low) < extent + spacing * multiple + slack).all()
+
+
+@given(st.tuples(*[st.integers(2, 12)] * 3), st.floats(0.5, 5), st.integers(1, 16), st.sampled_from([1, -1]))
+def test_at_its_own_spacing_a_grid_s_voxels_are_voxels_of_its_axis_aligned_grid(size, spacing, multiple, sign):
+    grid = Grid.build(size, [spacing] * 3, (11.3, -7.9, 40.2), (0, 0, sign, -1, 0, 0, 0, sign, 0))
+    index = grid.axis_aligned(spacing, multiple=multiple).to_index(grid.to_physical((0, 0, 0)))
+    np.testing.assert_allclose(index, np.round(index), atol=1e-5)
 
 
 @given(grids(), grids(), st.floats(0.05, 0.95))
