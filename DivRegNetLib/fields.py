@@ -77,7 +77,7 @@ def integrate(velocity: Tensor, steps: int = 6) -> Tensor:
     return displacement
 
 
-def invert(displacement: Tensor, *, iterations: int = 30, tolerance: float = 2e-2) -> Tensor:
+def invert(displacement: Tensor, *, iterations: int = 30, tolerance: float = 4e-2) -> Tensor:
     """Displacement v with ``(x + v) + u(x + v) = x``, by fixed-point iteration ``v <- -u(x + v)``.
 
     Converges where u is a contraction, that is where the map is well invertible; elsewhere the result is an iterate.
@@ -90,15 +90,16 @@ def invert(displacement: Tensor, *, iterations: int = 30, tolerance: float = 2e-
         half = resize(displacement, tuple((n + 1) // 2 for n in shape))
         inverse = resize(invert(half, iterations=iterations, tolerance=tolerance), shape)
     inverse, x = inverse.flatten(2), identity(shape, like=inverse).flatten(2)
-    here, v = torch.arange(inverse.shape[2], device=inverse.device), inverse
-    for _ in range(iterations):
+    here, v = None, inverse  # None: all voxels
+    for i in range(iterations):
         residual = v + sample(displacement, (x + v)[..., None, None]).flatten(2)
-        inverse = inverse.index_copy(2, here, v - 0.75 * residual)  # damped: stable where the gradient of u is strong
+        v = v - (0.75 if i else 1.0) * residual  # damped but for the first: stable where the gradient of u is strong
+        inverse = v if here is None else inverse.index_copy(2, here, v)
         goes_on = (residual.abs().amax((0, 1)) > tolerance).nonzero()[:, 0]
         if not len(goes_on):
             break
-        here, x = here[goes_on], x[..., goes_on]
-        v = inverse[..., here]
+        here = goes_on if here is None else here[goes_on]
+        x, v = x[..., goes_on], v[..., goes_on]
     return inverse.view_as(displacement)
 
 

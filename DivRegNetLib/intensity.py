@@ -25,39 +25,45 @@ def without_padding(image: sitk.Image) -> sitk.Image:
     return filled
 
 
-def _robust(image: Tensor) -> Tensor:
-    """Darkest 0.5 % of the image -> 0, brightest 0.5 % of its foreground (voxels above the mean) -> 1, clipped."""
-    values = image.flatten()
-    values = values[:: max(values.numel() // QUANTILE_VOXELS, 1)]
-    low = torch.quantile(values, 0.005)
+def _robust(image: Tensor, values: Tensor) -> Tensor:
+    """Darkest 0.5 % of the values -> 0, brightest 0.5 % of the foreground (those above their mean) -> 1, clipped."""
     foreground = values[values > values.mean()]
-    high = torch.quantile(foreground if len(foreground) else values, 0.995)
+    low, high = _quantile(values, 0.005), _quantile(foreground if len(foreground) else values, 0.995)
     return ((image - low) / (high - low).clamp_min(torch.finfo(image.dtype).tiny)).clamp(0, 1)
 
 
-def _balanced(image: Tensor) -> Tensor:
-    """As ``robust``, then a quarter of the way towards every brightness being equally common (but for what fills more than
-    5 % of the image, such as air): a CT's soft tissues then differ by more than a bin of a histogram."""
-    image = _robust(image)
-    at = image * LEVELS
-    below = at.int().clamp_(max=LEVELS - 1)
-    common = torch.bincount(below.flatten(), minlength=LEVELS).double()
-    common = common.clamp(max=0.05 * image.numel())
+def _quantile(values: Tensor, share: float) -> Tensor:
+    return values.kthvalue(1 + round(share * (len(values) - 1))).values
+
+
+def _balanced(image: Tensor, values: Tensor) -> Tensor:
+    """As ``robust``, then a quarter of the way towards every brightness being equally common (but for those that more than
+    5 % of the values have, such as air's): a CT's soft tissues then differ by more than a bin of a histogram."""
+    at, of_values = (_robust(x, values).mul_(LEVELS) for x in (image, values))
+    common = torch.bincount(of_values.int().clamp_(max=LEVELS - 1), minlength=LEVELS).double()
+    common = common.clamp(max=0.05 * len(values))
     share = (torch.cat((common.new_zeros(1), common.cumsum(0))) / common.sum()).to(image.dtype)
-    rank = share[:-1][below].addcmul_(at.sub_(below), share.diff()[below])
-    return torch.lerp(image, rank, 0.25)
+    below = at.int().clamp_(max=LEVELS - 1)
+    rank = share[:-1][below].addcmul_(at - below, share.diff()[below])
+    return torch.lerp(at.div_(LEVELS), rank, 0.25)
 
 
 SCHEMES = {"robust": _robust, "balanced": _balanced}
-"""Name in a model card -> function from (1, 1, D, H, W) to the same shape."""
+"""Name in a model card -> function of an image (1, 1, D, H, W) and of some of its values (n,), to the image's shape."""
 
 
-def normalise(image: Tensor, scheme: str) -> Tensor:
+def normalise(image: Tensor, scheme: str, seen: Tensor | None = None) -> Tensor:
     """An image (1, 1, D, H, W) float as a network of this normalisation expects it.
 
+    Args:
+        seen: (1, 1, D, H, W) bool: where the image has been measured, which alone decides; None: everywhere.
     Raises:
         ValueError: unknown scheme.
     """
     if scheme not in SCHEMES:
         raise ValueError(f"unknown intensity normalisation {scheme!r}, known are {', '.join(SCHEMES)}")
-    return SCHEMES[scheme](image)
+    every = slice(None, None, max(image.numel() // QUANTILE_VOXELS, 1))
+    values = image.flatten()[every]
+    if seen is not None and seen.flatten()[every].any():
+        values = values[seen.flatten()[every]]
+    return SCHEMES[scheme](image, values)

@@ -36,12 +36,12 @@ LEAST = 1e-9  # a share of voxels that is next to none
 SEEN = 0.99  # share of a voxel that has been measured
 LITTLE = 0.05  # information, per voxel squared, that rounding alone may feign, as a mean
 STILL = 1e-3  # information that nothing moves, at every voxel: where nothing else is known, nothing does
-LEVELS = (4, 2)  # voxels that are averaged along each axis for the first steps, a quarter of them each
+LEVELS = {4: 0.2, 2: 0.3}  # voxels that are averaged along each axis for the first steps, and the share of steps
 # Side of the blocks that histograms are counted in, by how many voxels are averaged along each axis; in voxels that are looked
 # at where that is every second one.
-BLOCKS = {4: 4, 2: 4, 1: 6}
+BLOCKS = {4: 4, 2: 6, 1: 6}
 LONGEST = 2.0  # of a step, in voxels of the output grid
-SQUARINGS = 2  # a step is integrated as a velocity, so that none of them folds
+SQUARINGS = 1  # a step is integrated as a velocity, so that one as steep as a voxel per voxel does not fold
 ITERATIONS = 6  # of conjugate gradients
 TOGETHER = 100_000  # values worked on at once, so that they stay in the cache of a CPU
 
@@ -61,7 +61,7 @@ class Smoothness(NamedTuple):
     elastic: float
 
 
-FIRST, LAST = Smoothness(3.0, 2.0, 0.3), Smoothness(1.5, 0.5, 0.1)
+FIRST, LAST = Smoothness(2.8, 1.5, 0.2), Smoothness(1.4, 0.4, 0.05)
 TOLD = (FIRST, LAST)  # of the steps that a network is told of
 
 
@@ -93,11 +93,15 @@ def approach(fixed: Tensor, moving: Tensor, steps: int, stride: int, valid: Vali
 
 def _schedule(steps: int, stride: int, shape: tuple[int, ...]) -> list[tuple[int, list[Smoothness]]]:
     """For each level, how many voxels are averaged along each axis and the smoothness of each of its steps."""
-    coarse = [pool for pool in LEVELS if steps >= 4 and not any(n % (pool * stride) for n in shape)]
-    last = steps - len(coarse) * (steps // 4)
+    coarse = [
+        (pool, [FIRST] * round(share * steps))
+        for pool, share in LEVELS.items()
+        if steps >= 4 and not any(n % (pool * stride) for n in shape)
+    ]
+    last = steps - sum(len(same) for _, same in coarse)
     along = [i / (last - 1) if last > 1 else 1.0 for i in range(last)]
     fine = [Smoothness(*(a + (b - a) * t for a, b in zip(FIRST, LAST, strict=True))) for t in along]
-    return [*((pool, [FIRST] * (steps // 4)) for pool in coarse), (1, fine)]
+    return [*coarse, (1, fine)]
 
 
 class Images:
@@ -309,19 +313,24 @@ def _tables(fixed: Tensor, moving: Tensor, block: int, counts: Tensor | None) ->
     whole = EVERYWHERE * whole / whole.sum().clamp_min(1)
     tables = window.new_empty(5, cells + 1)
     tables[:, cells] = 0
-    some, parzen = _at_once(BINS**2, fixed), fields.gaussian(BINS, PARZEN, like=fixed)
+    some, parzen, slope = _at_once(BINS**2, fixed), fields.gaussian(BINS, PARZEN, like=fixed), _slope(BINS, like=fixed)
     for here, out in zip(window.split(some), tables[:, :cells].view(5, -1, BINS, BINS).split(some, 1), strict=True):
-        _pointwise(here, whole, parzen, out)
+        _pointwise(here, whole, parzen, slope, out)
     return tables, cell
 
 
-def _pointwise(window: Tensor, whole: Tensor, parzen: Tensor, out: Tensor) -> None:
+def _slope(bins: int, *, like: Tensor) -> Tensor:
+    """(bins, bins): takes values at equal steps from 0 to 1 to their slope there, by central differences."""
+    return torch.gradient(torch.eye(bins, dtype=like.dtype, device=like.device) * (bins - 1), dim=0)[0]
+
+
+def _pointwise(window: Tensor, whole: Tensor, parzen: Tensor, slope: Tensor, out: Tensor) -> None:
     """Writes what :func:`_tables` says of some blocks.
 
     Args:
         window: (B, BINS, BINS), voxels counted about each block, by the intensity of the fixed and the moving image.
         whole: (BINS, BINS), what is added from the whole images.
-        parzen: (BINS, BINS), by which both axes are smoothed.
+        parzen, slope: (BINS, BINS), by which both axes are smoothed and differentiated.
         out: (5, B, BINS, BINS), written to.
     """
     window = window / window.sum((1, 2), keepdim=True).clamp_min(1e-6)
@@ -330,12 +339,12 @@ def _pointwise(window: Tensor, whole: Tensor, parzen: Tensor, out: Tensor) -> No
     of_f, of_m = joint.sum(2, keepdim=True), joint.sum(1, keepdim=True)
     product = of_f * of_m
     joint.lerp_(product, DOUBT)
-    pointwise = ((joint + LEAST) / product.add_(LEAST)).log_()
-    along_f, along_m = (g.mul_(BINS - 1) for g in torch.gradient(pointwise, dim=(1, 2)))
-    info_m = (joint * along_m.square()).sum(2, keepdim=True) / of_f.clamp_min(LEAST)
-    info_f = (joint * along_f.square()).sum(1, keepdim=True) / of_m.clamp_min(LEAST)
-    for table, values in zip(out, (along_m, along_f, info_m, info_f, pointwise), strict=True):
-        table.copy_(values.expand_as(joint))
+    along_m, along_f, info_m, info_f, pointwise = out
+    torch.div(joint + LEAST, product.add_(LEAST), out=pointwise).log_()
+    torch.matmul(slope, pointwise, out=along_f)
+    torch.matmul(pointwise, slope.T, out=along_m)
+    info_m.copy_((joint * along_m.square()).sum(2, keepdim=True) / of_f.clamp_min(LEAST))
+    info_f.copy_((joint * along_f.square()).sum(1, keepdim=True) / of_m.clamp_min(LEAST))
 
 
 def _at_once(values: int, like: Tensor) -> int:

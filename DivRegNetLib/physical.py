@@ -86,10 +86,10 @@ def resample_mask(mask: sitk.Image, grid: Grid, matrix: np.ndarray) -> sitk.Imag
 def field_of_view(image: Grid, grid: Grid, matrix: np.ndarray) -> np.ndarray:
     """Which voxel centres of a grid lie in the voxels of an image, through a (4, 4) LPS map; (D, H, W) bool."""
     to_index = image.inverse_matrix @ matrix @ grid.matrix
-    k, j, i = np.ogrid[tuple(slice(n) for n in grid.shape)]
+    axes = np.ogrid[tuple(slice(n) for n in grid.shape)][::-1]
     inside = np.ones(grid.shape, bool)
-    for (a, b, c, d), size in zip(to_index[:3], image.size, strict=True):
-        at = a * i + b * j + c * k + d
+    for (*row, start), size in zip(to_index[:3], image.size, strict=True):
+        at = sum((a * axis for a, axis in zip(row, axes, strict=True) if a), np.full((1, 1, 1), start))
         inside &= (at >= -0.5) & (at <= size - 0.5)
     return inside
 

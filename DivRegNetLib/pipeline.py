@@ -251,15 +251,13 @@ class _Registration:
             )
 
     def sample(self) -> None:
-        (self.f,) = self.on_working_grid(self.fixed, np.eye(4))
-        self.f_mask = self.mask_on_working_grid(self.fixed_mask, np.eye(4))
+        here = np.eye(4)
+        ((self.f, seen),) = self.on_working_grid(self.fixed, here)
+        self.f_mask = self.mask_on_working_grid(self.fixed_mask, here)
         self.report(0.5)
-        self.m, self.unaligned = self.on_working_grid(self.moving, self.initial, np.eye(4))
+        (self.m, also_seen), (self.unaligned, _) = self.on_working_grid(self.moving, self.initial, here)
         self.m_mask = self.mask_on_working_grid(self.moving_mask, self.initial)
-        self.valid = tuple(
-            torch.from_numpy(physical.field_of_view(Grid.of(image), self.grid, matrix))[None, None].to(self.device)
-            for image, matrix in ((self.fixed, np.eye(4)), (self.moving, self.initial))
-        )
+        self.valid = seen, also_seen
         self.check_seen("fixed", self.f, self.f_mask)
         self.check_seen("moving", self.m, self.m_mask)
 
@@ -348,10 +346,14 @@ class _Registration:
             card=self.model.card,
         )
 
-    def on_working_grid(self, image: sitk.Image, *matrices: np.ndarray) -> list[Tensor]:
-        """An image through each of some (4, 4) LPS maps, normalised, (1, 1, D, H, W) on the device."""
-        found = physical.resample_smooth(image, self.grid, *matrices)
-        return [normalise(self.tensor(x), self.model.card.normalisation) for x in found]
+    def on_working_grid(self, image: sitk.Image, *matrices: np.ndarray) -> list[tuple[Tensor, Tensor]]:
+        """An image through each of some (4, 4) LPS maps, normalised, and where it was measured (bool); both
+        (1, 1, D, H, W) on the device."""
+        found = []
+        for matrix, resampled in zip(matrices, physical.resample_smooth(image, self.grid, *matrices), strict=True):
+            seen = torch.from_numpy(physical.field_of_view(Grid.of(image), self.grid, matrix))[None, None].to(self.device)
+            found.append((normalise(self.tensor(resampled), self.model.card.normalisation, seen), seen))
+        return found
 
     def mask_on_working_grid(self, mask: sitk.Image | None, matrix: np.ndarray) -> Tensor | None:
         """A mask through a (4, 4) LPS map, (1, 1, D, H, W) bool on the device; None stays None."""

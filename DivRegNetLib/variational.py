@@ -22,8 +22,8 @@ LEAST = 1e-30
 def solve(normal: Tensor, whole: Tensor | None, fluid: Tensor, elastic: Tensor, iterations: int) -> Tensor:
     """The step s of the equations above, by preconditioned conjugate gradients.
 
-    The preconditioner is the exact inverse for an A that is everywhere its mean (by cosine transforms, whose boundary
-    is free: no gradient across it).
+    Fields are kept as their cosine transforms (whose boundary is free: no gradient across it): there the Laplacian is a
+    factor, and the preconditioner, the exact inverse for an A that is everywhere its mean, another.
 
     Args:
         normal: (N, 9, D, H, W): A's xx, xy, xz, yy, yz, zz and b's x, y, z.
@@ -33,51 +33,43 @@ def solve(normal: Tensor, whole: Tensor | None, fluid: Tensor, elastic: Tensor, 
     Returns:
         (N, 3, D, H, W).
     """
-    matrix, residual = normal[:, :6], normal[:, 6:]
-    if whole is not None:
-        residual = residual - elastic * laplacian(whole)
-    mean = matrix[:, [0, 3, 5]].mean((1, 2, 3, 4), keepdim=True)
-    stiffness = fluid + elastic
+    matrix, force = normal[:, :6], normal[:, 6:]
     transforms = [_cosines(n, like=normal) for n in normal.shape[2:]]
-    z, y, x = (2 - 2 * torch.cos(torch.arange(n, device=normal.device) * (math.pi / n)) for n in normal.shape[2:])
-    response = 1 / (mean + stiffness * (z[:, None, None] + y[:, None] + x).to(normal.dtype)).clamp_min(LEAST)
+    back = [t.T for t in transforms]
+    z, y, x = (2 - 2 * torch.cos(torch.arange(n, device=normal.device).double() * (math.pi / n)) for n in normal.shape[2:])
+    laplace = (z[:, None, None] + y[:, None] + x).to(normal.dtype)  # minus the Laplacian
+    mean, stiff = matrix[:, [0, 3, 5]].mean((1, 2, 3, 4), keepdim=True), (fluid + elastic) * laplace
+    response = 1 / (mean + stiff).clamp_min(LEAST)
 
-    def precondition(field: Tensor) -> Tensor:
-        return _transformed(response * _transformed(field, transforms), [t.T for t in transforms])
-
+    residual = _transformed(force, transforms)
+    if whole is not None:
+        residual = residual.addcmul_(elastic * laplace, _transformed(whole, transforms), value=-1)
     step = torch.zeros_like(residual)
-    direction = better = precondition(residual)
+    direction = better = response * residual
     power = _dot(residual, better)
     for _ in range(iterations):
-        pull = _times(matrix, direction).addcmul_(stiffness, laplacian(direction))
+        pull = _transformed(_times(matrix, _transformed(direction, back)), transforms).addcmul_(stiff, direction)
         length = power / _dot(direction, pull).clamp_min(LEAST)
-        step, residual = torch.addcmul(step, length, direction), torch.addcmul(residual, length, pull, value=-1)
-        better, before = precondition(residual), power
+        step.addcmul_(length, direction)
+        residual.addcmul_(length, pull, value=-1)
+        better, before = response * residual, power
         power = _dot(residual, better)
         direction = torch.addcmul(better, power / before.clamp_min(LEAST), direction)
-    return step
-
-
-def laplacian(field: Tensor) -> Tensor:
-    """Minus the Laplacian of (N, C, D, H, W) by second differences, nothing flowing across the border."""
-    found = torch.zeros_like(field)
-    for dim in (2, 3, 4):
-        slope, inner = field.diff(dim=dim), field.shape[dim] - 1
-        found.narrow(dim, 0, inner).sub_(slope)
-        found.narrow(dim, 1, inner).add_(slope)
-    return found
+    return _transformed(step, back)
 
 
 def _times(matrix: Tensor, field: Tensor) -> Tensor:
     """A symmetric (N, 6, D, H, W) matrix at every voxel times a field."""
     xx, xy, xz, yy, yz, zz = matrix.unbind(1)
-    x, y, z = field.unbind(1)
-    rows = ((xx, xy, xz), (xy, yy, yz), (xz, yz, zz))
-    return torch.stack([(a * x).addcmul_(b, y).addcmul_(c, z) for a, b, c in rows], 1)
+    rows, found = ((xx, xy, xz), (xy, yy, yz), (xz, yz, zz)), torch.empty_like(field)
+    for row, out in zip(rows, found.unbind(1), strict=True):
+        torch.mul(row[0], field[:, 0], out=out).addcmul_(row[1], field[:, 1]).addcmul_(row[2], field[:, 2])
+    return found
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum((1, 2, 3, 4), keepdim=True)
+    """Scalar product of each item, (N, 1, 1, 1, 1)."""
+    return (a.flatten(1)[:, None] @ b.flatten(1)[..., None])[..., None, None]
 
 
 def _cosines(n: int, *, like: Tensor) -> Tensor:

@@ -23,11 +23,21 @@ def weights(*values: float) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64).view(-1, 1, 1, 1, 1)
 
 
+def laplacian(field: torch.Tensor) -> torch.Tensor:
+    """Minus the Laplacian by second differences, nothing flowing across the border."""
+    found = torch.zeros_like(field)
+    for dim in (2, 3, 4):
+        slope, inner = field.diff(dim=dim), field.shape[dim] - 1
+        found.narrow(dim, 0, inner).sub_(slope)
+        found.narrow(dim, 1, inner).add_(slope)
+    return found
+
+
 def dense(normal: torch.Tensor, whole: torch.Tensor, fluid: float, elastic: float) -> torch.Tensor:
     """The same by a dense matrix: columns are what the left side makes of unit fields."""
     units = torch.eye(whole.numel(), dtype=torch.float64).view(-1, *whole.shape[1:])
-    left = variational._times(normal[:, :6], units) + (fluid + elastic) * variational.laplacian(units)
-    right = normal[:, 6:] - elastic * variational.laplacian(whole)
+    left = variational._times(normal[:, :6], units) + (fluid + elastic) * laplacian(units)
+    right = normal[:, 6:] - elastic * laplacian(whole)
     return torch.linalg.solve(left.flatten(1).T, right.flatten()).view(whole.shape)
 
 
@@ -76,11 +86,3 @@ def test_without_force_nothing_moves_and_without_information_nothing_breaks():
             variational.solve(still, None, weights(1.0), weights(0.0), 6), torch.zeros(1, 3, *SHAPE).double()
         )
     assert torch.isfinite(variational.solve(torch.zeros_like(normal), None, weights(0.0), weights(0.0), 6)).all()
-
-
-@given(seed=st.integers(0, 10**6), shape=st.tuples(*[st.integers(1, 6)] * 3))
-def test_the_laplacian_is_symmetric_and_lets_a_shift_be(seed, shape):
-    a, b = torch.randn(2, 1, 3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    torch.testing.assert_close((a * variational.laplacian(b)).sum(), (b * variational.laplacian(a)).sum())
-    assert (a * variational.laplacian(a)).sum() >= -1e-12
-    assert not variational.laplacian(torch.ones_like(a)).any()

@@ -29,7 +29,7 @@ from training.experiments import report, semi
 from training.trainer import fit
 
 FROM_NEWTON = (
-    "loss.diffusion=3.0", "regnet.newton=24", "regnet.velocity=true", "regnet.symmetric=true", "kldivnet.frequencies=3",
+    "loss.diffusion=3.0", "regnet.newton=20", "regnet.velocity=true", "regnet.symmetric=true", "kldivnet.frequencies=3",
 )  # fmt: skip
 SUPERVISED = "RegNet from Newton steps and known deformations"
 NETWORKS = {
@@ -43,7 +43,7 @@ NETWORKS = {
 }
 """Row -> what it changes in the experiment's configuration. SUPERVISED is for pairs whose true deformation is known."""
 
-NEWTON_STEPS, NEWTON_STRIDE = 24, 2
+NEWTON_STEPS, NEWTON_STRIDE = 20, 2
 METHODS = ("affine", "FFD+SEMI", *list(NETWORKS)[:-2], "Newton steps alone", *list(NETWORKS)[-2:])
 
 
