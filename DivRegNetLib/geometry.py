@@ -131,28 +131,35 @@ class Grid:
         return bool(((here.max(0) >= there.min(0)) & (there.max(0) >= here.min(0))).all())
 
     def axis_aligned(self, spacing: float, *, multiple: int = 1) -> "Grid":
-        """The isotropic grid along the LPS axes that covers this one; sides are multiples of ``multiple``.
+        """The isotropic grid along the LPS axes that covers this one, centred on it; sides are multiples of ``multiple``.
 
-        An edge between voxels falls on this grid's low side, and what the sides have beyond this grid is shared between low
-        and high in whole voxels: along the LPS axes and at its own spacing this grid's voxels are voxels of the new one, and
-        no image is blurred by falling between them. Where this one is no thicker than a voxel, a voxel is centred on it.
+        Where this one is no thicker than a voxel, it is centred on a voxel, so as not to fall between two.
 
         Args:
             spacing: mm.
         """
         corners = self.corners()
-        low, extent = corners.min(0), np.ptp(corners, 0) / spacing
-        size = np.maximum(np.ceil(extent / multiple - 1e-6), 1).astype(int) * multiple
-        before = np.where(extent <= 1, size // 2 + (1 - extent) / 2, np.ceil((size - extent - 1) / 2 - 1e-6))
-        return Grid.build(size, [spacing] * 3, low + (0.5 - before) * spacing)
+        extent = corners.max(0) - corners.min(0)
+        size = np.maximum(np.ceil(extent / (spacing * multiple) - 1e-6), 1).astype(int) * multiple
+        middle = np.where(extent <= spacing, size // 2, (size - 1) / 2)
+        return Grid.build(size, [spacing] * 3, self.centre - middle * spacing)
 
     def working_grid(self, spacing: float, *, multiple: int = 1) -> "Grid":
-        """The :meth:`axis_aligned` grid a network works on; coarser than asked only where that has too many voxels."""
+        """The :meth:`axis_aligned` grid a network works on; coarser than asked only where that has too many voxels.
+
+        Moved by less than a voxel, so that an edge between voxels falls on this grid's low side: along the LPS axes and at
+        its own spacing this grid's voxels are then voxels of the new one, and no image is blurred by falling between them.
+        Where this grid is no thicker than a voxel, the voxel stays centred on it.
+        """
         while True:
             grid = self.axis_aligned(spacing, multiple=multiple)
             if grid.voxels <= LARGEST_WORKING_VOXELS:
-                return grid
+                break
             spacing *= max((grid.voxels / LARGEST_WORKING_VOXELS) ** (1 / 3), 1.02)
+        corners = self.corners()
+        before = (corners.min(0) - grid.corners().min(0)) / spacing
+        move = np.where(np.ptp(corners, 0) <= spacing, 0, before - np.ceil(before - 0.5 - 1e-6))
+        return Grid.build(grid.size, grid.spacing, grid.origin + move * spacing)
 
     def thinned(self, spacing: float) -> "Grid":
         """Every n-th voxel along each axis, as far apart as ``spacing`` (mm) allows; covers this grid's voxel centres."""

@@ -137,7 +137,8 @@ class Images:
             The displacement after the step; and the mean pointwise mutual information before it, (N,) in nats.
         """
         normal, information = self.equations(displacement, turn)
-        step = fields.integrate(solve(normal, smoothness, self.stride, displacement), SQUARINGS)
+        step, _ = solve(normal, smoothness, self.stride, displacement)
+        step = fields.integrate(step, SQUARINGS)
         return step if displacement is None else fields.compose(displacement, step), information
 
     def equations(self, displacement: Tensor | None, turn: int = 0) -> tuple[Tensor, Tensor]:
@@ -185,7 +186,9 @@ class Images:
         return fields.sample(self.moving, points + displacement * self.stride)
 
 
-def solve(normal: Tensor, smoothness: Smoothness, stride: int, whole: Tensor | None = None) -> Tensor:
+def solve(
+    normal: Tensor, smoothness: Smoothness, stride: int, whole: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The step that the equations ask for.
 
     Args:
@@ -193,13 +196,14 @@ def solve(normal: Tensor, smoothness: Smoothness, stride: int, whole: Tensor | N
         stride: voxels of the images per voxel of this grid.
         whole: (N, 3, D, H, W) the displacement before the step; None: the identity.
     Returns:
-        (N, 3, D, H, W) in voxels of this grid, no longer than LONGEST.
+        (N, 3, D, H, W) in voxels of this grid, no longer than LONGEST; and (N, 1, D, H, W) the information it is gathered from,
+        the mean over the axes.
     """
     unit = usual(normal)
     normal = fields.smooth(normal, smoothness.window / stride)
     normal[:, [0, 3, 5]] += STILL
     step = variational.solve(normal, whole, smoothness.fluid * unit, smoothness.elastic * unit, ITERATIONS)
-    return step / (fields.length(step) / LONGEST).clamp_min(1)
+    return step / (fields.length(step) / LONGEST).clamp_min(1), _known(normal)
 
 
 def usual(normal: Tensor) -> Tensor:
@@ -241,8 +245,7 @@ def guess(fixed: Tensor, moving: Tensor, stride: int, counts: Tensor | None = No
     """
     with torch.autocast(fixed.device.type, enabled=False):
         normal, _ = Images(fixed, moving, stride, None if counts is None else (counts, counts)).equations(None)
-        steps = [solve(normal, smoothness, stride) for smoothness in TOLD]
-        known = [_known(fields.smooth(normal, smoothness.window / stride)) for smoothness in TOLD]
+        steps, known = zip(*(solve(normal, smoothness, stride) for smoothness in TOLD), strict=True)
         known = [k / (k + usual(normal)) for k in known]
     forward, backward = (
         torch.cat([x for s, k in zip(steps, known, strict=True) for x in (sign * s, k)], 1) for sign in (1, -1)

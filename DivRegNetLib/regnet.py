@@ -183,12 +183,15 @@ class RegNet(nn.Module):
         Returns:
             (N, 3, D/stride, H/stride, W/stride), components along x, y, z (that is W, H, D).
         """
-        step = guess = swapped = None
+        step = told = None
         if self.config.newton:
-            step, guess, swapped = newton.guess(fixed, moving, self.config.stride, counts)
-        found = self._predict(fixed, moving, guess)
-        if self.config.symmetric:
-            found = (found - self._predict(moving, fixed, swapped)) / 2
+            step, *told = newton.guess(fixed, moving, self.config.stride, counts)
+        if self.config.symmetric:  # as one batch: PyTorch does not have its fast convolutions for a single small image
+            both = torch.cat((fixed, moving)), torch.cat((moving, fixed)), torch.cat(told) if told else None
+            forward, backward = self._predict(*both).chunk(2)
+            found = (forward - backward) / 2
+        else:
+            found = self._predict(fixed, moving, told[0] if told else None)
         return found if step is None else found + step
 
     def _predict(self, fixed: Tensor, moving: Tensor, guess: Tensor | None) -> Tensor:

@@ -77,6 +77,17 @@ def test_coordinates_are_x_y_z():
     assert torch.equal(fields.identity(SHAPE, like=voxels()), voxels())
 
 
+@given(shape=st.tuples(*[st.integers(1, 8)] * 3), channels=st.integers(1, 4))
+def test_one_image_is_sampled_as_each_of_a_batch_and_as_one_that_is_learnt_from(shape, channels):
+    """Each goes another way: parts of one image are sampled by several threads."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(1, channels, 5, 6, 7, generator=generator)
+    points = torch.rand(1, 3, *shape, generator=generator) * 9 - 1
+    alone = fields.sample(image, points)
+    assert torch.equal(alone, fields.sample(torch.cat((image, image)), torch.cat((points, points)))[1:])
+    assert torch.equal(alone, fields.sample(image.clone().requires_grad_(), points).detach())
+
+
 def test_padding_repeats_the_border_or_gives_zeros():
     image = torch.full((1, 1, 4, 5, 6), 7.0)
     outside = torch.full((1, 3, 1, 1, 1), -3.0)

@@ -62,12 +62,10 @@ def test_the_axis_aligned_grid_covers_every_corner_and_no_more_than_needed(grid,
     aligned = grid.axis_aligned(spacing, multiple=multiple)
     np.testing.assert_allclose(aligned.matrix[:3, :3], np.eye(3) * spacing, atol=1e-12)
     extent = np.ptp(grid.corners(), axis=0)
-    thin = extent <= spacing
-    edge = aligned.to_index(grid.corners().min(0))[~thin] + 0.5
-    np.testing.assert_allclose(edge, np.round(edge), atol=1e-5, err_msg="the low side falls within a voxel")
-    middle = aligned.to_index(grid.centre)
-    np.testing.assert_allclose(middle[thin], np.round(middle[thin]), atol=1e-6, err_msg="what is thin falls between two")
-    assert (np.abs(middle - (np.array(aligned.size) - 1) / 2)[~thin] <= 0.5 + 1e-5).all(), "the room beyond is shared"
+    thin, off = extent <= spacing, aligned.centre - grid.centre
+    np.testing.assert_allclose(off[~thin], 0, atol=1e-6)
+    middle = aligned.to_index(grid.centre)[thin]
+    np.testing.assert_allclose(middle, np.round(middle), atol=1e-6, err_msg="what is thin falls between two voxels")
     assert all(n % multiple == 0 for n in aligned.size)
     low, high = aligned.corners().min(0), aligned.corners().max(0)
     slack = 1e-5 * spacing * multiple
@@ -76,10 +74,24 @@ def test_the_axis_aligned_grid_covers_every_corner_and_no_more_than_needed(grid,
     assert ((high - low) < extent + spacing * multiple + slack).all()
 
 
+@given(grids(), st.floats(0.5, 10), st.integers(1, 16))
+def test_the_working_grid_covers_every_corner_and_its_voxels_begin_where_the_grid_does(grid, spacing, multiple):
+    working = grid.working_grid(spacing, multiple=multiple)
+    spacing = working.spacing[0]
+    assert working.size == grid.axis_aligned(spacing, multiple=multiple).size
+    corners = grid.corners()
+    low, high = working.corners().min(0), working.corners().max(0)
+    assert (corners >= low - 1e-5 * spacing * multiple).all()
+    assert (corners <= high + 1e-5 * spacing * multiple).all()
+    before = (corners.min(0) - low)[np.ptp(corners, 0) > spacing] / spacing
+    np.testing.assert_allclose(before, np.round(before), atol=1e-4)
+    assert (np.abs(working.centre - grid.centre) <= (0.5 + 1e-4) * spacing).all(), "the room beyond is shared"
+
+
 @given(st.tuples(*[st.integers(2, 12)] * 3), st.floats(0.5, 5), st.integers(1, 16), st.sampled_from([1, -1]))
-def test_at_its_own_spacing_a_grid_s_voxels_are_voxels_of_its_axis_aligned_grid(size, spacing, multiple, sign):
+def test_at_its_own_spacing_a_grid_s_voxels_are_voxels_of_its_working_grid(size, spacing, multiple, sign):
     grid = Grid.build(size, [spacing] * 3, (11.3, -7.9, 40.2), (0, 0, sign, -1, 0, 0, 0, sign, 0))
-    index = grid.axis_aligned(spacing, multiple=multiple).to_index(grid.to_physical((0, 0, 0)))
+    index = grid.working_grid(spacing, multiple=multiple).to_index(grid.to_physical((0, 0, 0)))
     np.testing.assert_allclose(index, np.round(index), atol=1e-5)
 
 

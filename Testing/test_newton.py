@@ -83,7 +83,7 @@ def test_the_next_step_is_the_least_smooth_and_both_are_told():
     moving, fixed, _ = deformed((24, 32, 16), 1.0, seed=3)
     step, forward, backward = newton.guess(fixed, moving, 2)
     normal, _ = equations(fixed, moving, 2)
-    first, last = (newton.solve(normal, smoothness, 2) for smoothness in newton.TOLD)
+    first, last = (newton.solve(normal, smoothness, 2)[0] for smoothness in newton.TOLD)
     torch.testing.assert_close(step, last)
     torch.testing.assert_close(forward[:, [0, 1, 2, 4, 5, 6]], torch.cat((first, last), 1))
     torch.testing.assert_close(backward[:, [0, 1, 2, 4, 5, 6]], -torch.cat((first, last), 1))
@@ -185,7 +185,7 @@ def test_the_equations_of_the_swapped_pair_ask_for_the_opposite_step(seed):
     torch.testing.assert_close(forward[:, :X], backward[:, :X])
     torch.testing.assert_close(forward[:, X:], -backward[:, X:])
     torch.testing.assert_close(
-        newton.solve(forward, newton.LAST, 2), -newton.solve(backward, newton.LAST, 2), atol=1e-4, rtol=1e-3
+        newton.solve(forward, newton.LAST, 2)[0], -newton.solve(backward, newton.LAST, 2)[0], atol=1e-4, rtol=1e-3
     )
     told, swapped = newton.guess(fixed, moving, 2)[2], newton.guess(moving, fixed, 2)[1]
     torch.testing.assert_close(told, swapped, atol=1e-4, rtol=1e-3)
@@ -247,7 +247,7 @@ def constant(values: dict[int, float], shape=(6, 7, 8)) -> torch.Tensor:
 def test_equal_equations_everywhere_have_their_own_solution():
     """A u = b, A with off-diagonal terms, by torch's solver: nothing to smooth."""
     parts = {XX: 4.0, XY: 1.0, XZ: -0.5, YY: 3.0, YZ: 0.25, ZZ: 2.0, X: 0.6, Y: -0.3, Z: 0.9}
-    step = newton.solve(constant(parts), newton.FIRST, 2)
+    step = newton.solve(constant(parts), newton.FIRST, 2)[0]
     matrix = torch.tensor([[4.0, 1.0, -0.5], [1.0, 3.0, 0.25], [-0.5, 0.25, 2.0]], dtype=torch.float64)
     expected = torch.linalg.solve(matrix, torch.tensor([0.6, -0.3, 0.9]).double())
     assert expected.norm() < newton.LONGEST
@@ -256,7 +256,7 @@ def test_equal_equations_everywhere_have_their_own_solution():
 
 def test_a_step_is_cut_at_its_longest_in_its_own_direction():
     parts = {XX: 1.0, YY: 1.0, ZZ: 1.0, X: 30.0, Y: -40.0, Z: 0.0}
-    step = newton.solve(constant(parts), newton.FIRST, 1)
+    step = newton.solve(constant(parts), newton.FIRST, 1)[0]
     expected = newton.LONGEST * torch.tensor([0.6, -0.8, 0.0], dtype=torch.float64)
     torch.testing.assert_close(step, expected.view(1, 3, 1, 1, 1).expand_as(step), atol=1e-6, rtol=1e-6)
 
@@ -266,7 +266,7 @@ def test_what_is_known_reaches_further_the_smoother_a_step_is():
     normal = constant({}, (25, 25, 25))
     normal[:, [XX, YY, ZZ], 12, 12, 12] = 1000.0
     normal[:, X, 12, 12, 12] = 500.0
-    first, last = (newton.solve(normal, smoothness, 2)[0, 0, 12, 12, [12, 18]] for smoothness in newton.TOLD)
+    first, last = (newton.solve(normal, smoothness, 2)[0][0, 0, 12, 12, [12, 18]] for smoothness in newton.TOLD)
     for here, there in (first, last):
         assert here > there > 0
     assert first[1] / first[0] > last[1] / last[0]

@@ -126,7 +126,7 @@ def prepare(load: Callable[[], Material], spacing: float, folder: Path, align: s
 def _prepare(material: Material, spacing: float, folder: Path, align: str) -> None:
     if material.unbent is not None:
         _prepare(material.unbent, spacing, folder / UNBENT, align)
-    grid, m = _grid(Grid.of(material.fixed), spacing), material
+    grid, m = Grid.of(material.fixed).axis_aligned(spacing), material
     started = time.perf_counter()
     initial = affine.align(m.fixed, m.moving, align)
     seconds = time.perf_counter() - started
@@ -147,13 +147,6 @@ def _prepare(material: Material, spacing: float, folder: Path, align: str) -> No
     points = None if m.landmarks is None else [p.tolist() for p in m.landmarks]
     about = {"initial": initial.tolist(), "seconds": seconds, "landmarks": points}
     files.write_json(about, folder / "pair.json")
-
-
-def _grid(fixed: Grid, spacing: float) -> Grid:
-    """An isotropic grid along the LPS axes over another, about its centre: BrainWeb's label maps are sampled at voxels of
-    theirs, where between two of them a tie would move every border the same way."""
-    size = fixed.axis_aligned(spacing).size
-    return Grid.build(size, [spacing] * 3, fixed.centre - (np.array(size) - 1) / 2 * spacing)
 
 
 def _normalised(image: sitk.Image, grid: Grid, matrix: np.ndarray) -> sitk.Image:

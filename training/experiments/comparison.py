@@ -19,8 +19,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from DivRegNetLib import fields, files, metrics, newton
+from DivRegNetLib import fields, files, metrics, models, newton
 from DivRegNetLib.geometry import Grid
+from DivRegNetLib.refine import refine
 from training import config as configs
 from training import pictures
 from training.data.pairs import Pair
@@ -29,7 +30,7 @@ from training.experiments import report, semi
 from training.trainer import fit
 
 FROM_NEWTON = (
-    "loss.diffusion=3.0", "regnet.newton=20", "regnet.velocity=true", "regnet.symmetric=true", "kldivnet.frequencies=3",
+    "loss.diffusion=6.0", "regnet.newton=20", "regnet.velocity=true", "regnet.symmetric=true", "kldivnet.frequencies=3",
 )  # fmt: skip
 SUPERVISED = "RegNet from Newton steps and known deformations"
 NETWORKS = {
@@ -43,8 +44,9 @@ NETWORKS = {
 }
 """Row -> what it changes in the experiment's configuration. SUPERVISED is for pairs whose true deformation is known."""
 
-NEWTON_STEPS, NEWTON_STRIDE = 20, 2
-METHODS = ("affine", "FFD+SEMI", *list(NETWORKS)[:-2], "Newton steps alone", *list(NETWORKS)[-2:])
+NEWTON_STEPS, NEWTON_STRIDE, REFINE_STEPS = 20, 2, 16
+BUNDLED = "bundled model, refined"
+METHODS = ("affine", "FFD+SEMI", *list(NETWORKS)[:-2], "Newton steps alone", *list(NETWORKS)[-2:], BUNDLED)
 
 
 @dataclass(frozen=True)
@@ -233,6 +235,9 @@ def _method(
         return lambda fixed, moving: fields.resize(
             newton.approach(fixed, moving, NEWTON_STEPS, NEWTON_STRIDE), tuple(fixed.shape[2:])
         )
+    if method == BUNDLED:
+        regnet = models.load("general", fabric.device).regnet
+        return lambda fixed, moving: refine(fixed, moving, regnet(fixed, moving), steps=REFINE_STEPS)
     config = _config(experiment, experiment.tasks if settings.joint else [task], method, settings)
     return fit(
         config, source_of(config, fabric.device), settings.output / "runs" / config.name, fabric, resume=True
