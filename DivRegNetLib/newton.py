@@ -37,6 +37,7 @@ SEEN = 0.99  # share of a voxel that has been measured
 LITTLE = 0.05  # information, per voxel squared, that rounding alone may feign, as a mean
 STILL = 1e-3  # information that nothing moves, at every voxel: where nothing else is known, nothing does
 LEVELS = {4: 0.2, 2: 0.3}  # voxels that are averaged along each axis for the first steps, and the share of steps
+FEWEST = 200  # voxels that a step on averaged images must have to look at: from a few it may shift everything out of sight
 # Side of the blocks that histograms are counted in, by how many voxels are averaged along each axis; in voxels that are looked
 # at where that is every second one.
 BLOCKS = {4: 4, 2: 6, 1: 6}
@@ -73,16 +74,19 @@ def approach(fixed: Tensor, moving: Tensor, steps: int, stride: int, valid: Vali
     BrainWeb phantoms, MS07, IXI012, label maps, and crops of the hippocampus, the abdomen and limbs (training/README.md).
 
     Args:
-        fixed, moving: (N, 1, D, H, W) in [0, 1], sides multiples of ``4 * stride``, or some levels are left out.
+        fixed, moving: (N, 1, D, H, W) in [0, 1], sides multiples of ``4 * stride``, or some levels are left out; as are
+            those at which too little would be seen.
         steps: at least 1.
         stride: voxels of the images per voxel of the output grid.
         valid: where the images count; None: everywhere.
     Returns:
         (N, 3, D/stride, H/stride, W/stride), in voxels of the output grid.
     """
-    displacement, shape = None, fixed.shape[2:]
+    displacement, shape, seen = None, fixed.shape[2:], fixed[0].numel()
+    if valid is not None:
+        seen = ((valid[0] > SEEN) & (valid[1] > SEEN)).flatten(1).sum(1).min().item()
     with torch.autocast(fixed.device.type, enabled=False):  # counting voxels needs more than 16 bits
-        for pool, smoothnesses in _schedule(steps, stride, shape):
+        for pool, smoothnesses in _schedule(steps, stride, shape, seen):
             images = Images(fixed, moving, stride, valid, pool=pool)
             if displacement is not None:
                 displacement = fields.resize(displacement, tuple(n // (pool * stride) for n in shape))
@@ -91,12 +95,16 @@ def approach(fixed: Tensor, moving: Tensor, steps: int, stride: int, valid: Vali
     return displacement
 
 
-def _schedule(steps: int, stride: int, shape: tuple[int, ...]) -> list[tuple[int, list[Smoothness]]]:
-    """For each level, how many voxels are averaged along each axis and the smoothness of each of its steps."""
+def _schedule(steps: int, stride: int, shape: tuple[int, ...], seen: int) -> list[tuple[int, list[Smoothness]]]:
+    """For each level, how many voxels are averaged along each axis and the smoothness of each of its steps.
+
+    Args:
+        seen: voxels that have been measured in both images.
+    """
     coarse = [
         (pool, [FIRST] * round(share * steps))
         for pool, share in LEVELS.items()
-        if steps >= 4 and not any(n % (pool * stride) for n in shape)
+        if steps >= 4 and seen >= FEWEST * (pool * stride) ** 3 and not any(n % (pool * stride) for n in shape)
     ]
     last = steps - sum(len(same) for _, same in coarse)
     along = [i / (last - 1) if last > 1 else 1.0 for i in range(last)]
