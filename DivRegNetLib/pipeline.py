@@ -351,7 +351,8 @@ class _Registration:
         (1, 1, D, H, W) on the device."""
         found = []
         for matrix, resampled in zip(matrices, physical.resample_smooth(image, self.grid, *matrices), strict=True):
-            seen = torch.from_numpy(physical.field_of_view(Grid.of(image), self.grid, matrix))[None, None].to(self.device)
+            inside = physical.field_of_view(Grid.of(image), self.grid, matrix)
+            seen = torch.from_numpy(inside)[None, None].to(self.device)
             found.append((normalise(self.tensor(resampled), self.model.card.normalisation, seen), seen))
         return found
 

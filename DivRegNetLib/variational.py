@@ -36,7 +36,8 @@ def solve(normal: Tensor, whole: Tensor | None, fluid: Tensor, elastic: Tensor, 
     matrix, force = normal[:, :6], normal[:, 6:]
     transforms = [_cosines(n, like=normal) for n in normal.shape[2:]]
     back = [t.T for t in transforms]
-    z, y, x = (2 - 2 * torch.cos(torch.arange(n, device=normal.device).double() * (math.pi / n)) for n in normal.shape[2:])
+    angles = (torch.arange(n, device=normal.device).double() * (math.pi / n) for n in normal.shape[2:])
+    z, y, x = (2 - 2 * torch.cos(angle) for angle in angles)
     laplace = (z[:, None, None] + y[:, None] + x).to(normal.dtype)  # minus the Laplacian
     mean, stiff = matrix[:, [0, 3, 5]].mean((1, 2, 3, 4), keepdim=True), (fluid + elastic) * laplace
     response = 1 / (mean + stiff).clamp_min(LEAST)
