@@ -37,9 +37,7 @@ SEEN = 0.99  # share of a voxel that has been measured
 LITTLE = 0.05  # information, per voxel squared, that rounding alone may feign, as a mean
 STILL = 1e-3  # information that nothing moves, at every voxel: where nothing else is known, nothing does
 LEVELS = {4: 0.2, 2: 0.3}  # voxels that are averaged along each axis for the first steps, and the share of steps
-FEWEST = (
-    200  # voxels that a step on averaged images must have to look at: from a few it may shift everything out of sight
-)
+FEWEST = 200  # voxels that a step on averaged images must have to look at: of a few it may move all out of sight
 # Side of the blocks that histograms are counted in, by how many voxels are averaged along each axis; in voxels that are looked
 # at where that is every second one.
 BLOCKS = {4: 4, 2: 6, 1: 6}

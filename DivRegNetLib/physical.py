@@ -89,6 +89,7 @@ def field_of_view(image: Grid, grid: Grid, matrix: np.ndarray) -> np.ndarray:
     axes = np.ogrid[tuple(slice(n) for n in grid.shape)][::-1]
     inside = np.ones(grid.shape, bool)
     for (*row, start), size in zip(to_index[:3], image.size, strict=True):
+        # Axes that an index does not depend on are left to broadcasting: parallel grids are compared row by row.
         at = sum((a * axis for a, axis in zip(row, axes, strict=True) if a), np.full((1, 1, 1), start))
         inside &= (at >= -0.5) & (at <= size - 0.5)
     return inside
