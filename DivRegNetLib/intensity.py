@@ -25,21 +25,30 @@ def without_padding(image: sitk.Image) -> sitk.Image:
     return filled
 
 
-def _robust(image: Tensor, values: Tensor) -> Tensor:
-    """Darkest 0.5 % of the values -> 0, brightest 0.5 % of the foreground (those above their mean) -> 1, clipped."""
+def _limits(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the darkest 0.5 % of the values end, and the brightest 0.5 % of the foreground (those above their mean) begin."""
     foreground = values[values > values.mean()]
-    low, high = _quantile(values, 0.005), _quantile(foreground if len(foreground) else values, 0.995)
-    return ((image - low) / (high - low).clamp_min(torch.finfo(image.dtype).tiny)).clamp(0, 1)
+    return _quantile(values, 0.005), _quantile(foreground if len(foreground) else values, 0.995)
 
 
 def _quantile(values: Tensor, share: float) -> Tensor:
     return values.kthvalue(1 + round(share * (len(values) - 1))).values
 
 
+def _between(image: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    return ((image - low) / (high - low).clamp_min(torch.finfo(image.dtype).tiny)).clamp(0, 1)
+
+
+def _robust(image: Tensor, values: Tensor) -> Tensor:
+    """What is darkest in the values -> 0, what is brightest in their foreground -> 1, clipped."""
+    return _between(image, *_limits(values))
+
+
 def _balanced(image: Tensor, values: Tensor) -> Tensor:
     """As ``robust``, then a quarter of the way towards every brightness being equally common (but for those that more than
     5 % of the values have, such as air's): a CT's soft tissues then differ by more than a bin of a histogram."""
-    at, of_values = (_robust(x, values).mul_(LEVELS) for x in (image, values))
+    limits = _limits(values)
+    at, of_values = (_between(x, *limits).mul_(LEVELS) for x in (image, values))
     common = torch.bincount(of_values.int().clamp_(max=LEVELS - 1), minlength=LEVELS).double()
     common = common.clamp(max=0.05 * len(values))
     share = (torch.cat((common.new_zeros(1), common.cumsum(0))) / common.sum()).to(image.dtype)
@@ -64,6 +73,5 @@ def normalise(image: Tensor, scheme: str, seen: Tensor | None = None) -> Tensor:
         raise ValueError(f"unknown intensity normalisation {scheme!r}, known are {', '.join(SCHEMES)}")
     every = slice(None, None, max(image.numel() // QUANTILE_VOXELS, 1))
     values = image.flatten()[every]
-    if seen is not None and seen.flatten()[every].any():
-        values = values[seen.flatten()[every]]
-    return SCHEMES[scheme](image, values)
+    measured = values if seen is None else values[seen.flatten()[every]]
+    return SCHEMES[scheme](image, measured if len(measured) else values)

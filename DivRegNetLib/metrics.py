@@ -152,9 +152,8 @@ def inverse_consistency(displacement: "Tensor", inverse: "Tensor", spacing: floa
     """
     from DivRegNetLib import fields
 
-    every = (..., *[slice(None, None, 2)] * 3)
-    displacement, shape = displacement[every], displacement.shape[2:]
-    points = fields.identity(shape, like=displacement)[every] + displacement
+    displacement, shape = displacement[..., ::2, ::2, ::2], displacement.shape[2:]
+    points = 2 * fields.identity(displacement.shape[2:], like=displacement) + displacement
     limits = points.new_tensor(shape[::-1]).view(1, 3, 1, 1, 1) - 1
     stays = ((points >= 0) & (points <= limits)).all(1)
     error = (fields.length(displacement + fields.sample(inverse, points))[:, 0] * spacing)[stays]

@@ -44,7 +44,7 @@ BLOCKS = {4: 4, 2: 6, 1: 6}
 LONGEST = 2.0  # of a step, in voxels of the output grid
 SQUARINGS = 1  # a step is integrated as a velocity, so that one as steep as a voxel per voxel does not fold
 ITERATIONS = 6  # of conjugate gradients
-TOGETHER = 100_000  # values worked on at once, so that they stay in the cache of a CPU
+TOGETHER = 100_000  # cells of histograms that a CPU works on at once, so that they stay in its cache; a GPU takes all
 
 Valid = tuple[Tensor, Tensor]
 """Where a fixed and a moving image have been measured, each (N, 1, D, H, W), bool or the share of a voxel."""
@@ -205,14 +205,14 @@ def solve(normal: Tensor, smoothness: Smoothness, stride: int, whole: Tensor | N
         (N, 3, D, H, W) in voxels of this grid, no longer than LONGEST; and (N, 1, D, H, W) the information it is gathered from,
         the mean over the axes.
     """
-    unit = usual(normal)
+    unit = _usual(normal)
     normal = fields.smooth(normal, smoothness.window / stride)
     normal[:, [0, 3, 5]] += STILL
     step = variational.solve(normal, whole, smoothness.fluid * unit, smoothness.elastic * unit, ITERATIONS)
     return step / (fields.length(step) / LONGEST).clamp_min(1), _known(normal)
 
 
-def usual(normal: Tensor) -> Tensor:
+def _usual(normal: Tensor) -> Tensor:
     """Mean information of the voxels of (N, 9, D, H, W) equations, (N, 1, 1, 1, 1)."""
     return _known(normal).mean((1, 2, 3, 4), keepdim=True) + LITTLE
 
@@ -252,7 +252,8 @@ def guess(fixed: Tensor, moving: Tensor, stride: int, counts: Tensor | None = No
     with torch.autocast(fixed.device.type, enabled=False):
         normal, _ = Images(fixed, moving, stride, None if counts is None else (counts, counts)).equations(None)
         steps, known = zip(*(solve(normal, smoothness, stride) for smoothness in TOLD), strict=True)
-        known = [k / (k + usual(normal)) for k in known]
+        unit = _usual(normal)
+        known = [k / (k + unit) for k in known]
     forward, backward = (
         torch.cat([x for s, k in zip(steps, known, strict=True) for x in (sign * s, k)], 1) for sign in (1, -1)
     )
@@ -322,7 +323,8 @@ def _tables(fixed: Tensor, moving: Tensor, block: int, counts: Tensor | None) ->
     whole = EVERYWHERE * whole / whole.sum().clamp_min(1)
     tables = window.new_empty(5, cells + 1)
     tables[:, cells] = 0
-    some, parzen, slope = _at_once(BINS**2, fixed), fields.gaussian(BINS, PARZEN, like=fixed), _slope(BINS, like=fixed)
+    parzen, slope = fields.gaussian(BINS, PARZEN, like=fixed), _slope(BINS, like=fixed)
+    some = len(window) if fixed.is_cuda else TOGETHER // BINS**2
     for here, out in zip(window.split(some), tables[:, :cells].view(5, -1, BINS, BINS).split(some, 1), strict=True):
         _pointwise(here, whole, parzen, slope, out)
     return tables, cell
@@ -354,8 +356,3 @@ def _pointwise(window: Tensor, whole: Tensor, parzen: Tensor, slope: Tensor, out
     torch.matmul(pointwise, slope.T, out=along_m)
     info_m.copy_((joint * along_m.square()).sum(2, keepdim=True) / of_f.clamp_min(LEAST))
     info_f.copy_((joint * along_f.square()).sum(1, keepdim=True) / of_m.clamp_min(LEAST))
-
-
-def _at_once(values: int, like: Tensor) -> int:
-    """How many things of so many values each are worked on together: few on a CPU, for its cache's sake, else all."""
-    return like.numel() if like.is_cuda else max(TOGETHER // values, 1)

@@ -24,13 +24,16 @@ from DivRegNetLib.geometry import Grid
 from DivRegNetLib.refine import refine
 from training import config as configs
 from training import pictures
+from training.benchmarks.methods import REFINE_STEPS
 from training.data.pairs import Pair
 from training.data.sources import Source, source_of
 from training.experiments import report, semi
 from training.trainer import fit
 
+NEWTON_STEPS, NEWTON_STRIDE = 20, 2
 FROM_NEWTON = (
-    "loss.diffusion=6.0", "regnet.newton=20", "regnet.velocity=true", "regnet.symmetric=true", "kldivnet.frequencies=3",
+    f"regnet.newton={NEWTON_STEPS}", "regnet.velocity=true", "regnet.symmetric=true", "loss.diffusion=6.0",
+    "kldivnet.frequencies=3",
 )  # fmt: skip
 SUPERVISED = "RegNet from Newton steps and known deformations"
 NETWORKS = {
@@ -44,7 +47,6 @@ NETWORKS = {
 }
 """Row -> what it changes in the experiment's configuration. SUPERVISED is for pairs whose true deformation is known."""
 
-NEWTON_STEPS, NEWTON_STRIDE, REFINE_STEPS = 20, 2, 16
 BUNDLED = "bundled model, refined"
 METHODS = ("affine", "FFD+SEMI", *list(NETWORKS)[:-2], "Newton steps alone", *list(NETWORKS)[-2:], BUNDLED)
 
