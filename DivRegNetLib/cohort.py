@@ -14,7 +14,7 @@ import SimpleITK as sitk
 
 from DivRegNetLib import files, memory, metrics, models
 from DivRegNetLib.check import check_image
-from DivRegNetLib.claim import PART, claimed
+from DivRegNetLib.claim import PART, claimed, tidy
 from DivRegNetLib.device import pick_device
 from DivRegNetLib.errors import Cancelled, DivRegNetError, InputError
 from DivRegNetLib.geometry import affine_transform
@@ -270,6 +270,7 @@ def register_row(
     folder = output / name
     try:
         if (folder / QUALITY).exists() and not overwrite:
+            tidy(folder)  # of a process that was killed after its last file
             report = json.loads((folder / QUALITY).read_text(encoding="utf-8"))
         else:
             report = register_files(pair, folder, options, model=model(), overwrite=overwrite, progress=progress)

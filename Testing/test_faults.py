@@ -3,6 +3,7 @@
 The same at full length: ``python Testing/faults.py`` and ``python Testing/load.py``.
 """
 
+import json
 import os
 import random
 import subprocess
@@ -18,7 +19,9 @@ import faults
 import load
 
 from DivRegNetLib.claim import LOCK, PART, claimed, hold, tidy
+from DivRegNetLib.cohort import QUALITY, Pair, register_row
 from DivRegNetLib.errors import InputError
+from DivRegNetLib.options import Options
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals")
@@ -82,3 +85,15 @@ def test_a_folder_is_claimed_by_one_process_and_free_again_when_that_is_killed(t
     with claimed(output):
         assert [path.name for path in output.iterdir()] == [LOCK]
     assert not output.exists(), "nothing came into it"
+
+
+def test_a_pair_whose_process_was_killed_after_its_last_file_counts_as_done_and_is_tidied(tmp_path):
+    folder = tmp_path / "p1"
+    (folder / f"{PART}x").mkdir(parents=True)
+    (folder / LOCK).touch()
+    report = {"quality": {"nmi": {"before": 1.1, "after": 1.2}, "folded_percent": 0.0}, "seconds": {}, "warnings": []}
+    (folder / QUALITY).write_text(json.dumps(report))
+    pair = Pair(tmp_path / "fixed.nii.gz", tmp_path / "moving.nii.gz")
+    row = register_row("p1", pair, tmp_path, Options(), lambda: pytest.fail("it is done"), overwrite=False)
+    assert (row["status"], row["nmi_after"]) == ("ok", "1.2")
+    assert [path.name for path in folder.iterdir()] == [QUALITY]
