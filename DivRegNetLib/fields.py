@@ -46,13 +46,24 @@ def sample(image: Tensor, points: Tensor, *, mode: str = "bilinear", padding: st
 
 
 def sample_along(image: Tensor, dim: int, at: Tensor) -> Tensor:
-    """Values of an image (N, C, D, H, W) at positions (n,), in voxels, along one dimension; beyond, the border's."""
+    """Values of a tensor at positions (n,), in voxels, along one dimension; beyond, the border's."""
     last = image.shape[dim] - 1
     at = at.clamp(0, last)
     low = at.floor().long()
     shape = [-1 if d == dim else 1 for d in range(image.dim())]
     near, far = (image.index_select(dim, index) for index in (low, (low + 1).clamp_max(last)))
     return near.lerp_(far, (at - low).view(shape).to(image.dtype))
+
+
+def shifted(image: Tensor, *by: float) -> Tensor:
+    """Values of an image (N, C, D, H, W) so many voxels further along x, y and z; beyond, the border's."""
+
+    def matrix(n: int, distance: float) -> Tensor:
+        at = torch.arange(n, device=image.device, dtype=image.dtype) + distance
+        return sample_along(torch.eye(n, device=image.device, dtype=image.dtype), 0, at)
+
+    sizes = zip(image.shape[:1:-1], by, strict=True)
+    return along_axes(image, *(matrix(n, distance) if distance else None for n, distance in sizes))
 
 
 def warp(image: Tensor, displacement: Tensor, *, mode: str = "bilinear", padding: str = "border") -> Tensor:
@@ -123,26 +134,31 @@ def smooth(field: Tensor, *sigma: float) -> Tensor:
     Args:
         sigma: standard deviation in voxels; one, or one each along x, y, z. 0 leaves an axis as it is.
     """
-    x, y, z = sigma * (3 // len(sigma))
-    # A banded matrix along each axis: many channels at once, the same sum on every run.
-    if x:
-        field = field @ gaussian(field.shape[4], x, like=field).T
-    if y:
-        field = gaussian(field.shape[3], y, like=field) @ field
-    if z:
-        field = (gaussian(field.shape[2], z, like=field) @ field.flatten(3)).view(field.shape)
+    sizes = zip(field.shape[:1:-1], sigma * (3 // len(sigma)), strict=True)
+    return along_axes(field, *(gaussian(n, s, like=field) if s else None for n, s in sizes))
+
+
+def along_axes(field: Tensor, x: Tensor | None, y: Tensor | None, z: Tensor | None) -> Tensor:
+    """(N, C, D, H, W) with the values along each axis multiplied by a matrix (to, from); None leaves an axis as it is.
+
+    Many channels at once, and the same sum on every run.
+    """
+    if x is not None:
+        field = field @ x.T
+    if y is not None:
+        field = y @ field
+    if z is not None:
+        field = (z @ field.flatten(3)).unflatten(3, field.shape[3:])
     return field
 
 
 def gaussian(n: int, sigma: float, *, like: Tensor) -> Tensor:
     """(n, n): each row a Gaussian about its own place, what would fall over the border added to it."""
     reach = max(round(2.5 * sigma), 1)
-    at, offsets = torch.arange(n, device=like.device), range(-reach, reach + 1)
-    kernel = torch.tensor([math.exp(-0.5 * (o / sigma) ** 2) for o in offsets], dtype=like.dtype, device=like.device)
-    matrix = like.new_zeros(n, n)
-    for offset, weight in zip(offsets, kernel / kernel.sum(), strict=True):
-        matrix[at, (at + offset).clamp(0, n - 1)] += weight
-    return matrix
+    offsets = torch.arange(-reach, reach + 1, device=like.device)
+    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2).to(like.dtype)
+    falls = (torch.arange(n, device=like.device)[:, None] + offsets).clamp_(0, n - 1)
+    return like.new_zeros(n, n).scatter_add_(1, falls, (kernel / kernel.sum()).expand(n, -1))
 
 
 def gradients(field: Tensor) -> list[Tensor]:

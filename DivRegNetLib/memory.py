@@ -202,4 +202,4 @@ def _stride(card: Card) -> int:
 
 
 def _working_grid(card: Card, fixed: Grid, spacing: float) -> Grid:
-    return fixed.working_grid(spacing, multiple=_stride(card) * 8)
+    return fixed.working_grid(spacing, multiple=_stride(card) * 4)

@@ -27,8 +27,8 @@ from torch.nn import functional as F
 
 from DivRegNetLib import fields, variational
 
-BINS = 40
-PARZEN = 1.5  # standard deviation of the histogram's window, in bins
+BINS = 32
+PARZEN = 1.2  # standard deviation of the histogram's window, in bins
 REACH = 0.6  # standard deviation of the window over blocks
 EVERYWHERE = 0.05  # weight of the histogram of the whole images in that of a window
 DOUBT = 0.01  # how far a histogram is moved towards independence, so that what was hardly seen says nothing
@@ -36,13 +36,13 @@ LEAST = 1e-9  # a share of voxels that is next to none
 SEEN = 0.99  # share of a voxel that has been measured
 LITTLE = 0.05  # information, per voxel squared, that rounding alone may feign, as a mean
 STILL = 1e-3  # information that nothing moves, at every voxel: where nothing else is known, nothing does
-LEVELS = {4: 0.2, 2: 0.3}  # voxels that are averaged along each axis for the first steps, and the share of steps
+LEVELS = {4: 0.25, 2: 0.4375}  # voxels that are averaged along each axis for the first steps, and the share of steps
 FEWEST = 200  # voxels that a step on averaged images must have to look at: of a few it may move all out of sight
 # Side of the blocks that histograms are counted in, by how many voxels are averaged along each axis; in voxels that are looked
 # at where that is every second one.
 BLOCKS = {4: 4, 2: 6, 1: 6}
 LONGEST = 2.0  # of a step, in voxels of the output grid
-SQUARINGS = 1  # a step is integrated as a velocity, so that one as steep as a voxel per voxel does not fold
+STEEPEST = 0.7  # gradient of a step (voxels per voxel, summed over its components): below 1 it cannot fold
 ITERATIONS = 6  # of conjugate gradients
 TOGETHER = 100_000  # cells of histograms that a CPU works on at once, so that they stay in its cache; a GPU takes all
 
@@ -54,7 +54,9 @@ class Smoothness(NamedTuple):
     """What a step is smoothed by.
 
     window: standard deviation, in voxels of the images, of the Gaussian that forces and information are gathered over.
-    fluid, elastic: see :mod:`DivRegNetLib.variational`, in units of the mean information.
+    fluid: see :mod:`DivRegNetLib.variational`, in units of the mean information: how far a step goes at once.
+    elastic: likewise, in nats: half of it is what a squared gradient of the displacement costs at a voxel, so that images that
+        say little are bent less than those that say much.
     """
 
     window: float
@@ -62,7 +64,7 @@ class Smoothness(NamedTuple):
     elastic: float
 
 
-FIRST, LAST = Smoothness(2.8, 1.5, 0.2), Smoothness(1.4, 0.4, 0.05)
+FIRST, LAST = Smoothness(2.8, 2.0, 0.6), Smoothness(1.4, 0.4, 0.1)
 TOLD = (FIRST, LAST)  # of the steps that a network is told of
 
 
@@ -101,28 +103,34 @@ def _schedule(steps: int, stride: int, shape: tuple[int, ...], seen: int) -> lis
     Args:
         seen: voxels that have been measured in both images.
     """
-    coarse = [
-        (pool, [FIRST] * round(share * steps))
-        for pool, share in LEVELS.items()
-        if steps >= 4 and seen >= FEWEST * (pool * stride) ** 3 and not any(n % (pool * stride) for n in shape)
-    ]
-    last = steps - sum(len(same) for _, same in coarse)
+    coarse = {pool: round(share * steps) if steps >= 4 else 0 for pool, share in LEVELS.items()}
+    last = steps - sum(coarse.values())
     along = [i / (last - 1) if last > 1 else 1.0 for i in range(last)]
     fine = [Smoothness(*(a + (b - a) * t for a, b in zip(FIRST, LAST, strict=True))) for t in along]
-    return [*coarse, (1, fine)]
+    fit = [pool for pool in coarse if seen >= FEWEST * (pool * stride) ** 3 and not any(n % (pool * stride) for n in shape)]
+    return [*((pool, [FIRST] * coarse[pool]) for pool in fit if coarse[pool]), (1, fine)]
 
 
 class Images:
     """A pair at one resolution, and steps that bring it closer."""
 
     def __init__(
-        self, fixed: Tensor, moving: Tensor, stride: int, valid: Valid | None = None, *, pool: int = 1
+        self,
+        fixed: Tensor,
+        moving: Tensor,
+        stride: int,
+        valid: Valid | None = None,
+        *,
+        pool: int = 1,
+        parzen: float = PARZEN,
     ) -> None:
         """
         Args:
             fixed, moving, stride, valid: as in :func:`approach`.
             pool: voxels that are averaged along each axis first.
+            parzen: standard deviation of the histogram's window, in bins.
         """
+        self.parzen = parzen
         self.fixed, moving = (F.avg_pool3d(x, pool) if pool > 1 else x for x in (fixed, moving))
         self.stride, self.gradient, self.valid = stride, torch.cat(gradient(self.fixed), 1), None
         self.block = BLOCKS[pool] * 2 // stride
@@ -146,7 +154,6 @@ class Images:
         """
         normal, information = self.equations(displacement, turn)
         step, _ = solve(normal, smoothness, self.stride, displacement)
-        step = fields.integrate(step, SQUARINGS)
         return step if displacement is None else fields.compose(displacement, step), information
 
     def equations(self, displacement: Tensor | None, turn: int = 0) -> tuple[Tensor, Tensor]:
@@ -172,7 +179,7 @@ class Images:
         normal, known = fixed.new_empty((len(fixed), 9, *fixed.shape[2:])), []
         for i in range(len(fixed)):
             of_pair = None if counts is None else counts[i, 0]
-            table, cell = _tables(fixed[i, 0], moving[i, 0], self.block, of_pair)
+            table, cell = _tables(fixed[i, 0], moving[i, 0], self.block, self.parzen, of_pair)
             says = table.index_select(1, cell.flatten()).view(-1, *cell.shape)
             _contribute(in_m[i], in_f[i], says, normal[i])
             known.append(says[4].sum() / (cell.numel() if counts is None else of_pair.sum().clamp_min(1)))
@@ -186,11 +193,8 @@ class Images:
             return self.moving[(..., *(slice(o, None, self.stride) for o in offset))]
         points = fields.identity(shape, like=displacement) * self.stride
         points = points + points.new_tensor(offset[::-1]).view(1, 3, 1, 1, 1)
-        for dim, o in zip((2, 3, 4), offset, strict=True):
-            aside = (o + 0.5) / self.stride - 0.5  # of the middle of a voxel of the output grid, in its voxels
-            if aside:
-                at = torch.arange(displacement.shape[dim], device=points.device, dtype=points.dtype) + aside
-                displacement = fields.sample_along(displacement, dim, at)
+        aside = [(o + 0.5) / self.stride - 0.5 for o in offset[::-1]]  # of the middle of a voxel of the output grid
+        displacement = fields.shifted(displacement, *aside)
         return fields.sample(self.moving, points + displacement * self.stride)
 
 
@@ -202,14 +206,21 @@ def solve(normal: Tensor, smoothness: Smoothness, stride: int, whole: Tensor | N
         stride: voxels of the images per voxel of this grid.
         whole: (N, 3, D, H, W) the displacement before the step; None: the identity.
     Returns:
-        (N, 3, D, H, W) in voxels of this grid, no longer than LONGEST; and (N, 1, D, H, W) the information it is gathered from,
+        (N, 3, D, H, W) in voxels of this grid, no longer than LONGEST nor steeper than STEEPEST; and (N, 1, D, H, W) the information it is gathered from,
         the mean over the axes.
     """
     unit = _usual(normal)
     normal = fields.smooth(normal, smoothness.window / stride)
     normal[:, [0, 3, 5]] += STILL
-    step = variational.solve(normal, whole, smoothness.fluid * unit, smoothness.elastic * unit, ITERATIONS)
-    return step / (fields.length(step) / LONGEST).clamp_min(1), _known(normal)
+    step = variational.solve(normal, whole, smoothness.fluid * unit, smoothness.elastic, ITERATIONS)
+    step /= (fields.length(step) / LONGEST).clamp_min(1)
+    return step / (_steepness(step) / STEEPEST).clamp_min(1), _known(normal)
+
+
+def _steepness(field: Tensor) -> Tensor:
+    """Largest gradient anywhere, along one axis and summed over the components, (N, 1, 1, 1, 1): of ``x -> x + u(x)`` with
+    less than 1 no two points meet."""
+    return torch.stack([g.abs_().sum(1).flatten(1).amax(1) for g in fields.gradients(field)]).amax(0)[:, None, None, None, None]
 
 
 def _usual(normal: Tensor) -> Tensor:
@@ -295,12 +306,13 @@ def gradient(image: Tensor) -> list[Tensor]:
     return found
 
 
-def _tables(fixed: Tensor, moving: Tensor, block: int, counts: Tensor | None) -> tuple[Tensor, Tensor]:
+def _tables(fixed: Tensor, moving: Tensor, block: int, parzen: float, counts: Tensor | None) -> tuple[Tensor, Tensor]:
     """What a pair of intensities says, block by block.
 
     Args:
         fixed, moving: (D, H, W) in [0, 1].
         block: voxels per side.
+        parzen: standard deviation of the histogram's window, in bins.
         counts: (D, H, W) bool, which voxels are counted; None: all.
     Returns:
         (5, cells) dL/dm, dL/df, E[(dL/dm)^2 | f], E[(dL/df)^2 | m] and L of every block and pair of bins, and of one cell
@@ -323,10 +335,10 @@ def _tables(fixed: Tensor, moving: Tensor, block: int, counts: Tensor | None) ->
     whole = EVERYWHERE * whole / whole.sum().clamp_min(1)
     tables = window.new_empty(5, cells + 1)
     tables[:, cells] = 0
-    parzen, slope = fields.gaussian(BINS, PARZEN, like=fixed), _slope(BINS, like=fixed)
+    smoothing, slope = fields.gaussian(BINS, parzen, like=fixed), _slope(BINS, like=fixed)
     some = len(window) if fixed.is_cuda else TOGETHER // BINS**2
     for here, out in zip(window.split(some), tables[:, :cells].view(5, -1, BINS, BINS).split(some, 1), strict=True):
-        _pointwise(here, whole, parzen, slope, out)
+        _pointwise(here, whole, smoothing, slope, out)
     return tables, cell
 
 
@@ -335,17 +347,17 @@ def _slope(bins: int, *, like: Tensor) -> Tensor:
     return torch.gradient(torch.eye(bins, dtype=like.dtype, device=like.device) * (bins - 1), dim=0)[0]
 
 
-def _pointwise(window: Tensor, whole: Tensor, parzen: Tensor, slope: Tensor, out: Tensor) -> None:
+def _pointwise(window: Tensor, whole: Tensor, smoothing: Tensor, slope: Tensor, out: Tensor) -> None:
     """Writes what :func:`_tables` says of some blocks.
 
     Args:
         window: (B, BINS, BINS), voxels counted about each block, by the intensity of the fixed and the moving image.
         whole: (BINS, BINS), what is added from the whole images.
-        parzen, slope: (BINS, BINS), by which both axes are smoothed and differentiated.
+        smoothing, slope: (BINS, BINS), by which both axes are smoothed and differentiated.
         out: (5, B, BINS, BINS), written to.
     """
     window = window / window.sum((1, 2), keepdim=True).clamp_min(1e-6)
-    joint = parzen @ (window + whole) @ parzen.T
+    joint = smoothing @ (window + whole) @ smoothing.T
     joint /= joint.sum((1, 2), keepdim=True).clamp_min(LEAST)
     of_f, of_m = joint.sum(2, keepdim=True), joint.sum(1, keepdim=True)
     product = of_f * of_m

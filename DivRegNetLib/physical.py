@@ -105,24 +105,8 @@ def forward_transform(
         grid: working grid, in fixed space.
         initial: (4, 4) LPS, fixed -> moving.
     """
-    to_working = grid.inverse_matrix @ fixed.matrix
-    along = np.abs(to_working[:3, :3]).argmax(1)  # each axis of the working grid -> the fixed grid's that it follows
-
-    def sampled(slab: slice) -> Tensor:
-        return fields.sample(displacement, _points(to_working, fixed, slab))
-
-    def sampled_along_axes(slab: slice) -> Tensor:
-        found = displacement
-        for axis in np.argsort(-along):  # the one that the slab is cut from first
-            at = np.arange(fixed.size[along[axis]])[slab if along[axis] == 2 else slice(None)]
-            at = to_working[axis, along[axis]] * at + to_working[axis, 3]
-            found = fields.sample_along(found, 4 - axis, torch.from_numpy(at))
-        return found.permute(0, 1, *(4 - np.argsort(along)[::-1]))
-
-    others = np.abs(to_working[:3, :3]).sum(1) - np.abs(to_working[range(3), along])
-    straight = sorted(along) == [0, 1, 2] and (others * max(fixed.size)).max() < ROUNDING
-    to_mm = initial[:3, :3] @ grid.matrix[:3, :3]
-    return _displacement_transform(fixed, initial, to_mm, sampled_along_axes if straight else sampled)
+    sampled = _sampler(displacement, grid.inverse_matrix @ fixed.matrix, fixed)
+    return _displacement_transform(fixed, initial, initial[:3, :3] @ grid.matrix[:3, :3], sampled)
 
 
 def inverse_transform(
@@ -136,15 +120,40 @@ def inverse_transform(
     """
     back = np.linalg.inv(initial)
     to_working = grid.inverse_matrix @ back @ moving.matrix
+    start = _sampler(inverse, to_working, moving)
 
     def sampled(slab: slice) -> Tensor:
-        at = _points(to_working, moving, slab)
-        found = fields.sample(inverse, at)
+        at, found = _points(to_working, moving, slab), start(slab)
         for _ in range(iterations):
             found = -fields.sample(displacement, at + found)
         return found
 
     return _displacement_transform(moving, back, grid.matrix[:3, :3], sampled)
+
+
+def _sampler(field: Tensor, to_working: np.ndarray, grid: Grid) -> Callable[[slice], Tensor]:
+    """Some slices of a grid -> a field there, (1, 3, d, h, w); beyond the working grid its border values go on.
+
+    Args:
+        field: (1, 3, D, H, W) on the working grid.
+        to_working: (4, 4), voxels of ``grid`` -> voxels of the working grid.
+    """
+    along = np.abs(to_working[:3, :3]).argmax(1)  # each axis of the working grid -> the grid's that it follows
+
+    def sampled(slab: slice) -> Tensor:
+        return fields.sample(field, _points(to_working, grid, slab))
+
+    def sampled_along_axes(slab: slice) -> Tensor:
+        found = field
+        for axis in np.argsort(-along):  # the one that the slab is cut from first
+            at = np.arange(grid.size[along[axis]])[slab if along[axis] == 2 else slice(None)]
+            at = to_working[axis, along[axis]] * at + to_working[axis, 3]
+            found = fields.sample_along(found, 4 - axis, torch.from_numpy(at))
+        return found.permute(0, 1, *(4 - np.argsort(along)[::-1]))
+
+    others = np.abs(to_working[:3, :3]).sum(1) - np.abs(to_working[range(3), along])
+    straight = sorted(along) == [0, 1, 2] and (others * max(grid.size)).max() < ROUNDING
+    return sampled_along_axes if straight else sampled
 
 
 def _points(to_working: np.ndarray, grid: Grid, slab: slice) -> Tensor:

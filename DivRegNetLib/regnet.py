@@ -60,8 +60,8 @@ class RegNetConfig:
 
     @property
     def multiple(self) -> int:
-        """Images are padded to a multiple of this number of voxels per axis before they enter the network."""
-        return self.stride * 2 ** (LEVELS - 1)
+        """Images are padded to a multiple of this number of voxels per axis, so that Newton steps can halve them twice."""
+        return self.stride * max(newton.LEVELS)
 
     def as_dict(self) -> dict:
         return asdict(self) | {"channels": list(self.channels)}
@@ -195,9 +195,11 @@ class RegNet(nn.Module):
         return found if step is None else found + step
 
     def _predict(self, fixed: Tensor, moving: Tensor, guess: Tensor | None) -> Tensor:
-        x = self.encoders[0](torch.cat((fixed, moving), 1))
+        stride, shape = self.config.stride, [n // self.config.stride for n in fixed.shape[2:]]
+        more = [-n % 2 ** (LEVELS - 1) for n in shape]  # so that each level is half of the one before
+        x = self.encoders[0](_padded(torch.cat((fixed, moving), 1), [stride * n for n in more]))
         if guess is not None:
-            x = x + self.reader(guess)
+            x = x + self.reader(_padded(guess, more))
         skips = [x]
         for encoder in self.encoders[1:]:
             x = encoder(x)
@@ -206,7 +208,7 @@ class RegNet(nn.Module):
         for decoder in self.decoders[1:]:
             skip = skips.pop()
             x = decoder(torch.cat((F.interpolate(x, size=skip.shape[2:], mode="nearest"), skip), 1))
-        return self.head(x).to(fixed.dtype)
+        return self.head(x)[:, :, : shape[0], : shape[1], : shape[2]].to(fixed.dtype)
 
     def begin(self, fixed: Tensor, moving: Tensor, valid: newton.Valid | None = None) -> Tensor | None:
         """The displacement that the first pass starts from, as :meth:`advance` takes it; None for the identity.
@@ -249,11 +251,15 @@ class RegNet(nn.Module):
             (N, 3, D, H, W): components along x, y, z (W, H, D); ``warp(moving, forward(...))`` resembles fixed.
         """
         shape = fixed.shape[2:]
-        pad = [amount for side in reversed(shape) for amount in (0, -side % self.config.multiple)]
-        if any(pad):
-            fixed, moving = (F.pad(x, pad, mode="replicate") for x in (fixed, moving))
-            valid = None if valid is None else tuple(F.pad(x, pad) for x in valid)
+        more = [-n % self.config.multiple for n in shape]
+        fixed, moving = (_padded(x, more) for x in (fixed, moving))
+        valid = None if valid is None else tuple(_padded(x, more, mode="constant") for x in valid)
         displacement = self.begin(fixed, moving, valid)
         for _ in range(self.config.passes):
             displacement = self.advance(fixed, moving, displacement, valid)
         return fields.resize(displacement, fixed.shape[2:])[:, :, : shape[0], : shape[1], : shape[2]]
+
+
+def _padded(image: Tensor, more: list[int], mode: str = "replicate") -> Tensor:
+    """(N, C, D, H, W) with so many voxels more at the far end of D, H and W."""
+    return F.pad(image, [n for side in reversed(more) for n in (0, side)], mode=mode) if any(more) else image

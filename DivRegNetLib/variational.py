@@ -16,47 +16,52 @@ import math
 import torch
 from torch import Tensor
 
+from DivRegNetLib import fields
+
 LEAST = 1e-30
+KEPT = 0.6  # share of the frequencies along each axis, the lowest, that a step is made of
 
 
-def solve(normal: Tensor, whole: Tensor | None, fluid: Tensor, elastic: Tensor, iterations: int) -> Tensor:
+def solve(normal: Tensor, whole: Tensor | None, fluid: Tensor, elastic: float, iterations: int) -> Tensor:
     """The step s of the equations above, by preconditioned conjugate gradients.
 
-    Fields are kept as their cosine transforms (whose boundary is free: no gradient across it): there the Laplacian is a
-    factor, and the preconditioner, the exact inverse for an A that is everywhere its mean, another.
+    Fields are kept as their cosine transforms (whose boundary is free: no gradient across it), of which only the lowest
+    frequencies: there the Laplacian is a factor, and the preconditioner, the exact inverse for an A that is everywhere
+    its mean, another.
 
     Args:
         normal: (N, 9, D, H, W): A's xx, xy, xz, yy, yz, zz and b's x, y, z.
         whole: u, (N, 3, D, H, W); None: 0.
-        fluid, elastic: (N, 1, 1, 1, 1), in units of A.
+        fluid: (N, 1, 1, 1, 1), in units of A, as is ``elastic``.
         iterations: of conjugate gradients.
     Returns:
         (N, 3, D, H, W).
     """
     matrix, force = normal[:, :6], normal[:, 6:]
-    transforms = [_cosines(n, like=normal) for n in normal.shape[2:]]
+    transforms = [_cosines(n, like=normal)[: math.ceil(KEPT * n)] for n in normal.shape[:1:-1]]
     back = [t.T for t in transforms]
-    angles = (torch.arange(n, device=normal.device).double() * (math.pi / n) for n in normal.shape[2:])
-    z, y, x = (2 - 2 * torch.cos(angle) for angle in angles)
+    angles = (torch.arange(len(t), device=normal.device).double() * (math.pi / t.shape[1]) for t in transforms)
+    x, y, z = (2 - 2 * torch.cos(angle) for angle in angles)
     laplace = (z[:, None, None] + y[:, None] + x).to(normal.dtype)  # minus the Laplacian
     mean, stiff = matrix[:, [0, 3, 5]].mean((1, 2, 3, 4), keepdim=True), (fluid + elastic) * laplace
     response = 1 / (mean + stiff).clamp_min(LEAST)
 
-    residual = _transformed(force, transforms)
+    residual = fields.along_axes(force, *transforms)
     if whole is not None:
-        residual = residual.addcmul_(elastic * laplace, _transformed(whole, transforms), value=-1)
+        residual = residual.addcmul_(elastic * laplace, fields.along_axes(whole, *transforms), value=-1)
     step = torch.zeros_like(residual)
     direction = better = response * residual
     power = _dot(residual, better)
     for _ in range(iterations):
-        pull = _transformed(_times(matrix, _transformed(direction, back)), transforms).addcmul_(stiff, direction)
+        pull = fields.along_axes(_times(matrix, fields.along_axes(direction, *back)), *transforms)
+        pull.addcmul_(stiff, direction)
         length = power / _dot(direction, pull).clamp_min(LEAST)
         step.addcmul_(length, direction)
         residual.addcmul_(length, pull, value=-1)
         better, before = response * residual, power
         power = _dot(residual, better)
         direction = torch.addcmul(better, power / before.clamp_min(LEAST), direction)
-    return _transformed(step, back)
+    return fields.along_axes(step, *back)
 
 
 def _times(matrix: Tensor, field: Tensor) -> Tensor:
@@ -79,8 +84,3 @@ def _cosines(n: int, *, like: Tensor) -> Tensor:
     rows = torch.cos(math.pi / n * at[:, None] * (at + 0.5)) * math.sqrt(2 / n)
     rows[0] /= math.sqrt(2)
     return rows.to(like.dtype)
-
-
-def _transformed(field: Tensor, transforms: list[Tensor]) -> Tensor:
-    z, y, x = transforms
-    return (z @ (y @ (field @ x.T)).flatten(3)).view(field.shape)

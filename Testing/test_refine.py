@@ -6,7 +6,7 @@ from test_newton import deformed, inner, textured
 
 from DivRegNetLib import fields, newton
 from DivRegNetLib.errors import Cancelled
-from DivRegNetLib.refine import LEAST_GAIN, ROUGHNESS, refine
+from DivRegNetLib.refine import LEAST_GAIN, PARZEN, SMOOTHNESS, refine
 
 SHAPE = (32, 32, 32)
 
@@ -14,8 +14,9 @@ SHAPE = (32, 32, 32)
 def judged(fixed, moving, displacement) -> float:
     """What refinement maximises."""
     coarse = fields.resize(displacement, tuple(n // 2 for n in fixed.shape[2:]))
-    _, similarity = newton.Images(fixed, moving, 2).equations(coarse)
-    return similarity.item() - ROUGHNESS * fields.diffusion(coarse).item()
+    _, similarity = newton.Images(fixed, moving, 2, parzen=PARZEN).equations(coarse)
+    squared = sum(gradient.square().sum() / gradient[0, 0].numel() for gradient in fields.gradients(coarse))
+    return similarity.item() - SMOOTHNESS.elastic / 2 * squared.item()
 
 
 def test_it_comes_closer_to_the_truth_than_the_forward_pass():

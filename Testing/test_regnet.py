@@ -241,9 +241,20 @@ def test_a_configuration_survives_its_dictionary():
     assert isinstance(config.as_dict()["channels"], list)
 
 
-@pytest.mark.parametrize(("stride", "multiple"), [(1, 8), (2, 16)])
-def test_sides_are_padded_to_what_the_levels_need(stride, multiple):
+@pytest.mark.parametrize(("stride", "multiple"), [(1, 4), (2, 8)])
+def test_sides_are_padded_to_what_newton_steps_need(stride, multiple):
     assert RegNetConfig(stride=stride).multiple == multiple
+
+
+@pytest.mark.parametrize("steps", [0, 4])
+def test_sides_that_the_levels_cannot_halve_are_padded_inside_with_what_the_border_shows(steps):
+    net, images = network(0.1, newton=steps), pair((24, 40, 24))
+    padded = [torch.nn.functional.pad(x, (0, 8) * 3, mode="replicate") for x in images]
+    with torch.no_grad():
+        here, there = net.predict(*images), net.predict(*padded)
+    assert here.shape == (1, 3, 12, 20, 12)
+    if not steps:  # Newton steps would count the padding
+        torch.testing.assert_close(here, there[:, :, :12, :20, :12])
 
 
 @pytest.mark.parametrize(
