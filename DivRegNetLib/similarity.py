@@ -103,14 +103,15 @@ class KLDivNet(nn.Module):
         """
         if fixed.shape != moving.shape:
             raise ValueError(f"fixed {tuple(fixed.shape)} and moving {tuple(moving.shape)} differ in shape")
-        allowed = None if mask is None else patches(mask, self.config.patch).all(-1)[0].nonzero()[:, 0]
-        f, m = (patches(standardise(x, mask), self.config.patch) for x in (fixed, moving))
-        count = f.shape[1] if allowed is None else len(allowed)
+        side = self.config.patch
+        allowed = None if mask is None else patches(mask, side).all(-1)[0].nonzero()[:, 0]
+        count = math.prod(n // side for n in fixed.shape[2:]) if allowed is None else len(allowed)
         if count < 4:
-            raise ValueError(f"{count} patches of {self.config.patch} voxels lie inside the mask, at least 4 needed")
-        chosen = torch.randperm(count, generator=generator)[: samples - samples % 2].to(f.device)
+            raise ValueError(f"{count} patches of {side} voxels lie inside the mask, at least 4 needed")
+        chosen = torch.randperm(count, generator=generator)[: samples - samples % 2].to(fixed.device)
         chosen = chosen if allowed is None else allowed[chosen]
-        return self.estimate(f[:, chosen], m[:, chosen], shuffle=shuffle, generator=generator)
+        f, m = (standardise(x, patches(x, side, chosen), mask) for x in (fixed, moving))
+        return self.estimate(f, m, shuffle=shuffle, generator=generator)
 
     def estimate(
         self, f: Tensor, m: Tensor, *, shuffle: str = "patches", generator: torch.Generator | None = None
@@ -151,20 +152,27 @@ class KLDivNet(nn.Module):
         return self.joined(torch.cat(parts, -1))[..., 0]
 
 
-def patches(image: Tensor, patch: int) -> Tensor:
-    """(N, 1, D, H, W) -> (N, number of patches, patch^3), the remainder at the far end left out."""
-    d, h, w = (n // patch for n in image.shape[2:])
-    x = image[:, 0, : d * patch, : h * patch, : w * patch].unflatten(3, (w, patch)).unflatten(2, (h, patch))
-    return x.unflatten(1, (d, patch)).permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)
+def patches(image: Tensor, patch: int, chosen: Tensor | None = None) -> Tensor:
+    """(N, 1, D, H, W) -> (N, number of patches, patch^3), the remainder at the far end left out.
+
+    Args:
+        chosen: (K,) numbers of patches; None: all.
+    """
+    every = image[:, 0].unfold(1, patch, patch).unfold(2, patch, patch).unfold(3, patch, patch)
+    if chosen is None:
+        return every.flatten(4).flatten(1, 3)
+    z, y, x = torch.unravel_index(chosen, every.shape[1:4])
+    return every[:, z, y, x].flatten(2)
 
 
-def standardise(image: Tensor, mask: Tensor | None) -> Tensor:
-    """Zero mean, unit variance per image (inside the mask): D hardly learns from inputs in [0, 1]."""
+def standardise(image: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """Values (N, K, P) of an image in units in which it has zero mean and unit variance (inside the mask): D hardly learns
+    from inputs in [0, 1]."""
     with torch.no_grad():
         inside = image.flatten(1) if mask is None else image[mask.expand_as(image)].view(len(image), -1)
-        var, mean = torch.var_mean(inside, dim=1, correction=0)
-        shape = (-1, 1, 1, 1, 1)
-    return (image - mean.view(shape)) * torch.rsqrt(var + 1e-8).view(shape)
+        mean = inside.mean(1)
+        var = (inside - mean[:, None]).square().mean(1)  # ten times as fast as torch.var_mean on a CPU
+    return (values - mean.view(-1, 1, 1)) * torch.rsqrt(var + 1e-8).view(-1, 1, 1)
 
 
 def parzen_mi(
