@@ -21,7 +21,7 @@ from DivRegNetLib.models import FINEST_MM, Card
 
 # Bytes of the process, whatever the images.
 LIBRARIES = 343e6  # torch (CPU), ITK, numpy and a model
-EXTRA = 150e6  # code loaded on the way, slabs, patches, pictures, and what the allocator keeps
+EXTRA = 170e6  # code loaded on the way, slabs, patches, pictures, and what the allocator keeps
 # Bytes per voxel of the working grid.
 FIELDS = 180  # images, fields, histograms and their copies while the network runs
 PER_CHANNEL = 12  # features of the two finest levels, joined, before and after a convolution

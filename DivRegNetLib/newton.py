@@ -76,8 +76,8 @@ def approach(fixed: Tensor, moving: Tensor, steps: int, stride: int, valid: Vali
     BrainWeb phantoms, MS07, IXI012, label maps, and crops of the hippocampus, the abdomen and limbs (training/README.md).
 
     Args:
-        fixed, moving: (N, 1, D, H, W) in [0, 1], sides multiples of ``4 * stride``, or some levels are left out; as are
-            those at which too little would be seen.
+        fixed, moving: (N, 1, D, H, W) in [0, 1], sides multiples of ``4 * stride``, or some levels are left out, and their
+            steps with them; as are those at which too little would be seen.
         steps: at least 1.
         stride: voxels of the images per voxel of the output grid.
         valid: where the images count; None: everywhere.
@@ -107,8 +107,12 @@ def _schedule(steps: int, stride: int, shape: tuple[int, ...], seen: int) -> lis
     last = steps - sum(coarse.values())
     along = [i / (last - 1) if last > 1 else 1.0 for i in range(last)]
     fine = [Smoothness(*(a + (b - a) * t for a, b in zip(FIRST, LAST, strict=True))) for t in along]
-    fit = [pool for pool in coarse if seen >= FEWEST * (pool * stride) ** 3 and not any(n % (pool * stride) for n in shape)]
-    return [*((pool, [FIRST] * coarse[pool]) for pool in fit if coarse[pool]), (1, fine)]
+    levels = [
+        (pool, [FIRST] * count)
+        for pool, count in coarse.items()
+        if count and seen >= FEWEST * (pool * stride) ** 3 and not any(n % (pool * stride) for n in shape)
+    ]
+    return [*levels, (1, fine)]
 
 
 class Images:
@@ -206,8 +210,8 @@ def solve(normal: Tensor, smoothness: Smoothness, stride: int, whole: Tensor | N
         stride: voxels of the images per voxel of this grid.
         whole: (N, 3, D, H, W) the displacement before the step; None: the identity.
     Returns:
-        (N, 3, D, H, W) in voxels of this grid, no longer than LONGEST nor steeper than STEEPEST; and (N, 1, D, H, W) the information it is gathered from,
-        the mean over the axes.
+        (N, 3, D, H, W) in voxels of this grid, no longer than LONGEST nor steeper than STEEPEST; and (N, 1, D, H, W) the
+        information it is gathered from, the mean over the axes.
     """
     unit = _usual(normal)
     normal = fields.smooth(normal, smoothness.window / stride)
@@ -220,7 +224,8 @@ def solve(normal: Tensor, smoothness: Smoothness, stride: int, whole: Tensor | N
 def _steepness(field: Tensor) -> Tensor:
     """Largest gradient anywhere, along one axis and summed over the components, (N, 1, 1, 1, 1): of ``x -> x + u(x)`` with
     less than 1 no two points meet."""
-    return torch.stack([g.abs_().sum(1).flatten(1).amax(1) for g in fields.gradients(field)]).amax(0)[:, None, None, None, None]
+    along = [slope.abs_().sum(1).flatten(1).amax(1) for slope in fields.gradients(field)]
+    return torch.stack(along).amax(0).view(-1, 1, 1, 1, 1)
 
 
 def _usual(normal: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ def refine(
     valid: newton.Valid | None = None,
     progress: Callable[[float], None] = lambda fraction: None,
 ) -> Tensor:
-    """A displacement at least as good as the one given, by S less the elastic energy of the displacement, which the steps maximise.
+    """A displacement at least as good as the one given, by S less its elastic energy, which the steps maximise.
 
     S is the mean pointwise mutual information in histograms of overlapping neighbourhoods, fitted anew at every step. Steps
     come in rounds that look at all voxels, each step at others (see :class:`DivRegNetLib.newton.Images`); before and after a

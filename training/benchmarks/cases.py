@@ -281,9 +281,7 @@ def limb(data: Path, patient: str, seed: int) -> Material:
     otsu.Execute(images[0])  # its threshold parts fat from everything else; muscle has a third of it or more, air less
     body = sitk.BinaryMorphologicalClosing(images[0] > otsu.GetThreshold() / 4, [3, 3, 1])
     windowed = sitk.Clamp(images[1], sitk.sitkFloat32, *BODY_WINDOW)
-    return deformed(
-        Material(images[0], windowed, *labels, inside=sitk.BinaryFillhole(body)), seed, one_frame=False
-    )
+    return deformed(Material(images[0], windowed, *labels, inside=sitk.BinaryFillhole(body)), seed, one_frame=False)
 
 
 def hippocampus(data: Path, pair: int) -> Material:
