@@ -47,6 +47,13 @@ def assert_within(actual: torch.Tensor, expected: torch.Tensor, tolerance: float
     assert (actual - expected).abs().max().item() <= tolerance
 
 
+@given(by=st.tuples(*[st.floats(-3, 3)] * 3))
+def test_a_shifted_image_is_the_image_sampled_aside(by):
+    image = torch.randn(1, 2, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    points = voxels() + torch.tensor(by, dtype=torch.float64).view(1, 3, 1, 1, 1)
+    torch.testing.assert_close(fields.shifted(image, *by), fields.sample(image, points))
+
+
 @pytest.mark.parametrize("axis", [0, 1, 2])
 @pytest.mark.parametrize("mode", ["bilinear", "nearest"])
 def test_a_shift_by_whole_voxels_along_one_axis_is_array_slicing(axis, mode):

@@ -261,6 +261,25 @@ def test_a_step_is_cut_at_its_longest_in_its_own_direction():
     torch.testing.assert_close(step, expected.view(1, 3, 1, 1, 1).expand_as(step), atol=1e-6, rtol=1e-6)
 
 
+def test_a_step_is_nowhere_so_steep_that_it_folds():
+    """Neighbours that are pulled apart, and little smoothness."""
+    normal = constant({XX: 1.0, YY: 1.0, ZZ: 1.0}, (12, 12, 12))
+    normal[:, X, :, :, :6], normal[:, X, :, :, 6:] = 2.0, -2.0
+    step = newton.solve(normal, newton.Smoothness(0.0, 0.1, 0.0), 2)[0]
+    steepest = max(slope.abs().sum(1).max().item() for slope in fields.gradients(step))
+    assert steepest == pytest.approx(newton.STEEPEST)
+    assert (fields.jacobian_determinant(step) > 0).all()
+
+
+@pytest.mark.parametrize(("seen", "levels"), [(10**6, [4, 2, 1]), (50_000, [2, 1]), (1000, [1])])
+def test_averaged_images_are_looked_at_only_where_enough_of_them_was_seen(seen, levels):
+    schedule = newton._schedule(32, 2, (96, 96, 96), seen)
+    assert [pool for pool, _ in schedule] == levels
+    assert {pool: len(steps) for pool, steps in schedule} == {n: {4: 8, 2: 14, 1: 10}[n] for n in levels}
+    assert schedule[-1][1][0] == newton.FIRST
+    assert tuple(schedule[-1][1][-1]) == pytest.approx(newton.LAST)
+
+
 def test_what_is_known_reaches_further_the_smoother_a_step_is():
     """Information and a pull in the middle alone."""
     normal = constant({}, (25, 25, 25))

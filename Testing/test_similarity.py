@@ -6,7 +6,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 
-from DivRegNetLib.similarity import SHUFFLES, KLDivNet, KLDivNetConfig, donsker_varadhan, lncc, parzen_mi
+from DivRegNetLib.similarity import SHUFFLES, KLDivNet, KLDivNetConfig, donsker_varadhan, lncc, parzen_mi, patches
 
 SIDES = (24, 32, 28)
 
@@ -107,6 +107,14 @@ def test_s_is_the_same_for_the_same_generator_and_a_mean_over_the_batch():
     assert one == net(f1, m1, generator=torch.Generator().manual_seed(3)).item()
 
 
+def test_chosen_patches_are_those_of_all():
+    image = torch.arange(2 * 5 * 8 * 7.0).view(2, 1, 5, 8, 7)  # a voxel remains at the far end of two axes
+    every, chosen = patches(image, 2), torch.tensor([17, 0, 23, 5])
+    assert every.shape == (2, 2 * 4 * 3, 8)
+    assert torch.equal(every[0, 4], image[0, 0, :2, 2:4, 2:4].flatten())
+    assert torch.equal(patches(image, 2, chosen), every[:, chosen])
+
+
 def test_only_patches_wholly_inside_the_mask_count():
     fixed, moving = (x.clone().requires_grad_() for x in gaussian_pair(0.8, shape=(8, 10, 12)))
     mask = torch.zeros(1, 1, 8, 10, 12, dtype=torch.bool)
@@ -166,9 +174,9 @@ def test_one_conditional_kldivnet_serves_contrasts_that_a_plain_one_cannot():
 def test_shuffling_voxels_runs_past_the_mi_of_textured_images_and_shuffling_patches_does_not():
     config = KLDivNetConfig(patch=2)
     pair, unseen = blocky_pair(0.8, seed=0), blocky_pair(0.8, seed=1)
-    patches = judged(fitted(pair, config, steps=100), unseen)
+    by_patches = judged(fitted(pair, config, steps=100), unseen)
     voxels = judged(fitted(pair, config, steps=100, shuffle="voxels"), unseen, "voxels")
-    assert 0.8 * gaussian_mi(0.8) < patches < gaussian_mi(0.8) + 0.05
+    assert 0.8 * gaussian_mi(0.8) < by_patches < gaussian_mi(0.8) + 0.05
     assert voxels > gaussian_mi(0.8) + 0.5
 
 
