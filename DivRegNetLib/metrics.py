@@ -174,7 +174,7 @@ def quality(
 
     Args:
         fixed, unaligned, aligned: (1, 1, D, H, W) normalised: fixed image, moving image as it came, and after the
-            initial alignment.
+            initial alignment (the same where there was none).
         displacement, inverse: (1, 3, D, H, W) in voxels; forward after the initial alignment, and its inverse.
         spacing: mm of the isotropic working grid.
         kldivnet: for S; without one S is None.
@@ -188,15 +188,23 @@ def quality(
 
     from DivRegNetLib import fields
 
-    stages = {"before": unaligned, "aligned": aligned, "after": fields.warp(aligned, displacement)}
-    reference, *values = ((x if mask is None else x[mask]).cpu().numpy() for x in (fixed, *stages.values()))
-    found: dict = {"nmi": {name: nmi(reference, x) for name, x in zip(stages, values, strict=True)}}
-    found["similarity"] = None
+    def likeness(moving: "Tensor") -> dict[str, float | None]:
+        seen = [(x if mask is None else x[mask]).cpu().numpy() for x in (fixed, moving)]
+        told = {"nmi": nmi(*seen), "similarity": None}
+        if kldivnet is not None:
+            generator = torch.Generator().manual_seed(0)
+            told["similarity"] = kldivnet(fixed, moving, mask=mask, samples=PATCHES, generator=generator).item()
+        return told
+
+    before = likeness(unaligned)
+    stages = {
+        "before": before,
+        "aligned": before if aligned is unaligned else likeness(aligned),
+        "after": likeness(fields.warp(aligned, displacement)),
+    }
+    found: dict = {"nmi": {stage: told["nmi"] for stage, told in stages.items()}, "similarity": None}
     if kldivnet is not None:
-        found["similarity"] = {
-            name: kldivnet(fixed, x, mask=mask, samples=PATCHES, generator=torch.Generator().manual_seed(0)).item()
-            for name, x in stages.items()
-        }
+        found["similarity"] = {stage: told["similarity"] for stage, told in stages.items()}
     found |= jacobian_statistics(displacement)
     length = fields.length(displacement) * spacing
     found["largest_displacement_mm"] = length.max().item()

@@ -158,9 +158,14 @@ def _sampler(field: Tensor, to_working: np.ndarray, grid: Grid) -> Callable[[sli
 
 def _points(to_working: np.ndarray, grid: Grid, slab: slice) -> Tensor:
     """Where the voxels of some slices of a grid are, (1, 3, d, h, w) in voxels of the working grid."""
-    k, j, i = np.ogrid[tuple(slice(n) for n in grid.shape)]
-    at = np.stack([row[0] * i + row[1] * j + row[2] * k[slab] + row[3] for row in to_working[:3]])
-    return torch.from_numpy(at[None]).to(torch.float32)
+    return torch.stack(_mapped(to_working, grid, slab))[None].to(torch.float32)
+
+
+def _mapped(matrix: np.ndarray, grid: Grid, slab: slice) -> list[Tensor]:
+    """x, y and z, each (d, h, w) in double precision, that a (4, 4) map gives the voxels of some slices of a grid."""
+    k, j, i = (torch.arange(n, dtype=torch.float64) for n in grid.shape)
+    j, k = j[:, None], k[slab, None, None]
+    return [a * i + b * j + c * k + d for a, b, c, d in matrix[:3].tolist()]
 
 
 def _displacement_transform(
@@ -180,11 +185,10 @@ def _displacement_transform(
     slices = max(CHUNK_VOXELS // (height * width), 1)
     for first in range(0, grid.shape[0], slices):
         last = min(first + slices, grid.shape[0])
-        k, j, i = np.ogrid[first:last, :height, :width]
-        found = torch.tensordot(in_mm, sampled(slice(first, last))[0], 1).numpy()
-        slab = np.empty((last - first, height, width, 3))
-        for axis, row in enumerate(shift[:3]):
-            slab[..., axis] = row[0] * i + row[1] * j + row[2] * k + row[3]
-            slab[..., axis] += found[axis]
-        field[:, :, first:last] = sitk.GetImageFromArray(slab, isVector=True)  # in place: the field is there once
+        slab = slice(first, last)
+        bent = torch.tensordot(in_mm, sampled(slab)[0], 1)
+        found = torch.empty(last - first, height, width, 3, dtype=torch.float64)
+        for out, straight, more in zip(found.unbind(-1), _mapped(shift, grid, slab), bent, strict=True):
+            torch.add(straight, more, out=out)
+        field[:, :, slab] = sitk.GetImageFromArray(found.numpy(), isVector=True)  # in place: the field is there once
     return sitk.DisplacementFieldTransform(grid.stamp(field))

@@ -255,7 +255,9 @@ class _Registration:
         ((self.f, seen),) = self.on_working_grid(self.fixed, here)
         self.f_mask = self.mask_on_working_grid(self.fixed_mask, here)
         self.report(0.5)
-        (self.m, also_seen), (self.unaligned, _) = self.on_working_grid(self.moving, self.initial, here)
+        maps = [self.initial] if np.array_equal(self.initial, here) else [self.initial, here]
+        (self.m, also_seen), *others = self.on_working_grid(self.moving, *maps)
+        self.unaligned = others[0][0] if others else self.m
         self.m_mask = self.mask_on_working_grid(self.moving_mask, self.initial)
         self.valid = seen, also_seen
         self.check_seen("fixed", self.f, self.f_mask)
