@@ -146,7 +146,7 @@ def head(grid_about, paint, other_contrast, phantom):
 def found(head):
     """Landscapes of a pair alike and one unlike."""
     return {
-        m: landscape.landscapes(head["T2"], head[m], head["labels"], replace(TINY, refit=2 if m == "T1" else 0))
+        m: landscape.landscapes(head["T2"], head[m], head["labels"], replace(TINY, refit=16 if m == "T1" else 0))
         for m in ("T2", "T1")
     }
 
