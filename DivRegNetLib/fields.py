@@ -156,9 +156,11 @@ def gaussian(n: int, sigma: float, *, like: Tensor) -> Tensor:
     """(n, n): each row a Gaussian about its own place, what would fall over the border added to it."""
     reach = max(round(2.5 * sigma), 1)
     offsets = torch.arange(-reach, reach + 1, device=like.device)
-    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2).to(like.dtype)
+    kernel = torch.exp(-0.5 * (offsets.double() / sigma) ** 2)
     falls = (torch.arange(n, device=like.device)[:, None] + offsets).clamp_(0, n - 1)
-    return like.new_zeros(n, n).scatter_add_(1, falls, (kernel / kernel.sum()).expand(n, -1))
+    # In double precision, so that the order in which a GPU adds up what falls over the border does not show.
+    matrix = kernel.new_zeros(n, n).scatter_add_(1, falls, (kernel / kernel.sum()).expand(n, -1))
+    return matrix.to(like.dtype)
 
 
 def gradients(field: Tensor) -> list[Tensor]:
