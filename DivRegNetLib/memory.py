@@ -86,7 +86,7 @@ def estimate(
         refine: refinement steps, which cost the same whether few or many.
         fields: grids of the displacement field and its inverse; None: those of the volumes.
     """
-    grid = _working_grid(card, fixed, max(spacing or card.working_spacing(fixed, moving), FINEST_MM))
+    grid = working_grid(card, fixed, max(spacing or card.working_spacing(fixed, moving), FINEST_MM))
     channels = card.regnet.get("channels") or (16, 32)
     network = FIELDS + PER_CHANNEL * sum(channels[:2]) / _stride(card) ** 3 + (REFINEMENT if refine else 0)
     in_fields = [g.voxels for g in fields or (fixed, moving)]
@@ -112,12 +112,18 @@ def plan(card: Card, fixed: Grid, moving: Grid, spacing: float, refine: int, fit
         for grids in ((fixed, moving), (fixed.thinned(mm), moving.thinned(mm))):
             found = estimate(card, fixed, moving, spacing=mm, refine=refine, fields=grids)
             if fits(found):
-                return Plan(_working_grid(card, fixed, mm), *grids)
+                return Plan(working_grid(card, fixed, mm), *grids)
     sizes = " and ".join(" x ".join(map(str, grid.size)) for grid in (fixed, moving))
     raise DeviceError(
         f"there is not the memory for volumes of {sizes} voxels: even at {mm:.3g} mm their registration takes "
         f"{text(found.cpu)} more; crop or shrink them, or use a computer with more memory"
     )
+
+
+def working_grid(card: Card, fixed: Grid, spacing: float) -> Grid:
+    """The network's grid at a resolution (mm). Its sides are multiples of what RegNet pads to (``RegNetConfig.multiple``, which
+    needs torch)."""
+    return fixed.working_grid(spacing, multiple=_stride(card) * 4)
 
 
 def room(limit: float | None, *images: sitk.Image) -> float:
@@ -199,7 +205,3 @@ def _left_in_group(group: Path) -> float | None:
 
 def _stride(card: Card) -> int:
     return card.regnet.get("stride", 2)
-
-
-def _working_grid(card: Card, fixed: Grid, spacing: float) -> Grid:
-    return fixed.working_grid(spacing, multiple=_stride(card) * 4)

@@ -3,6 +3,7 @@
 Distances are in mm. numpy and SimpleITK alone, but for what needs a network.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -188,23 +189,24 @@ def quality(
 
     from DivRegNetLib import fields
 
-    def likeness(moving: "Tensor") -> dict[str, float | None]:
-        seen = [(x if mask is None else x[mask]).cpu().numpy() for x in (fixed, moving)]
-        told = {"nmi": nmi(*seen), "similarity": None}
-        if kldivnet is not None:
-            generator = torch.Generator().manual_seed(0)
-            told["similarity"] = kldivnet(fixed, moving, mask=mask, samples=PATCHES, generator=generator).item()
-        return told
+    def seen(image: "Tensor") -> np.ndarray:
+        return (image if mask is None else image[mask]).cpu().numpy()
 
-    before = likeness(unaligned)
-    stages = {
-        "before": before,
-        "aligned": before if aligned is unaligned else likeness(aligned),
-        "after": likeness(fields.warp(aligned, displacement)),
-    }
-    found: dict = {"nmi": {stage: told["nmi"] for stage, told in stages.items()}, "similarity": None}
-    if kldivnet is not None:
-        found["similarity"] = {stage: told["similarity"] for stage, told in stages.items()}
+    def similarity(moving: "Tensor") -> float:
+        generator = torch.Generator().manual_seed(0)
+        return kldivnet(fixed, moving, mask=mask, samples=PATCHES, generator=generator).item()
+
+    def stages(measure: Callable[["Tensor"], float]) -> dict[str, float]:
+        before = measure(unaligned)
+        return {
+            "before": before,
+            "aligned": before if aligned is unaligned else measure(aligned),
+            "after": measure(warped),
+        }
+
+    reference, warped = seen(fixed), fields.warp(aligned, displacement)
+    found: dict = {"nmi": stages(lambda moving: nmi(reference, seen(moving)))}
+    found["similarity"] = None if kldivnet is None else stages(similarity)
     found |= jacobian_statistics(displacement)
     length = fields.length(displacement) * spacing
     found["largest_displacement_mm"] = length.max().item()

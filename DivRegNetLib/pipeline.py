@@ -213,7 +213,7 @@ class _Registration:
     def compromises(self) -> list[str]:
         """What was done otherwise than asked for, and why."""
         found, fixed = [], Grid.of(self.fixed)
-        fine = fixed.working_grid(self.asked, multiple=self.model.regnet.config.multiple).spacing[0]
+        fine = memory.working_grid(self.model.card, fixed, self.asked).spacing[0]
         coarse = self.grid.spacing[0]
         if coarse > self.asked * 1.001:
             reason = "the fixed image is so large" if coarse < fine * 1.001 else "there is so little memory"

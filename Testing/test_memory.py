@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from DivRegNetLib.cli import main
 from DivRegNetLib.errors import DeviceError, InputError
 from DivRegNetLib.geometry import Grid
 from DivRegNetLib.pipeline import register
-from DivRegNetLib.regnet import RegNet
+from DivRegNetLib.regnet import RegNet, RegNetConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {"model": "tiny", "device": "cpu", "align": "none"}
@@ -60,6 +61,14 @@ def test_the_estimate_grows_as_the_voxels_do(card):
     assert (fine.device - memory.EXTRA) / (one.device - memory.EXTRA) == pytest.approx(ratio, rel=1e-3)
     assert fine.host == one.host
     assert memory.estimate(card, fixed, moving, refine=10).device >= memory.estimate(card, fixed, moving).device
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_working_grid_has_the_sides_that_regnet_pads_to(card, stride):
+    card = replace(card, regnet=card.regnet | {"stride": stride})
+    fixed = Grid.build((95, 131, 77), (1.5, 1.1, 2.0))
+    multiple = RegNetConfig(**card.regnet).multiple
+    assert memory.working_grid(card, fixed, 2.0).size == fixed.working_grid(2.0, multiple=multiple).size
 
 
 def test_sizes_are_told_in_mb_and_gb():
