@@ -9,14 +9,33 @@ Conventions, everywhere in this file:
   (``align_corners=False``), so halving the resolution doubles the spacing exactly and keeps the extent.
 """
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+MATRICES = 128  # small ones that are kept
 PARTS = 16  # of the points of one image, at which several threads sample it
 COARSEST = 16  # voxels of the shortest side, from which on an inversion starts at half the resolution
+
+
+def kept(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Keeps what a function of numbers and ``like`` (whose dtype and device it gives its result) has last returned: on small
+    images the making of small matrices takes longer than their use. Nobody may write to them."""
+
+    @functools.lru_cache(MATRICES)
+    def made(numbers: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
+        with torch.inference_mode(False):
+            return make(*numbers, like=torch.empty(0, dtype=dtype, device=device))
+
+    @functools.wraps(make)
+    def found(*numbers: float, like: Tensor) -> Tensor:
+        return made(numbers, like.dtype, like.device)
+
+    return found
 
 
 def identity(shape: tuple[int, int, int], *, like: Tensor) -> Tensor:
@@ -40,30 +59,40 @@ def sample(image: Tensor, points: Tensor, *, mode: str = "bilinear", padding: st
     if len(grid) > 1 or grid.is_cuda or image.requires_grad:
         return F.grid_sample(image, grid, **how)
     # On a CPU threads share the images of a batch, not the voxels of one: parts of the grid are made a batch.
-    parts = math.gcd(points[0, 0].numel(), PARTS)
-    found = F.grid_sample(image.expand(parts, -1, -1, -1, -1), grid.reshape(parts, 1, 1, -1, 3), **how)
-    return found.transpose(0, 1).reshape(1, -1, *points.shape[2:])
+    count = points[0, 0].numel()
+    parts = grid.new_empty(PARTS * math.ceil(count / PARTS), 3)
+    parts[:count].view(grid.shape).copy_(grid)
+    parts[count:] = 0
+    found = F.grid_sample(image.expand(PARTS, -1, -1, -1, -1), parts.view(PARTS, 1, 1, -1, 3), **how)
+    return found.transpose(0, 1).flatten(1)[:, :count].unflatten(1, points.shape[2:])[None]
 
 
 def sample_along(image: Tensor, dim: int, at: Tensor) -> Tensor:
     """Values of a tensor at positions (n,), in voxels, along one dimension; beyond, the border's."""
-    last = image.shape[dim] - 1
+    last, dims = image.shape[dim] - 1, image.dim()
+    shape = [-1 if d == dim else 1 for d in range(dims)]
     at = at.clamp(0, last)
     low = at.floor().long()
-    shape = [-1 if d == dim else 1 for d in range(image.dim())]
-    near, far = (image.index_select(dim, index) for index in (low, (low + 1).clamp_max(last)))
-    return near.lerp_(far, (at - low).view(shape).to(image.dtype))
+
+    def taken(index: Tensor) -> Tensor:
+        if dim < dims - 1:
+            return image.index_select(dim, index)
+        return image.gather(dim, index.expand(*image.shape[:-1], -1))  # on a CPU five times as fast there
+
+    return taken(low).lerp_(taken((low + 1).clamp_max(last)), (at - low).view(shape).to(image.dtype))
 
 
 def shifted(image: Tensor, *by: float) -> Tensor:
     """Values of an image (N, C, D, H, W) so many voxels further along x, y and z; beyond, the border's."""
-
-    def matrix(n: int, distance: float) -> Tensor:
-        at = torch.arange(n, device=image.device, dtype=image.dtype) + distance
-        return sample_along(torch.eye(n, device=image.device, dtype=image.dtype), 0, at)
-
     sizes = zip(image.shape[:1:-1], by, strict=True)
-    return along_axes(image, *(matrix(n, distance) if distance else None for n, distance in sizes))
+    return along_axes(image, *(_shift(n, distance, like=image) if distance else None for n, distance in sizes))
+
+
+@kept
+def _shift(n: int, distance: float, *, like: Tensor) -> Tensor:
+    """(n, n): each row takes the values of a line to the one so many voxels further."""
+    at = torch.arange(n, device=like.device, dtype=like.dtype) + distance
+    return sample_along(torch.eye(n, device=like.device, dtype=like.dtype), 0, at)
 
 
 def warp(image: Tensor, displacement: Tensor, *, mode: str = "bilinear", padding: str = "border") -> Tensor:
@@ -152,6 +181,7 @@ def along_axes(field: Tensor, x: Tensor | None, y: Tensor | None, z: Tensor | No
     return field
 
 
+@kept
 def gaussian(n: int, sigma: float, *, like: Tensor) -> Tensor:
     """(n, n): each row a Gaussian about its own place, what would fall over the border added to it."""
     reach = max(round(2.5 * sigma), 1)

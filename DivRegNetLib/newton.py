@@ -36,14 +36,10 @@ LEAST = 1e-9  # a share of voxels that is next to none
 SEEN = 0.99  # share of a voxel that has been measured
 LITTLE = 0.05  # information, per voxel squared, that rounding alone may feign, as a mean
 STILL = 1e-3  # information that nothing moves, at every voxel: where nothing else is known, nothing does
-LEVELS = {4: 0.25, 2: 0.4375}  # voxels that are averaged along each axis for the first steps, and the share of steps
 FEWEST = 200  # voxels that a step on averaged images must have to look at: of a few it may move all out of sight
-# Side of the blocks that histograms are counted in, by how many voxels are averaged along each axis; in voxels that are looked
-# at where that is every second one.
-BLOCKS = {4: 4, 2: 6, 1: 6}
 LONGEST = 2.0  # of a step, in voxels of the output grid
 STEEPEST = 0.7  # gradient of a step (voxels per voxel, summed over its components): below 1 it cannot fold
-ITERATIONS = 6  # of conjugate gradients
+ITERATIONS = 4  # of conjugate gradients
 TOGETHER = 100_000  # cells of histograms that a CPU works on at once, so that they stay in its cache; a GPU takes all
 
 Valid = tuple[Tensor, Tensor]
@@ -64,8 +60,25 @@ class Smoothness(NamedTuple):
     elastic: float
 
 
-FIRST, LAST = Smoothness(2.8, 2.0, 0.6), Smoothness(1.4, 0.4, 0.1)
+FIRST, LAST = Smoothness(2.8, 2.0, 0.6), Smoothness(1.4, 0.4, 0.15)
 TOLD = (FIRST, LAST)  # of the steps that a network is told of
+
+
+class Level(NamedTuple):
+    """How steps are made at one resolution of the images.
+
+    share: of all steps.
+    block: side of the blocks that histograms are counted in, in voxels that are looked at where that is every second one.
+    momentum: share of the step before that is made once more (Polyak's heavy ball): half as many steps get as far.
+    """
+
+    share: float
+    block: int
+    momentum: float
+
+
+LEVELS = {4: Level(0.32, 4, 0.0), 2: Level(0.4, 6, 0.5), 1: Level(0.28, 6, 0.5)}
+"""By how many voxels are averaged along each axis, in the order of the steps."""
 
 
 @torch.no_grad()
@@ -92,8 +105,9 @@ def approach(fixed: Tensor, moving: Tensor, steps: int, stride: int, valid: Vali
             images = Images(fixed, moving, stride, valid, pool=pool)
             if displacement is not None:
                 displacement = fields.resize(displacement, tuple(n // (pool * stride) for n in shape))
+            step = None
             for turn, smoothness in enumerate(smoothnesses):
-                displacement, _ = images.step(displacement, smoothness, turn)
+                displacement, step = images.step(displacement, smoothness, turn, step)
     return displacement
 
 
@@ -103,7 +117,7 @@ def _schedule(steps: int, stride: int, shape: tuple[int, ...], seen: int) -> lis
     Args:
         seen: voxels that have been measured in both images.
     """
-    coarse = {pool: round(share * steps) if steps >= 4 else 0 for pool, share in LEVELS.items()}
+    coarse = {pool: round(level.share * steps) if steps >= 4 else 0 for pool, level in LEVELS.items() if pool > 1}
     last = steps - sum(coarse.values())
     along = [i / (last - 1) if last > 1 else 1.0 for i in range(last)]
     fine = [Smoothness(*(a + (b - a) * t for a, b in zip(FIRST, LAST, strict=True))) for t in along]
@@ -134,10 +148,12 @@ class Images:
             pool: voxels that are averaged along each axis first.
             parzen: standard deviation of the histogram's window, in bins.
         """
-        self.parzen = parzen
-        self.fixed, moving = (F.avg_pool3d(x, pool) if pool > 1 else x for x in (fixed, moving))
-        self.stride, self.gradient, self.valid = stride, torch.cat(gradient(self.fixed), 1), None
-        self.block = BLOCKS[pool] * 2 // stride
+        fixed, moving = (F.avg_pool3d(x, pool) if pool > 1 else x for x in (fixed, moving))
+        self.stride, self.parzen, self.gradient, self.valid = stride, parzen, torch.cat(gradient(fixed), 1), None
+        self.level = LEVELS[pool]
+        block = stride * (self.level.block * 2 // stride)
+        self.blocks = tuple(math.ceil(n / block) for n in fixed.shape[2:])
+        self.rows = _rows(fixed, block, self.blocks)
         turns = list(itertools.product(range(stride), repeat=3))
         self.turns = [turn for opposite in zip(turns, turns[::-1], strict=True) for turn in opposite][: len(turns)]
         channels = [moving, *gradient(moving)]
@@ -147,18 +163,23 @@ class Images:
             channels.append(of_moving)
         self.moving = torch.cat(channels, 1)
 
-    def step(self, displacement: Tensor | None, smoothness: Smoothness, turn: int = 0) -> tuple[Tensor, Tensor]:
+    def step(
+        self, displacement: Tensor | None, smoothness: Smoothness, turn: int = 0, before: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """One step further.
 
         Args:
             displacement: (N, 3, d, h, w) on the output grid, in its voxels; None: the identity.
             turn: which voxels are looked at, see :meth:`equations`.
+            before: the step before, likewise; None: this is the first.
         Returns:
-            The displacement after the step; and the mean pointwise mutual information before it, (N,) in nats.
+            The displacement after the step, and the step.
         """
-        normal, information = self.equations(displacement, turn)
+        normal, _ = self.equations(displacement, turn)
         step, _ = solve(normal, smoothness, self.stride, displacement)
-        return step if displacement is None else fields.compose(displacement, step), information
+        if before is not None:
+            step = _bounded(step.add_(before, alpha=self.level.momentum))
+        return step if displacement is None else fields.compose(displacement, step), step
 
     def equations(self, displacement: Tensor | None, turn: int = 0) -> tuple[Tensor, Tensor]:
         """What each voxel of the output grid contributes: information and force.
@@ -168,22 +189,22 @@ class Images:
             turn: number of the step: of the ``stride ** 3`` voxels of the images in each of the output grid, another one is
                 looked at in each.
         Returns:
-            (N, 9, d, h, w): the information's xx, xy, xz, yy, yz, zz and the force's x, y, z, in voxels of the output grid;
+            (N, 9, d, h, w): the information's xx, yy, zz, xy, xz, yz and the force's x, y, z, in voxels of the output grid;
             for (moving, fixed) the information is the same and the force the opposite. And (N,) the mean pointwise mutual
             information of the voxels that count, in nats.
         """
         offset = self.turns[turn % len(self.turns)]
         every = (..., *(slice(o, None, self.stride) for o in offset))
-        fixed, in_f = self.fixed[every], self.gradient[every]
-        found = self._moved(displacement, offset, fixed.shape[2:])
+        rows, in_f = self.rows[every], self.gradient[every]
+        found = self._moved(displacement, offset, rows.shape[2:])
         moving, in_m = found[:, :1], found[:, 1:4]
         if displacement is not None:  # of the image as it is after the displacement
             in_m = in_m + torch.cat([(slope * in_m).sum(1, keepdim=True) for slope in gradient(displacement)], 1)
         counts = None if self.valid is None else (self.valid[every] > SEEN) & (found[:, 4:] > SEEN)
-        normal, known = fixed.new_empty((len(fixed), 9, *fixed.shape[2:])), []
-        for i in range(len(fixed)):
+        normal, known = moving.new_empty((len(rows), 9, *rows.shape[2:])), []
+        for i in range(len(rows)):
             of_pair = None if counts is None else counts[i, 0]
-            table, cell = _tables(fixed[i, 0], moving[i, 0], self.block, self.parzen, of_pair)
+            table, cell = _tables(rows[i, 0], moving[i, 0], self.blocks, self.parzen, of_pair)
             says = table.index_select(1, cell.flatten()).view(-1, *cell.shape)
             _contribute(in_m[i], in_f[i], says, normal[i])
             known.append(says[4].sum() / (cell.numel() if counts is None else of_pair.sum().clamp_min(1)))
@@ -195,11 +216,9 @@ class Images:
         displacement: (N, 4 or 5, d, h, w)."""
         if displacement is None:
             return self.moving[(..., *(slice(o, None, self.stride) for o in offset))]
-        points = fields.identity(shape, like=displacement) * self.stride
-        points = points + points.new_tensor(offset[::-1]).view(1, 3, 1, 1, 1)
         aside = [(o + 0.5) / self.stride - 0.5 for o in offset[::-1]]  # of the middle of a voxel of the output grid
-        displacement = fields.shifted(displacement, *aside)
-        return fields.sample(self.moving, points + displacement * self.stride)
+        points = fields.identity(shape, like=displacement) + fields.shifted(displacement, *aside)
+        return fields.sample(self.moving, points * self.stride + points.new_tensor(offset[::-1]).view(1, 3, 1, 1, 1))
 
 
 def solve(normal: Tensor, smoothness: Smoothness, stride: int, whole: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -215,10 +234,15 @@ def solve(normal: Tensor, smoothness: Smoothness, stride: int, whole: Tensor | N
     """
     unit = _usual(normal)
     normal = fields.smooth(normal, smoothness.window / stride)
-    normal[:, [0, 3, 5]] += STILL
+    normal[:, :3] += STILL
     step = variational.solve(normal, whole, smoothness.fluid * unit, smoothness.elastic, ITERATIONS)
-    step /= (fields.length(step) / LONGEST).clamp_min(1)
-    return step / (_steepness(step) / STEEPEST).clamp_min(1), _known(normal)
+    return _bounded(step), _known(normal)
+
+
+def _bounded(step: Tensor) -> Tensor:
+    """A step (N, 3, D, H, W) no longer than LONGEST nor steeper than STEEPEST."""
+    step = step / (fields.length(step) / LONGEST).clamp_min(1)
+    return step.div_((_steepness(step) / STEEPEST).clamp_min(1))
 
 
 def _steepness(field: Tensor) -> Tensor:
@@ -235,7 +259,7 @@ def _usual(normal: Tensor) -> Tensor:
 
 def _known(normal: Tensor) -> Tensor:
     """(N, 1, D, H, W): information, the mean over the axes."""
-    return normal[:, [0, 3, 5]].mean(1, keepdim=True)
+    return normal[:, :3].mean(1, keepdim=True)
 
 
 def warped(moving: Tensor, displacement: Tensor | None, valid: Valid | None) -> tuple[Tensor, Tensor | None]:
@@ -295,7 +319,7 @@ def _contribute(m: Tensor, f: Tensor, says: Tensor, out: Tensor) -> None:
     """
     along_m, along_f, info_m, info_f, _ = says
     by_m, by_f = m * info_m, f * info_f
-    for n, (a, b) in enumerate(itertools.combinations_with_replacement(range(3), 2)):
+    for n, (a, b) in enumerate(variational.PARTS):
         torch.mul(m[a], by_m[b], out=out[n]).addcmul_(f[a], by_f[b])
     for a in range(3):
         torch.mul(m[a], along_m, out=out[6 + a]).addcmul_(f[a], along_f, value=-1)
@@ -311,42 +335,60 @@ def gradient(image: Tensor) -> list[Tensor]:
     return found
 
 
-def _tables(fixed: Tensor, moving: Tensor, block: int, parzen: float, counts: Tensor | None) -> tuple[Tensor, Tensor]:
+def _rows(fixed: Tensor, block: int, blocks: tuple[int, ...]) -> Tensor:
+    """(N, 1, D, H, W) whole numbers: the row of its block's joint histogram that a voxel is in, block after block.
+
+    Args:
+        fixed: (N, 1, D, H, W) in [0, 1].
+        block: voxels per side.
+        blocks: along D, H, W.
+    """
+    z, y, x = (torch.arange(n, device=fixed.device, dtype=torch.int32) // block for n in fixed.shape[2:])
+    number = (z[:, None, None] * blocks[1] + y[:, None]) * blocks[2] + x
+    return _bins(fixed).add_(number, alpha=BINS)
+
+
+def _bins(image: Tensor) -> Tensor:
+    """Which bin each value in [0, 1] is in, whole numbers."""
+    return (image * (BINS - 1)).round_().int().clamp_(0, BINS - 1)
+
+
+def _tables(
+    rows: Tensor, moving: Tensor, blocks: tuple[int, ...], parzen: float, counts: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """What a pair of intensities says, block by block.
 
     Args:
-        fixed, moving: (D, H, W) in [0, 1].
-        block: voxels per side.
+        rows: (D, H, W), of the fixed image, see :func:`_rows`.
+        moving: (D, H, W) in [0, 1].
+        blocks: along D, H, W.
         parzen: standard deviation of the histogram's window, in bins.
         counts: (D, H, W) bool, which voxels are counted; None: all.
     Returns:
         (5, cells) dL/dm, dL/df, E[(dL/dm)^2 | f], E[(dL/df)^2 | m] and L of every block and pair of bins, and of one cell
         more, where all are 0; and (D, H, W) whole numbers: the cell that a voxel is in, the last if it is not counted.
     """
-    blocks = [math.ceil(n / block) for n in fixed.shape]
-    z, y, x = (torch.arange(n, device=fixed.device, dtype=torch.int32) // block for n in fixed.shape)
-    cell = (z[:, None, None] * blocks[1] + y[:, None]) * blocks[2] + x
-    for image in (fixed, moving):
-        cell = cell.mul_(BINS).add_((image * (BINS - 1)).round_().int().clamp_(0, BINS - 1))
     cells = math.prod(blocks) * BINS**2
+    cell = _bins(moving).add_(rows, alpha=BINS)
     if counts is not None:
         cell = cell.masked_fill_(~counts, cells)
     # Whole numbers are counted: sums of floats would depend on their order on a GPU.
-    counted = torch.bincount(cell.flatten(), minlength=cells + 1)[:cells].to(fixed.dtype)
-    z, y, x = (fields.gaussian(n, REACH, like=fixed) for n in blocks)
+    counted = torch.bincount(cell.flatten(), minlength=cells + 1)[:cells].to(moving.dtype)
+    z, y, x = (fields.gaussian(n, REACH, like=moving) for n in blocks)
     window = y @ (z @ counted.view(blocks[0], -1)).view(blocks[0], blocks[1], -1)
     window = (x @ window.view(-1, blocks[2], BINS**2)).view(-1, BINS, BINS)
     whole = counted.view(-1, BINS, BINS).sum(0)
     whole = EVERYWHERE * whole / whole.sum().clamp_min(1)
     tables = window.new_empty(5, cells + 1)
     tables[:, cells] = 0
-    smoothing, slope = fields.gaussian(BINS, parzen, like=fixed), _slope(BINS, like=fixed)
-    some = len(window) if fixed.is_cuda else TOGETHER // BINS**2
+    smoothing, slope = fields.gaussian(BINS, parzen, like=moving), _slope(BINS, like=moving)
+    some = len(window) if moving.is_cuda else TOGETHER // BINS**2
     for here, out in zip(window.split(some), tables[:, :cells].view(5, -1, BINS, BINS).split(some, 1), strict=True):
         _pointwise(here, whole, smoothing, slope, out)
     return tables, cell
 
 
+@fields.kept
 def _slope(bins: int, *, like: Tensor) -> Tensor:
     """(bins, bins): takes values at equal steps from 0 to 1 to their slope there, by central differences."""
     return torch.gradient(torch.eye(bins, dtype=like.dtype, device=like.device) * (bins - 1), dim=0)[0]

@@ -51,8 +51,9 @@ def refine(
 
     best = further = fields.resize(displacement, tuple(n // stride for n in shape))
     start = best_score = score(best)
+    step = None
     for i in range(steps):
-        further, _ = images.step(further, SMOOTHNESS, i)
+        further, step = images.step(further, SMOOTHNESS, i, step)
         progress((i + 1) / steps)
         if i + 1 == steps or (i + 1) % len(images.turns) == 0:
             if (reached := score(further)) <= best_score + LEAST_GAIN:

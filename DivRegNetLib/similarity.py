@@ -72,7 +72,9 @@ class KLDivNet(nn.Module):
         c, inputs = config.channels, 1 + 2 * config.frequencies
 
         def two_blocks(n_in: int) -> nn.Sequential:
-            return nn.Sequential(nn.Linear(n_in, c), nn.LeakyReLU(0.2), nn.Linear(c, c), nn.LeakyReLU(0.2))
+            return nn.Sequential(
+                nn.Linear(n_in, c), nn.LeakyReLU(0.2, inplace=True), nn.Linear(c, c), nn.LeakyReLU(0.2, inplace=True)
+            )
 
         self.fixed_branch, self.moving_branch = two_blocks(inputs), two_blocks(inputs)
         self.joined = nn.Sequential(two_blocks(2 * c + config.context), nn.Linear(c, 1))

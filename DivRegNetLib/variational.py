@@ -18,6 +18,7 @@ from torch import Tensor
 
 from DivRegNetLib import fields
 
+PARTS = ((0, 0), (1, 1), (2, 2), (0, 1), (0, 2), (1, 2))  # of a symmetric matrix, in the order in which they are kept
 LEAST = 1e-30
 KEPT = 0.6  # share of the frequencies along each axis, the lowest, that a step is made of
 
@@ -30,7 +31,7 @@ def solve(normal: Tensor, whole: Tensor | None, fluid: Tensor, elastic: float, i
     its mean, another.
 
     Args:
-        normal: (N, 9, D, H, W): A's xx, xy, xz, yy, yz, zz and b's x, y, z.
+        normal: (N, 9, D, H, W): A's xx, yy, zz, xy, xz, yz (PARTS) and b's x, y, z.
         whole: u, (N, 3, D, H, W); None: 0.
         fluid: (N, 1, 1, 1, 1), in units of A, as is ``elastic``.
         iterations: of conjugate gradients.
@@ -38,12 +39,11 @@ def solve(normal: Tensor, whole: Tensor | None, fluid: Tensor, elastic: float, i
         (N, 3, D, H, W).
     """
     matrix, force = normal[:, :6], normal[:, 6:]
-    transforms = [_cosines(n, like=normal)[: math.ceil(KEPT * n)] for n in normal.shape[:1:-1]]
+    transforms = [_cosines(n, like=normal) for n in normal.shape[:1:-1]]
     back = [t.T for t in transforms]
-    angles = (torch.arange(len(t), device=normal.device).double() * (math.pi / t.shape[1]) for t in transforms)
-    x, y, z = (2 - 2 * torch.cos(angle) for angle in angles)
-    laplace = (z[:, None, None] + y[:, None] + x).to(normal.dtype)  # minus the Laplacian
-    mean, stiff = matrix[:, [0, 3, 5]].mean((1, 2, 3, 4), keepdim=True), (fluid + elastic) * laplace
+    x, y, z = (_stiffness(n, like=normal) for n in normal.shape[:1:-1])
+    laplace = z[:, None, None] + y[:, None] + x  # minus the Laplacian
+    mean, stiff = matrix[:, :3].mean((1, 2, 3, 4), keepdim=True), (fluid + elastic) * laplace
     response = 1 / (mean + stiff).clamp_min(LEAST)
 
     residual = fields.along_axes(force, *transforms)
@@ -66,7 +66,7 @@ def solve(normal: Tensor, whole: Tensor | None, fluid: Tensor, elastic: float, i
 
 def _times(matrix: Tensor, field: Tensor) -> Tensor:
     """A symmetric (N, 6, D, H, W) matrix at every voxel times a field."""
-    xx, xy, xz, yy, yz, zz = matrix.unbind(1)
+    xx, yy, zz, xy, xz, yz = matrix.unbind(1)
     rows, found = ((xx, xy, xz), (xy, yy, yz), (xz, yz, zz)), torch.empty_like(field)
     for row, out in zip(rows, found.unbind(1), strict=True):
         torch.mul(row[0], field[:, 0], out=out).addcmul_(row[1], field[:, 1]).addcmul_(row[2], field[:, 2])
@@ -78,9 +78,17 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a.flatten(1)[:, None] @ b.flatten(1)[..., None])[..., None, None]
 
 
+@fields.kept
 def _cosines(n: int, *, like: Tensor) -> Tensor:
-    """(n, n) orthonormal discrete cosine transform, a frequency a row: the eigenvectors of second differences."""
+    """(k, n) orthonormal discrete cosine transform, a frequency a row, the lowest alone: eigenvectors of second differences."""
     at = torch.arange(n, device=like.device, dtype=torch.float64)
-    rows = torch.cos(math.pi / n * at[:, None] * (at + 0.5)) * math.sqrt(2 / n)
+    rows = torch.cos(math.pi / n * at[: math.ceil(KEPT * n), None] * (at + 0.5)) * math.sqrt(2 / n)
     rows[0] /= math.sqrt(2)
     return rows.to(like.dtype)
+
+
+@fields.kept
+def _stiffness(n: int, *, like: Tensor) -> Tensor:
+    """(k,) the eigenvalues to :func:`_cosines`, their sign changed."""
+    frequency = torch.arange(math.ceil(KEPT * n), device=like.device, dtype=torch.float64)
+    return (2 - 2 * torch.cos(math.pi / n * frequency)).to(like.dtype)

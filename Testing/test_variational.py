@@ -16,7 +16,7 @@ def equations(seed: int, shape=SHAPE, pairs: int = 1) -> torch.Tensor:
     """Positive definite matrices and forces at every voxel, (pairs, 9, *shape), double precision."""
     root = torch.randn(pairs, 3, 3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     matrix = torch.einsum("nij...,nkj...->nik...", root, root)
-    upper = [matrix[:, i, j] for i, j in ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2))]
+    upper = [matrix[:, i, j] for i, j in ((0, 0), (1, 1), (2, 2), (0, 1), (0, 2), (1, 2))]
     force = torch.randn(pairs, 3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 1))
     return torch.cat((torch.stack(upper, 1), force), 1)
 
@@ -72,7 +72,7 @@ def test_each_iteration_comes_closer():
 def test_the_same_matrix_everywhere_is_solved_at_once():
     """There the preconditioner is the inverse: a force of one cosine is answered by that cosine."""
     normal = torch.zeros(1, 9, *SHAPE, dtype=torch.float64)
-    normal[:, [0, 3, 5]] = 3.0
+    normal[:, :3] = 3.0
     at = torch.arange(SHAPE[2], dtype=torch.float64)
     normal[:, 6] = torch.cos(torch.pi * 2 * (at + 0.5) / SHAPE[2])
     found = variational.solve(normal, None, weights(1.5), 0.5, iterations=1)
