@@ -173,7 +173,7 @@ def along_axes(field: Tensor, x: Tensor | None, y: Tensor | None, z: Tensor | No
     Many channels at once, and the same sum on every run.
     """
     if x is not None:
-        field = field @ x.T
+        field = F.linear(field, x)
     if y is not None:
         field = y @ field
     if z is not None:

@@ -77,7 +77,7 @@ class Level(NamedTuple):
     momentum: float
 
 
-LEVELS = {4: Level(0.32, 4, 0.0), 2: Level(0.4, 6, 0.5), 1: Level(0.28, 6, 0.5)}
+LEVELS = {4: Level(8 / 24, 4, 0.0), 2: Level(9 / 24, 6, 0.5), 1: Level(7 / 24, 6, 0.6)}
 """By how many voxels are averaged along each axis, in the order of the steps."""
 
 
@@ -318,7 +318,8 @@ def _contribute(m: Tensor, f: Tensor, says: Tensor, out: Tensor) -> None:
         says: (5, d, h, w), what :func:`_tables` says of each voxel.
     """
     along_m, along_f, info_m, info_f, _ = says
-    by_m, by_f = m * info_m, f * info_f
+    by_m, by_f = (m * info_m).unbind(), (f * info_f).unbind()
+    m, f, out = m.unbind(), f.unbind(), out.unbind()
     for n, (a, b) in enumerate(variational.PARTS):
         torch.mul(m[a], by_m[b], out=out[n]).addcmul_(f[a], by_f[b])
     for a in range(3):

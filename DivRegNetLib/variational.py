@@ -67,15 +67,16 @@ def solve(normal: Tensor, whole: Tensor | None, fluid: Tensor, elastic: float, i
 def _times(matrix: Tensor, field: Tensor) -> Tensor:
     """A symmetric (N, 6, D, H, W) matrix at every voxel times a field."""
     xx, yy, zz, xy, xz, yz = matrix.unbind(1)
-    rows, found = ((xx, xy, xz), (xy, yy, yz), (xz, yz, zz)), torch.empty_like(field)
-    for row, out in zip(rows, found.unbind(1), strict=True):
-        torch.mul(row[0], field[:, 0], out=out).addcmul_(row[1], field[:, 1]).addcmul_(row[2], field[:, 2])
+    x, y, z = field.unbind(1)
+    found = torch.empty_like(field)
+    for row, out in zip(((xx, xy, xz), (xy, yy, yz), (xz, yz, zz)), found.unbind(1), strict=True):
+        torch.mul(row[0], x, out=out).addcmul_(row[1], y).addcmul_(row[2], z)
     return found
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """Scalar product of each item, (N, 1, 1, 1, 1)."""
-    return (a.flatten(1)[:, None] @ b.flatten(1)[..., None])[..., None, None]
+    return (a * b).sum((1, 2, 3, 4), keepdim=True)
 
 
 @fields.kept

@@ -30,7 +30,7 @@ from training.data.sources import Source, source_of
 from training.experiments import report, semi
 from training.trainer import fit
 
-NEWTON_STEPS, NEWTON_STRIDE = 32, 2
+NEWTON_STEPS, NEWTON_STRIDE = 24, 2
 FROM_NEWTON = (
     f"regnet.newton={NEWTON_STEPS}", "regnet.velocity=true", "regnet.symmetric=true", "loss.diffusion=6.0",
     "kldivnet.frequencies=3",
