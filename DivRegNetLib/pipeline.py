@@ -123,7 +123,7 @@ class _Registration:
         self.report(0.0)
         started = time.perf_counter()
         try:
-            # Faster than without gradients alone. But a model that is loaded so could never be trained, and alignment is optimised.
+            # Faster than no_grad alone. But a model loaded in it could never be trained, and the alignment takes gradients.
             with torch.no_grad(), torch.inference_mode(stage not in ("check", "affine")):
                 getattr(self, stage)()
             return True

@@ -42,8 +42,8 @@ from training.experiments import report
 REFERENCE = "ANTs SyN"
 TIME_AIM = 20.0
 COLUMNS = (
-    "Dice", "ASD mm", "HD95 mm", "error mm", "TRE mm", "folded %", "inverse mm", "seconds", "CPU s", "peak MiB",
-    "above start MiB", "GPU MiB",
+    "Dice", "ASD mm", "HD95 mm", "error mm", "TRE mm", "folded %", "inverse mm", "seconds", "forward s", "CPU s",
+    "peak MiB", "above start MiB", "GPU MiB",
 )  # fmt: skip
 COLOURS = dict(zip(METHODS, ("0.7", "0.4", "C0", "C1", "C2", "C8", "C3", "C6"), strict=True))
 
@@ -116,13 +116,13 @@ def aims(rows: list[dict]) -> list[dict]:
         best, ours = max(rivals, key=lambda m: sign * rivals[m], default=None), (refined or forward)[by]
         row = {"family": family, "judged by": by, "forward pass": forward[by]}
         if reference:
-            ratio = reference["seconds"] / forward["seconds"]
-            row |= {
-                "SyN": reference[by],
-                "at least SyN's": _word(sign * forward[by] >= sign * reference[by]),
-                "SyN's time / ours": ratio,
-                f"at least {TIME_AIM:g}": _word(ratio >= TIME_AIM),
-            }
+            row |= {"SyN": reference[by], "at least SyN's": _word(sign * forward[by] >= sign * reference[by])}
+            for of_what, key in (("registration", "seconds"), ("forward pass", "forward s")):
+                ratio = reference["seconds"] / forward[key]
+                row |= {
+                    f"SyN's time / our {of_what}'s": ratio,
+                    f"{of_what}: at least {TIME_AIM:g}": _word(ratio >= TIME_AIM),
+                }
         row |= {"folded < 0.01 %": _word(forward["folded %"] < 0.01)}
         if best and refined:
             row |= {

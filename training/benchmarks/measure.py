@@ -102,6 +102,7 @@ def _run(pair: Path, method: str, settings: Settings, kept: Path) -> dict:
         found = json.loads((Path(folder) / "measured.json").read_text())
     return {
         "seconds": found["seconds"],
+        "forward s": found["predicted"],
         "CPU s": found["cpu"],
         "peak MiB": found["peak"] / MIB,
         "above start MiB": found["added"] / MIB,

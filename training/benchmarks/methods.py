@@ -4,8 +4,7 @@
 
 Each imports its own package when it is started, so that its memory is not that of the others. A method is a
 function ``settings -> register``, and ``register`` takes (fixed, moving), both float32 on one grid that is isotropic and
-along the LPS axes, and gives the displacement from fixed to moving points as a vector image on that grid (LPS, mm), and
-the inverse or None. What ``register`` takes is timed; imports and loading a model are not.
+along the LPS axes. What ``register`` takes is timed; imports and loading a model are not.
 """
 
 import importlib.metadata
@@ -16,11 +15,26 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import SimpleITK as sitk
 
-Register = Callable[[sitk.Image, sitk.Image], "tuple[sitk.Image, sitk.Image | None]"]
+
+class Found(NamedTuple):
+    """What a method makes of a pair.
+
+    displacement: from fixed to moving points, a vector image on their grid (LPS, mm).
+    inverse: likewise, from moving to fixed points; None where the method makes none.
+    predicted: seconds that the forward pass alone took; None for methods that have none.
+    """
+
+    displacement: sitk.Image
+    inverse: sitk.Image | None = None
+    predicted: float | None = None
+
+
+Register = Callable[[sitk.Image, sitk.Image], Found]
 
 
 @dataclass(frozen=True)
@@ -53,7 +67,7 @@ def syn(settings: dict) -> Register:
         )  # fmt: skip
         fields = [next(f for f in found[k] if f.endswith("Warp.nii.gz")) for k in ("fwdtransforms", "invtransforms")]
         displacement, inverse = (sitk.ReadImage(f, sitk.sitkVectorFloat32) for f in fields)
-        return displacement, inverse
+        return Found(displacement, inverse)
 
     return register
 
@@ -88,7 +102,7 @@ def elastix(settings: dict) -> Register:
         _, found = itk.elastix_registration_method(
             convert(fixed), there, parameter_object=parameters, log_to_console=False
         )
-        return _vectors(itk.array_from_image(itk.transformix_deformation_field(there, found)), fixed), None
+        return Found(_vectors(itk.array_from_image(itk.transformix_deformation_field(there, found)), fixed))
 
     return register
 
@@ -106,7 +120,7 @@ def convex_adam(settings: dict) -> Register:
         images = [sitk.GetArrayFromImage(sitk.ZeroFluxNeumannPad(x, [0, 0, 0], after)) for x in (fixed, moving)]
         found = convex_adam_pt(*(torch.from_numpy(x) for x in images), device=device)
         x, y, z = fixed.GetSize()
-        return _vectors(found[:z, :y, :x, ::-1] * fixed.GetSpacing()[0], fixed), None
+        return Found(_vectors(found[:z, :y, :x, ::-1] * fixed.GetSpacing()[0], fixed))
 
     return _warmed(register)
 
@@ -126,7 +140,8 @@ def divregnet(settings: dict) -> Register:
         result = pipeline.register(
             fixed, moving, spacing=fixed.GetSpacing()[0], refine=settings.get("refine", 0), **options
         )
-        return tuple(t.GetDisplacementField() for t in (result.transform, result.inverse))
+        displacement, inverse = (t.GetDisplacementField() for t in (result.transform, result.inverse))
+        return Found(displacement, inverse, result.timings["predict"])
 
     return _warmed(register)
 
@@ -218,14 +233,15 @@ def main(name: str, folder: Path, settings: dict) -> None:
     register = METHODS[name].start(settings)
     before = reset_peak()
     started = time.perf_counter(), time.process_time()
-    displacement, inverse = register(fixed, moving)
+    found = register(fixed, moving)
     seconds, worked = time.perf_counter() - started[0], time.process_time() - started[1]
     most = peak()
     output = Path(settings["output"])
-    for image, kind in ((displacement, "displacement"), (inverse, "inverse")):
-        if image is not None:
+    for kind in ("displacement", "inverse"):
+        if (image := getattr(found, kind)) is not None:
             sitk.WriteImage(sitk.Cast(image, sitk.sitkVectorFloat32), str(output / f"{kind}.mha"), useCompression=True)
-    measured = {"seconds": seconds, "cpu": worked, "peak": most, "added": most - before, "gpu": gpu_peak()}
+    measured = {"seconds": seconds, "predicted": found.predicted, "cpu": worked}
+    measured |= {"peak": most, "added": most - before, "gpu": gpu_peak()}
     (output / "measured.json").write_text(json.dumps(measured))
 
 
