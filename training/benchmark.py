@@ -236,8 +236,9 @@ def write(rows: list[dict], settings: Settings, output: Path, preset: str, start
     )
     note = "\n\n".join(filter(None, [
         "Means over the pairs of each family; memory is the largest. Seconds are those of the registration alone, without "
-        "the affine start (its own row), imports and loading a model; CPU s are those of all cores, which other work on the "
-        "machine hardly changes. Dice, ASD and HD95 are means over labels. Peak "
+        "the affine start (its own row), imports and loading a model; forward s those of Newton steps and network, without "
+        "bringing images onto the grid, inverse, displacements of all voxels, warped volume and quality card. CPU s are "
+        "those of all cores, which other work on the machine hardly changes. Dice, ASD and HD95 are means over labels. Peak "
         "memory is the process's, libraries included; above start is without them.",
         "Quick: coarse grids, one pair a family; this shows that all runs, not how good it is." * (preset == "quick"),
         kinds, "\n\n".join(left_out + failed), *(["## Aims", report.table(met)] if met else []),
