@@ -11,7 +11,7 @@ from torch import Tensor
 
 from DivRegNetLib import fields, newton
 
-SMOOTHNESS = newton.Smoothness(2.0, 1.0, 0.6)
+SMOOTHNESS = newton.Smoothness(2.8, 1.0, 0.4)
 PARZEN = 0.8  # sharper than before: intensities, like voxels, are told apart coarse to fine
 LEAST_GAIN = 1e-4  # nats by which a round of steps must raise what is maximised
 
