@@ -69,7 +69,7 @@ class Level(NamedTuple):
 
     share: of all steps.
     block: side of the blocks that histograms are counted in, in voxels that are looked at where that is every second one.
-    momentum: share of the step before that is made once more (Polyak's heavy ball): half as many steps get as far.
+    momentum: share of the step before that is made once more (Polyak's heavy ball): fewer steps get as far.
     """
 
     share: float

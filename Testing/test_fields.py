@@ -95,6 +95,16 @@ def test_one_image_is_sampled_as_each_of_a_batch_and_as_one_that_is_learnt_from(
     assert torch.equal(alone, fields.sample(image.clone().requires_grad_(), points).detach())
 
 
+def test_kept_matrices_have_the_asked_type_and_can_be_learnt_through():
+    with torch.inference_mode():
+        first = fields.gaussian(9, 1.25, like=torch.zeros(1))
+    assert fields.gaussian(9, 1.25, like=torch.zeros(1)) is first
+    assert fields.gaussian(9, 1.25, like=torch.zeros(1).double()).dtype == torch.float64
+    weight = torch.ones(9, requires_grad=True)
+    (first @ weight).square().sum().backward()
+    torch.testing.assert_close(weight.grad, 2 * first.T @ first.sum(1))
+
+
 def test_padding_repeats_the_border_or_gives_zeros():
     image = torch.full((1, 1, 4, 5, 6), 7.0)
     outside = torch.full((1, 3, 1, 1, 1), -3.0)

@@ -78,6 +78,29 @@ def test_more_steps_come_closer():
     assert errors[2] < errors[1] < 0.9 * errors[0]
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_momentum_gets_further_where_the_way_is_long(stride, monkeypatch):
+    moving, fixed, truth = deformed((32, 32, 32), 4.0, seed=3)
+
+    def error() -> torch.Tensor:
+        found = fields.resize(newton.approach(fixed, moving, 24, stride), (32, 32, 32))
+        return inner(found - truth).norm(dim=1).mean()
+
+    with_momentum = error()
+    without = {pool: level._replace(momentum=0.0) for pool, level in newton.LEVELS.items()}
+    monkeypatch.setattr(newton, "LEVELS", without)
+    assert with_momentum < 0.8 * error()
+
+
+def test_no_step_is_too_long_or_too_steep_with_the_one_before():
+    moving, fixed, _ = deformed((32, 32, 32), 2.5, seed=12)
+    images = newton.Images(fixed, moving, 1)
+    before = 5 * textured((32, 32, 32), seed=13).expand(-1, 3, -1, -1, -1)
+    _, step = images.step(None, newton.FIRST, before=before)
+    assert fields.length(step).max() <= newton.LONGEST + 1e-5
+    assert max(slope.abs().sum(1).max() for slope in fields.gradients(step)) <= newton.STEEPEST + 1e-5
+
+
 def test_the_next_step_is_the_least_smooth_and_both_are_told():
     """Fixed image, moving image, and what a network gets: for each smoothness a step and how much is known."""
     moving, fixed, _ = deformed((24, 32, 16), 1.0, seed=3)
