@@ -67,7 +67,7 @@ TOLD = (FIRST, LAST)  # of the steps that a network is told of
 class Level(NamedTuple):
     """How steps are made at one resolution of the images.
 
-    share: of all steps.
+    share: of all steps; the last level takes what is left.
     block: side of the blocks that histograms are counted in, in voxels that are looked at where that is every second one.
     momentum: share of the step before that is made once more (Polyak's heavy ball): fewer steps get as far.
     """
@@ -149,11 +149,9 @@ class Images:
             parzen: standard deviation of the histogram's window, in bins.
         """
         fixed, moving = (F.avg_pool3d(x, pool) if pool > 1 else x for x in (fixed, moving))
-        self.stride, self.parzen, self.gradient, self.valid = stride, parzen, torch.cat(gradient(fixed), 1), None
-        self.level = LEVELS[pool]
-        block = stride * (self.level.block * 2 // stride)
-        self.blocks = tuple(math.ceil(n / block) for n in fixed.shape[2:])
-        self.rows = _rows(fixed, block, self.blocks)
+        self.stride, self.parzen, self.level = stride, parzen, LEVELS[pool]
+        self.rows, self.blocks = _rows(fixed, stride * (self.level.block * 2 // stride))
+        self.gradient, self.valid = torch.cat(gradient(fixed), 1), None
         turns = list(itertools.product(range(stride), repeat=3))
         self.turns = [turn for opposite in zip(turns, turns[::-1], strict=True) for turn in opposite][: len(turns)]
         channels = [moving, *gradient(moving)]
@@ -336,17 +334,18 @@ def gradient(image: Tensor) -> list[Tensor]:
     return found
 
 
-def _rows(fixed: Tensor, block: int, blocks: tuple[int, ...]) -> Tensor:
-    """(N, 1, D, H, W) whole numbers: the row of its block's joint histogram that a voxel is in, block after block.
+def _rows(fixed: Tensor, block: int) -> tuple[Tensor, tuple[int, ...]]:
+    """(N, 1, D, H, W) whole numbers: the row of its block's joint histogram that a voxel is in, block after block; and how many
+    blocks there are along D, H, W.
 
     Args:
         fixed: (N, 1, D, H, W) in [0, 1].
         block: voxels per side.
-        blocks: along D, H, W.
     """
+    blocks = tuple(math.ceil(n / block) for n in fixed.shape[2:])
     z, y, x = (torch.arange(n, device=fixed.device, dtype=torch.int32) // block for n in fixed.shape[2:])
     number = (z[:, None, None] * blocks[1] + y[:, None]) * blocks[2] + x
-    return _bins(fixed).add_(number, alpha=BINS)
+    return _bins(fixed).add_(number, alpha=BINS), blocks
 
 
 def _bins(image: Tensor) -> Tensor:

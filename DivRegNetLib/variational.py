@@ -83,7 +83,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 def _cosines(n: int, *, like: Tensor) -> Tensor:
     """(k, n) orthonormal discrete cosine transform, a frequency a row, the lowest alone: eigenvectors of second differences."""
     at = torch.arange(n, device=like.device, dtype=torch.float64)
-    rows = torch.cos(math.pi / n * at[: math.ceil(KEPT * n), None] * (at + 0.5)) * math.sqrt(2 / n)
+    rows = torch.cos(_angles(n, like=like)[:, None] * (at + 0.5)) * math.sqrt(2 / n)
     rows[0] /= math.sqrt(2)
     return rows.to(like.dtype)
 
@@ -91,5 +91,9 @@ def _cosines(n: int, *, like: Tensor) -> Tensor:
 @fields.kept
 def _stiffness(n: int, *, like: Tensor) -> Tensor:
     """(k,) the eigenvalues to :func:`_cosines`, their sign changed."""
-    frequency = torch.arange(math.ceil(KEPT * n), device=like.device, dtype=torch.float64)
-    return (2 - 2 * torch.cos(math.pi / n * frequency)).to(like.dtype)
+    return (2 - 2 * torch.cos(_angles(n, like=like))).to(like.dtype)
+
+
+def _angles(n: int, *, like: Tensor) -> Tensor:
+    """(k,) by how much the cosines that a step is made of turn from voxel to voxel, in double precision."""
+    return math.pi / n * torch.arange(math.ceil(KEPT * n), device=like.device, dtype=torch.float64)
