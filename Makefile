@@ -10,7 +10,7 @@ TORCH ?= torch==2.13.0
 # The oldest versions that pyproject.toml allows, but for PyTorch's, which has no small build for the CPU on every index.
 OLDEST := .venv-oldest
 OLDEST_PYTHON ?= $(shell command -v python3.11 || echo $(PYTHON))
-CORE := test_geometry test_fields test_physical test_models test_cli test_supply
+CORE := test_grid test_fields test_physical_fields test_models test_supply
 
 .PHONY: demo test test-oldest lint clean
 
@@ -25,7 +25,7 @@ test: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 PYTHONUTF8=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-oldest: $(OLDEST)/installed
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -p no:cacheprovider $(CORE:%=Testing/%.py)
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -p no:cacheprovider $(CORE:%=Testing/unit/%.py) Testing/integration/test_cli.py
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

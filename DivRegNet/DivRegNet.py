@@ -86,7 +86,7 @@ class Alignment(enum.Enum):
     """Initial alignment; values as in DivRegNetLib.options.ALIGNMENTS, and a transform of the scene."""
 
     NONE = "none"
-    CENTRE = "centre"
+    CENTER = "center"
     RIGID = "rigid"
     AFFINE = "affine"
     TRANSFORM = "transform"
@@ -94,7 +94,7 @@ class Alignment(enum.Enum):
     def label(self) -> str:
         return {
             Alignment.NONE: _("None"),
-            Alignment.CENTRE: _("Centres"),
+            Alignment.CENTER: _("Centers"),
             Alignment.RIGID: _("Rigid"),
             Alignment.AFFINE: _("Affine"),
             Alignment.TRANSFORM: _("A transform of the scene"),
@@ -111,7 +111,7 @@ class Interpolation(enum.Enum):
     def label(self) -> str:
         return {
             Interpolation.LINEAR: _("Linear"),
-            Interpolation.NEAREST: _("Nearest neighbour"),
+            Interpolation.NEAREST: _("Nearest neighbor"),
             Interpolation.BSPLINE: _("Cubic B-spline"),
         }[self]
 
@@ -317,7 +317,7 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         """The model's card, what does not fit it, and the memory."""
         from DivRegNetModule import fit, inputs
 
-        from DivRegNetLib import memory
+        from DivRegNetLib.run import memory
 
         p = self._parameterNode
         self.ui.cardLabel.text, self.ui.cardLabel.toolTip = inputs.card_lines(p.model)
@@ -415,7 +415,7 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     def _fail(self, error: Exception) -> None:
         from DivRegNetLib.errors import Cancelled, DeviceError
-        from DivRegNetLib.worker import WorkerDied
+        from DivRegNetLib.run.worker import WorkerDied
 
         if isinstance(error, Cancelled):
             self._say(_("Cancelled. The scene is as it was."))
@@ -449,8 +449,8 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         registration = outcome.registration
         self._comparison = Comparison(outcome.fixed, registration.warped_node, registration.transform_node)
         self._comparison.blend()
-        judgement = verdict.judge(outcome.quality)
-        self.ui.verdictLabel.text = verdict.as_html(judgement)
+        judgment = verdict.judge(outcome.quality)
+        self.ui.verdictLabel.text = verdict.as_html(judgment)
         device = registration.result.settings.get("device", "")
         self.ui.qualityLabel.text = verdict.table(verdict.rows(outcome.quality, outcome.seconds, device))
         self.ui.resultCollapsibleButton.visible = True
@@ -535,7 +535,7 @@ class DivRegNetLogic(ScriptedLoadableModuleLogic):
             alsoApplyTo: segmentations, markups, models, volumes that go with the moving volume; copies are deformed.
             segmentations, landmarks: (fixed, moving) nodes to measure Dice and landmark error with.
             progress: called with stage and fraction (0 to 1); returning False cancels.
-            options: of DivRegNetLib.mrml.images_from_nodes: fixed_mask, moving_mask, align, model, device, refine, ...
+            options: of DivRegNetModule.mrml.images_from_nodes: fixed_mask, moving_mask, align, model, device, refine, ...
         Returns:
             DivRegNetModule.run.Outcome: ``registration.warped_node``, ``.transform_node``, ``.inverse_node``;
             ``carried``, the copies; ``quality``; ``undo()``.

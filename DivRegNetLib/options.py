@@ -1,4 +1,4 @@
-"""What the user asked for: the one dataclass that enters :func:`DivRegNetLib.pipeline.register`. No torch here."""
+"""What the user asked for: the one dataclass that enters :func:`DivRegNetLib.registration.pipeline.register`. No torch here."""
 
 import math
 from collections.abc import Callable
@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
+from DivRegNetLib.core.grid import affine_matrix
 from DivRegNetLib.errors import InputError
-from DivRegNetLib.geometry import affine_matrix
 from DivRegNetLib.models import DEFAULT
 
-ALIGNMENTS = ("none", "centre", "rigid", "affine")
+ALIGNMENTS = ("none", "center", "rigid", "affine")
 INTERPOLATIONS = {"linear": sitk.sitkLinear, "nearest": sitk.sitkNearestNeighbor, "bspline": sitk.sitkBSpline3}
 STAGES = ("check", "affine", "sample", "predict", "refine", "physical", "outputs")
 
@@ -26,9 +26,9 @@ class Options:
 
     model: name of a bundled or user model, or the path of its card.
     device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
-    align: initial alignment: ``none``, ``centre``, ``rigid``, ``affine``, or a linear SimpleITK transform from fixed to
+    align: initial alignment: ``none``, ``center``, ``rigid``, ``affine``, or a linear SimpleITK transform from fixed to
         moving points (LPS, mm), which is used as it is.
-    refine: steps of optimisation for this very pair after the network's forward pass; 0 leaves it out.
+    refine: steps of optimization for this very pair after the network's forward pass; 0 leaves it out.
     interpolation: of the warped volume: ``linear``, ``nearest`` or ``bspline``.
     default_value: what the warped volume holds where the moving image has nothing; None: 0, or -1024 for images that
         reach down to air in Hounsfield units.
@@ -69,14 +69,14 @@ class Options:
         if self.default_value is not None and not _is_finite(self.default_value):
             raise InputError(f"default_value is a finite number, got {self.default_value!r}")
         if self.spacing is not None and not (_is_finite(self.spacing) and 0.1 <= self.spacing <= 50):
-            raise InputError(f"spacing is a number of millimetres from 0.1 to 50, got {self.spacing!r}")
+            raise InputError(f"spacing is a number of millimeters from 0.1 to 50, got {self.spacing!r}")
         if self.memory is not None and not (_is_finite(self.memory) and self.memory > 0):
             raise InputError(f"memory is a number of gigabytes, got {self.memory!r}")
         if not isinstance(self.device, str):
             raise InputError(f"device is auto, cpu, cuda or cuda:N, got {self.device!r}")
 
     def as_arguments(self) -> dict:
-        """The options as keyword arguments of :func:`DivRegNetLib.pipeline.register`."""
+        """The options as keyword arguments of :func:`DivRegNetLib.registration.pipeline.register`."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
     def as_dict(self) -> dict:

@@ -9,17 +9,18 @@ import SimpleITK as sitk
 import torch
 from hypothesis import settings
 
-from DivRegNetLib import fields, models
-from DivRegNetLib.geometry import Grid, apply_matrix
-from DivRegNetLib.regnet import RegNet, RegNetConfig
-from DivRegNetLib.similarity import KLDivNet, KLDivNetConfig
+from DivRegNetLib import models
+from DivRegNetLib.core import fields
+from DivRegNetLib.core.grid import Grid, apply_matrix
+from DivRegNetLib.registration.regnet import RegNet, RegNetConfig
+from DivRegNetLib.similarity.kldivnet import KLDivNet, KLDivNetConfig
 
 settings.register_profile("divregnet", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("divregnet")
 
-HEAD_CENTRE = np.array([31.0, -47.0, 112.0])
+HEAD_CENTER = np.array([31.0, -47.0, 112.0])
 HEAD_RADIUS = 50.0
-# Centre and width (radii), height. Nothing is symmetric, so that every rotation can be told from every other.
+# Center and width (radii), height. Nothing is symmetric, so that every rotation can be told from every other.
 STRUCTURES = (
     ((0.30, 0.35, 0.15), 0.28, 0.50),
     ((-0.35, 0.20, -0.30), 0.20, 0.40),
@@ -35,10 +36,10 @@ def _rotation(degrees) -> np.ndarray:
     return np.reshape(euler.GetMatrix(), (3, 3))
 
 
-def _grid_about(centre, size, spacing, direction) -> Grid:
+def _grid_about(center, size, spacing, direction) -> Grid:
     matrix = np.eye(4)
     matrix[:3, :3] = direction * np.asarray(spacing, float)
-    matrix[:3, 3] = centre - matrix[:3, :3] @ ((np.asarray(size) - 1) / 2)
+    matrix[:3, 3] = center - matrix[:3, :3] @ ((np.asarray(size) - 1) / 2)
     return Grid(size, matrix)
 
 
@@ -50,7 +51,7 @@ def sample_data() -> Path:
 
 @pytest.fixture(scope="session")
 def grid() -> Grid:
-    """The default grid: rotated, anisotropic, off-centre, three different sides; the phantom is inside."""
+    """The default grid: rotated, anisotropic, off-center, three different sides; the phantom is inside."""
     return _grid_about((33.0, -48.5, 113.0), (20, 26, 18), (6.0, 5.0, 7.5), _rotation((12, -8, 25)))
 
 
@@ -63,8 +64,8 @@ def moving_grid() -> Grid:
 
 @pytest.fixture(scope="session")
 def grid_about():
-    """``(centre, size, spacing, degrees) -> Grid``: centred on an LPS point, rotated by angles about x, y and z."""
-    return lambda centre, size, spacing, degrees=(0, 0, 0): _grid_about(centre, size, spacing, _rotation(degrees))
+    """``(center, size, spacing, degrees) -> Grid``: centered on an LPS point, rotated by angles about x, y and z."""
+    return lambda center, size, spacing, degrees=(0, 0, 0): _grid_about(center, size, spacing, _rotation(degrees))
 
 
 @pytest.fixture(scope="session")
@@ -74,7 +75,7 @@ def rigid():
     def build(degrees, shift=(0.0, 0.0, 0.0)) -> np.ndarray:
         matrix = np.eye(4)
         matrix[:3, :3] = _rotation(degrees)
-        matrix[:3, 3] = HEAD_CENTRE - matrix[:3, :3] @ HEAD_CENTRE + shift
+        matrix[:3, 3] = HEAD_CENTER - matrix[:3, :3] @ HEAD_CENTER + shift
         return matrix
 
     return build
@@ -85,9 +86,9 @@ def phantom():
     """A head of about 50 mm radius: ``points (..., 3) in LPS mm -> intensities (...)``, smooth, 0 to about 1."""
 
     def head(points) -> np.ndarray:
-        x = (np.asarray(points, float) - HEAD_CENTRE) / HEAD_RADIUS
+        x = (np.asarray(points, float) - HEAD_CENTER) / HEAD_RADIUS
         tissue = 0.45 + sum(
-            height * np.exp(-((x - centre) ** 2).sum(-1) / (2 * width**2)) for centre, width, height in STRUCTURES
+            height * np.exp(-((x - center) ** 2).sum(-1) / (2 * width**2)) for center, width, height in STRUCTURES
         )
         return tissue / (1 + np.exp(-12 * (1 - np.linalg.norm(x / (0.95, 1.1, 1.0), axis=-1))))
 
@@ -96,7 +97,7 @@ def phantom():
 
 @pytest.fixture(scope="session")
 def other_contrast():
-    """A smooth intensity map that is not monotone: what was dark, middling and bright becomes dark, bright, grey."""
+    """A smooth intensity map that is not monotone: what was dark, middling and bright becomes dark, bright, gray."""
     return lambda values: 0.8 * np.sin(np.pi * values) + 0.2 * values
 
 
@@ -125,7 +126,7 @@ def paint(phantom):
 def landmarks() -> np.ndarray:
     """Points inside the phantom, (27, 3) LPS mm."""
     axes = [np.array([-25.0, 0.0, 25.0])] * 3
-    return HEAD_CENTRE + np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
+    return HEAD_CENTER + np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
 
 
 @pytest.fixture
@@ -146,12 +147,12 @@ def tiny_model(tmp_path, monkeypatch) -> str:
         anatomy="phantom",
         skull="not applicable",
         spacing_mm=6.0,
-        normalisation="robust",
+        normalization="robust",
         regnet=regnet.config.as_dict(),
         kldivnet=kldivnet.config.as_dict(),
         training={"data": "none"},
         scores={},
-        licence="Apache-2.0",
+        license="Apache-2.0",
         sha256="",
     )
     models.save(folder, card, regnet, kldivnet)
@@ -177,7 +178,7 @@ def write_cohort():
                 {"name": name, "subject": name, "role": "both", "split": "train", "contrasts": ["image"]} | rest
             )
         listed = {"format": 2, "spacing": spacing, "shape": next(iter(arrays.values())).shape[-3:], "origin": [1, -2, 3],
-                  "normalisation": "robust", "volumes": entries} | about  # fmt: skip
+                  "normalization": "robust", "volumes": entries} | about  # fmt: skip
         (folder / "cohort.json").write_text(json.dumps(listed))
         return folder
 
@@ -230,4 +231,4 @@ def head_cohort(tmp_path_factory, write_cohort, anatomy) -> Path:
         if name == "template":
             volumes[name] |= {"images": images, "contrasts": ["T1", "T2", "PD"]}
     folder = tmp_path_factory.mktemp("head") / "cohort"
-    return write_cohort(folder, volumes, tissues=["background", "white", "grey", "fluid"])
+    return write_cohort(folder, volumes, tissues=["background", "white", "gray", "fluid"])

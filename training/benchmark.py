@@ -30,8 +30,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from tqdm import tqdm
 
-from DivRegNetLib import fields, files, models
+from DivRegNetLib import models
+from DivRegNetLib.core import fields
 from DivRegNetLib.errors import DivRegNetError, InputError
+from DivRegNetLib.io import atomic
 from training import pictures
 from training.benchmarks import measure, scaling
 from training.benchmarks.cases import FAMILIES, FIRST_SEED, Family, Prepared, prepare
@@ -45,7 +47,7 @@ COLUMNS = (
     "Dice", "ASD mm", "HD95 mm", "error mm", "TRE mm", "folded %", "inverse mm", "seconds", "forward s", "CPU s",
     "peak MiB", "above start MiB", "GPU MiB",
 )  # fmt: skip
-COLOURS = dict(zip(METHODS, ("0.7", "0.4", "C0", "C1", "C2", "C8", "C3", "C6"), strict=True))
+COLORS = dict(zip(METHODS, ("0.7", "0.4", "C0", "C1", "C2", "C8", "C3", "C6"), strict=True))
 
 
 def compare(
@@ -74,7 +76,7 @@ def compare(
             rows.append({"family": name, "case": case, "method": method} | found)
         shown = [m for m in present if (folder / m / "displacement.mha").exists()]
         drawn = picture(pair, shown, f"{name}: {case}")
-        files.write_whole(folder / "pair.png", lambda part, drawn=drawn: drawn.savefig(part, dpi=110, format="png"))
+        atomic.write_whole(folder / "pair.png", lambda part, drawn=drawn: drawn.savefig(part, dpi=110, format="png"))
     return rows
 
 
@@ -153,9 +155,9 @@ def plot(rows: list[dict]) -> Figure:
         of, by = {r["method"]: r for r in rows if r["family"] == family and r["pairs"]}, judged(family)
         for method, row in of.items():
             if METHODS[method].start is None:
-                axes.axhline(row[by], color=COLOURS[method], linestyle=":", label=method)
+                axes.axhline(row[by], color=COLORS[method], linestyle=":", label=method)
             else:
-                axes.plot(row["seconds"], row[by], "o", color=COLOURS[method], label=method)
+                axes.plot(row["seconds"], row[by], "o", color=COLORS[method], label=method)
         axes.set(xscale="log", title=family, xlabel="seconds", ylabel=by)
         if by != "Dice":  # up is better
             axes.invert_yaxis()
@@ -248,7 +250,7 @@ def write(rows: list[dict], settings: Settings, output: Path, preset: str, start
     report.write(output, "benchmark-pairs", rows, run)
     report.write(output, "benchmark", means, run | {"note": note})
     drawn = plot(means)
-    files.write_whole(output / "benchmark.png", lambda part: drawn.savefig(part, dpi=110, format="png"))
+    atomic.write_whole(output / "benchmark.png", lambda part: drawn.savefig(part, dpi=110, format="png"))
     return "\n\n".join([report.table(means), report.table(met) if met else "", *left_out, *failed])
 
 
@@ -263,7 +265,7 @@ def scale(settings: Settings, output: Path, most: int, started: float) -> str:
     )
     report.write(output, "scaling", rows, about(settings, "full", started, {"note": note}))
     drawn = plot_scaling(rows)
-    files.write_whole(output / "scaling.png", lambda part: drawn.savefig(part, dpi=110, format="png"))
+    atomic.write_whole(output / "scaling.png", lambda part: drawn.savefig(part, dpi=110, format="png"))
     return report.table(rows)
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import yaml
 
-from DivRegNetLib.regnet import RegNetConfig
-from DivRegNetLib.similarity import KLDivNetConfig
+from DivRegNetLib.registration.regnet import RegNetConfig
+from DivRegNetLib.similarity.kldivnet import KLDivNetConfig
 from training.data.pairs import Augmentation
 from training.data.phantoms import TASKS
 from training.data.synthesis import Recipe
@@ -99,7 +99,7 @@ class Config:
     learning_rate: of RegNet, falling by a cosine to ``final_learning_rate``; ``similarity_learning_rate``: of KLDivNet.
     ema: decay of the averaged weights, which are what is validated and exported.
     precision: of Lightning Fabric: ``32-true``, ``bf16-mixed``, ``16-mixed``, ``64-true``.
-    card: what the model card says beside what is known anyway: version, summary, modalities, anatomy, skull, licence,
+    card: what the model card says beside what is known anyway: version, summary, modalities, anatomy, skull, license,
         good_for, limits, training.
     """
 

@@ -7,7 +7,7 @@ control points, N(0, 6 mm)) with a seed of its own; the moving image is the unde
 of the union of the AAL labels, the error is that of the displacement inside it, in mm.
 
 *MS07 to BrainWeb*: another person, real scans, skull-stripped, T2 to T1 and T1 to T2. There is no truth; cerebrospinal
-fluid, grey and white matter are told apart on the T1 of each person, which the registration does not see as a pair.
+fluid, gray and white matter are told apart on the T1 of each person, which the registration does not see as a pair.
 """
 
 import argparse
@@ -21,9 +21,11 @@ import numpy as np
 import SimpleITK as sitk
 from tqdm import tqdm
 
-from DivRegNetLib import files, metrics, models
-from DivRegNetLib.geometry import Grid, affine_transform
-from DivRegNetLib.pipeline import Result, register
+from DivRegNetLib import models
+from DivRegNetLib.core.grid import Grid, affine_transform
+from DivRegNetLib.io import images
+from DivRegNetLib.quality import metrics
+from DivRegNetLib.registration.pipeline import Result, register
 from training.benchmarks.cases import FIRST_SEED, free_form_deformation, on_grid, tissues
 from training.data.phantoms import TASKS
 from training.data.prepare_head import brain_mask
@@ -49,8 +51,8 @@ def phantom_scores(result: Result | None, truth: sitk.Image, fixed_labels: sitk.
 
 def phantoms(data: Path, count: int, settings: dict) -> list[dict]:
     """A row per task and method, means over ``count`` phantoms."""
-    image = {c: files.read_image(data / f"brain_t1t2pd/brainweb_{c}.nii.gz") for c in ("T1", "T2", "PD")}
-    labels = files.read_labels(data / "brain_t1t2pd/aal_labels.nii.gz")
+    image = {c: images.read_image(data / f"brain_t1t2pd/brainweb_{c}.nii.gz") for c in ("T1", "T2", "PD")}
+    labels = images.read_labels(data / "brain_t1t2pd/aal_labels.nii.gz")
     rows: dict[tuple[str, str], list[dict]] = {}
     for seed in tqdm(range(FIRST_SEED, FIRST_SEED + count), desc="phantoms"):
         deformation = free_form_deformation(labels, seed)
@@ -71,9 +73,9 @@ def phantoms(data: Path, count: int, settings: dict) -> list[dict]:
 
 def real_pairs(data: Path, settings: dict) -> list[dict]:
     """A row per pairing and stage: Dice of the tissues of another person."""
-    brainweb = {c: files.read_image(data / f"brain_t1t2pd/brainweb_{c}.nii.gz") for c in ("T1", "T2")}
-    ms07 = {c: files.read_image(data / f"brain_multicontrast/ms07_{c}.nii.gz") for c in ("T1", "T2")}
-    brain = brain_mask(brainweb["T1"], files.read_labels(data / "brain_t1t2pd/aal_labels.nii.gz"))
+    brainweb = {c: images.read_image(data / f"brain_t1t2pd/brainweb_{c}.nii.gz") for c in ("T1", "T2")}
+    ms07 = {c: images.read_image(data / f"brain_multicontrast/ms07_{c}.nii.gz") for c in ("T1", "T2")}
+    brain = brain_mask(brainweb["T1"], images.read_labels(data / "brain_t1t2pd/aal_labels.nii.gz"))
     fixed_tissues = tissues(brainweb["T1"], brain)
     moving_tissues = tissues(ms07["T1"], sitk.Cast(sitk.BinaryFillhole(ms07["T1"] > 30), sitk.sitkUInt8))
     rows = []
@@ -83,7 +85,7 @@ def real_pairs(data: Path, settings: dict) -> list[dict]:
         for stage, transform in (("affine", affine_transform(result.initial)), ("DivRegNet", result.transform)):
             warped = sitk.Resample(moving_tissues, fixed_tissues, transform, sitk.sitkNearestNeighbor, 0)
             f, w = (sitk.GetArrayViewFromImage(x) for x in (fixed_tissues, warped))
-            scores = {name: metrics.dice(f == i, w == i) for i, name in ((1, "fluid"), (2, "grey"), (3, "white"))}
+            scores = {name: metrics.dice(f == i, w == i) for i, name in ((1, "fluid"), (2, "gray"), (3, "white"))}
             deformed = stage == "DivRegNet"
             rows.append(
                 {"pair": f"ms07 {moving} to BrainWeb {fixed}" + (", brain" if stripped else ""), "stage": stage}

@@ -45,7 +45,7 @@ def export(trainer: Trainer, run: Path, folder: Path) -> Path:
         "modalities": contrasts,
         "anatomy": "not stated",
         "skull": "not applicable",
-        "licence": "not stated",
+        "license": "not stated",
         "training": {},
     } | config.card
     split = "test" if any(True for _ in trainer.source.held_out("test")) else "validation"
@@ -66,7 +66,7 @@ def export(trainer: Trainer, run: Path, folder: Path) -> Path:
     known = {
         "name": config.name,
         "spacing_mm": float(cohort.spacing),
-        "normalisation": cohort.normalisation,
+        "normalization": cohort.normalization,
         "regnet": config.regnet.as_dict(),
         "kldivnet": None if kldivnet is None else config.kldivnet.as_dict(),
         "scores": scores,
@@ -75,7 +75,7 @@ def export(trainer: Trainer, run: Path, folder: Path) -> Path:
     try:
         card = models.Card(**(known | about))
     except TypeError as error:
-        known = "version, summary, modalities, anatomy, skull, spacing_mm, licence, good_for, limits, training"
+        known = "version, summary, modalities, anatomy, skull, spacing_mm, license, good_for, limits, training"
         raise ValueError(f"card: {error}; known are {known}") from error
     file = models.save(folder, card, trainer.ema, kldivnet)
     _try(file, trainer.source, split)
@@ -89,7 +89,7 @@ def _try(file: Path, source: Source, split: str) -> None:
     except ImportError:
         print("SimpleITK is not installed: the model was not tried on a pair", file=sys.stderr)
         return
-    from DivRegNetLib.pipeline import register
+    from DivRegNetLib.registration.pipeline import register
 
     cohort = source.cohort
     _, pair = next(iter(source.held_out(split)))

@@ -1,12 +1,14 @@
-"""What training minimises: a similarity, smoothness, and what is known of a pair beside its images."""
+"""What training minimizes: a similarity, smoothness, and what is known of a pair beside its images."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from DivRegNetLib import fields
-from DivRegNetLib.regnet import RegNet
-from DivRegNetLib.similarity import KLDivNet, lncc, parzen_mi
+from DivRegNetLib.core import fields
+from DivRegNetLib.registration.regnet import RegNet
+from DivRegNetLib.similarity.kldivnet import KLDivNet
+from DivRegNetLib.similarity.lncc import lncc
+from DivRegNetLib.similarity.mutual_information import parzen_mi
 from training.config import Config, Loss
 from training.data.pairs import Pair
 
@@ -61,7 +63,7 @@ class Objective(nn.Module):
         return found["loss"].mean(), found, coarse
 
     def similarity(self, fixed: Tensor, warped: Tensor, random: torch.Generator | None = None) -> Tensor:
-        """What is maximised, of two images (1, 1, D, H, W); a scalar."""
+        """What is maximized, of two images (1, 1, D, H, W); a scalar."""
         if edge := self.loss.margin:
             fixed, warped = (x[..., edge:-edge, edge:-edge, edge:-edge] for x in (fixed, warped))
         if self.loss.similarity == "mi":

@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import SimpleITK as sitk
 
-from DivRegNetLib import files
-from DivRegNetLib.geometry import Grid, affine_matrix
+from DivRegNetLib.core.grid import Grid, affine_matrix
+from DivRegNetLib.io import images, landmarks, transforms
 from training.data.phantoms import CONTROL_MM, SD_MM
 from training.data.prepare_head import to_uint8
 
@@ -32,11 +32,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("Resources/SampleData"))
     args = parser.parse_args()
     source = args.data / "brain_t1t2pd"
-    t1, t2, aal = (files.read_image(source / f"{n}.nii.gz") for n in ("brainweb_T1", "brainweb_T2", "aal_labels"))
+    t1, t2, aal = (images.read_image(source / f"{n}.nii.gz") for n in ("brainweb_T1", "brainweb_T2", "aal_labels"))
     fixed_grid = Grid.of(t1).axis_aligned(1.5)
 
-    centre = Grid.of(t1).centre.tolist()
-    rotation = sitk.Euler3DTransform(centre, *np.radians([9.0, -7.0, 12.0]).tolist(), [12.0, -9.0, 7.0])
+    center = Grid.of(t1).center.tolist()
+    rotation = sitk.Euler3DTransform(center, *np.radians([9.0, -7.0, 12.0]).tolist(), [12.0, -9.0, 7.0])
     deformation = sitk.BSplineTransformInitializer(t1, [int(n * s / CONTROL_MM) for n, s in zip(
         t1.GetSize(), t1.GetSpacing(), strict=True)], 3)  # fmt: skip
     random = np.random.default_rng(SEED)
@@ -55,9 +55,9 @@ def main() -> None:
     ):
         smooth = sitk.DiscreteGaussian(sitk.Cast(image, sitk.sitkFloat32), 0.3)
         volume = sitk.Resample(smooth, grid.empty_image(), transform, sitk.sitkLinear, 0.0)
-        files.write_image(grid.image(to_uint8(volume)), args.output / f"{name}.nii.gz")
+        images.write_image(grid.image(to_uint8(volume)), args.output / f"{name}.nii.gz")
         on_grid = sitk.Resample(labels, grid.empty_image(), transform, sitk.sitkNearestNeighbor, 0.0)
-        files.write_image(sitk.Cast(on_grid, sitk.sitkUInt8), args.output / f"{name}_labels.nii.gz")
+        images.write_image(sitk.Cast(on_grid, sitk.sitkUInt8), args.output / f"{name}_labels.nii.gz")
 
     names = dict(line.split()[:2] for line in (source / "aal.nii.txt").read_text().splitlines() if line.strip())
     template = sitk.GetArrayFromImage(aal)
@@ -67,16 +67,16 @@ def main() -> None:
         middle = voxels[np.linalg.norm(voxels - voxels.mean(0), axis=1).argmin()]  # inside it, however curved it is
         in_template.append(Grid.of(aal).to_physical(middle[::-1]))
     labels = tuple(names[str(region)] for region in LANDMARK_REGIONS)
-    fixed = files.Landmarks(np.array(in_template), labels)
-    moving = files.Landmarks(files.invert_points(to_template, fixed.points), labels)
-    files.write_landmarks(fixed, args.output / "fixed_T1.mrk.json")
-    files.write_landmarks(moving, args.output / "moving_T2.mrk.json")
+    fixed = landmarks.Landmarks(np.array(in_template), labels)
+    moving = landmarks.Landmarks(transforms.invert_points(to_template, fixed.points), labels)
+    landmarks.write_landmarks(fixed, args.output / "fixed_T1.mrk.json")
+    landmarks.write_landmarks(moving, args.output / "moving_T2.mrk.json")
 
-    other = files.read_image(args.data / "brain_multicontrast/ms07_T2.nii.gz")
+    other = images.read_image(args.data / "brain_multicontrast/ms07_T2.nii.gz")
     grid = Grid.of(other).axis_aligned(2.0)
     smooth = sitk.DiscreteGaussian(sitk.Cast(other, sitk.sitkFloat32), 0.6)
     volume = sitk.Clamp(sitk.Resample(smooth, grid.empty_image(), here, sitk.sitkLinear, 0.0), lowerBound=0)
-    files.write_image(grid.image(to_uint8(volume)), args.output / "other_T2.nii.gz")
+    images.write_image(grid.image(to_uint8(volume)), args.output / "other_T2.nii.gz")
 
 
 if __name__ == "__main__":

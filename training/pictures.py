@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from DivRegNetLib import fields
+from DivRegNetLib.core import fields
 
 LINES_EVERY = 5  # voxels between the lines of a deformed grid
 CONTOUR = "#ffcc00"
@@ -20,7 +20,7 @@ def plane(image: Tensor, axis: int = 0, at: float = 0.5) -> np.ndarray:
 
 
 def show(axes: Axes, image: Tensor, title: str = "", labels: Tensor | None = None, at: float = 0.5) -> None:
-    """An axial slice in grey, with contours of labels (1, 1, D, H, W)."""
+    """An axial slice in gray, with contours of labels (1, 1, D, H, W)."""
     axes.imshow(plane(image, at=at), cmap="gray", interpolation="nearest")
     if labels is not None and (inside := plane(labels, at=at) > 0).any():
         axes.contour(inside, levels=[0.5], colors=CONTOUR, linewidths=0.7)

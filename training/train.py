@@ -21,8 +21,8 @@ from lightning_fabric import Fabric
 from lightning_fabric.strategies import DDPStrategy
 
 from DivRegNetLib import models
-from DivRegNetLib.claim import claimed
 from DivRegNetLib.errors import DivRegNetError
+from DivRegNetLib.io.claim import claimed
 from training import config as configs
 from training.config import CONFIGS
 from training.data import layouts, prepare

@@ -18,8 +18,9 @@ from lightning_fabric import Fabric
 from torch import Tensor
 from tqdm import tqdm
 
-from DivRegNetLib import fields, models
-from DivRegNetLib.similarity import parzen_mi
+from DivRegNetLib import models
+from DivRegNetLib.core import fields
+from DivRegNetLib.similarity.mutual_information import parzen_mi
 from training.config import Config
 from training.data.pairs import Pair, Random
 from training.data.sources import Source
@@ -50,14 +51,14 @@ class Trainer:
         if config.similarity_start:
             self._similarity_from(models.load(config.similarity_start))
         self.objective.regnet.to(memory_format=torch.channels_last_3d)
-        self.optimiser = torch.optim.Adam(
+        self.optimizer = torch.optim.Adam(
             [
                 {"params": part.parameters()}
                 for part in (self.objective.regnet, self.objective.kldivnet)
                 if part is not None
             ]
         )
-        self.wrapped, self.optimiser = fabric.setup(self.objective, self.optimiser)
+        self.wrapped, self.optimizer = fabric.setup(self.objective, self.optimizer)
         self.dtype = next(self.objective.parameters()).dtype
         self.ema = copy.deepcopy(self.objective.regnet).eval().requires_grad_(False)
         self.step_number, self.best, self.log = 0, -math.inf, []
@@ -85,7 +86,7 @@ class Trainer:
             "config": self.config.as_dict(),
             "objective": self.objective.state_dict(),
             "ema": self.ema.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
             "precision": self.fabric.strategy.precision.state_dict(),  # how much 16-mixed scales the loss
             "step": self.step_number,
             "best": self.best,
@@ -103,7 +104,7 @@ class Trainer:
                 f"the training to resume had another {changed[0]}: {before.get(changed[0])!r}, now {now[changed[0]]!r}; "
                 "resume with the same settings, or choose another --output"
             )
-        for name in ("objective", "ema", "optimiser"):
+        for name in ("objective", "ema", "optimizer"):
             getattr(self, name).load_state_dict(state[name])
         self.fabric.strategy.precision.load_state_dict(state["precision"])
         self.step_number, self.best, self.log = state["step"], state["best"], state["log"]
@@ -120,9 +121,9 @@ class Trainer:
             FloatingPointError: the loss or its gradient is not finite; the weights are as they were before.
         """
         config, fabric = self.config, self.fabric
-        for group, rate in zip(self.optimiser.param_groups, self._rates(), strict=False):
+        for group, rate in zip(self.optimizer.param_groups, self._rates(), strict=False):
             group["lr"] = rate
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         mine = config.batch // fabric.world_size
         numbers = [fabric.global_rank * mine + i for i in range(mine)]
         totals = torch.zeros(2, len(TERMS), device=fabric.device)  # sums and counts: not every pair has every term
@@ -135,11 +136,11 @@ class Trainer:
         terms = {name: sums[i] / counts[i] for i, name in enumerate(TERMS) if counts[i]}
         if not math.isfinite(terms["loss"]):
             raise FloatingPointError(f"the loss is {terms['loss']} at step {self.step_number}: {terms}")
-        norm = fabric.clip_gradients(self.wrapped, self.optimiser, max_norm=LONGEST_GRADIENT, error_if_nonfinite=False)
+        norm = fabric.clip_gradients(self.wrapped, self.optimizer, max_norm=LONGEST_GRADIENT, error_if_nonfinite=False)
         if not torch.isfinite(norm) and config.precision != "16-mixed":  # whose scaler skips such a step by itself
             raise FloatingPointError(f"the gradient of the loss is not finite at step {self.step_number}: {terms}")
         warming_up = self.warming_up
-        self.optimiser.step()
+        self.optimizer.step()
         self.step_number += 1
         if not warming_up:
             self._average()
@@ -197,7 +198,7 @@ class Trainer:
         scores = {}
         if pair.fixed_labels is None:
             warped = fields.warp(pair.moving, displacement)
-            scores["NMI"] = parzen_mi(pair.fixed, warped, normalised=True).item()
+            scores["NMI"] = parzen_mi(pair.fixed, warped, normalized=True).item()
         else:
             warped = fields.warp(pair.moving_labels.to(displacement), displacement, mode="nearest", padding="zeros")
             scores["Dice"] = mean_dice(pair.fixed_labels, warped)

@@ -7,8 +7,8 @@ import slicer
 import slicer.util
 import vtk
 
+from DivRegNetLib.core.grid import LPS_FROM_RAS, Grid
 from DivRegNetLib.errors import ModelError
-from DivRegNetLib.geometry import LPS_FROM_RAS, Grid
 from DivRegNetLib.models import DEFAULT, Card, card_files, find, read_card
 from DivRegNetModule import _
 from DivRegNetModule.fit import VolumeFacts
@@ -112,7 +112,7 @@ def card_lines(name: str) -> tuple[str, str]:
     scores = ", ".join(f"{task} {score:g}" for task, score in known.scores.items() if isinstance(score, int | float))
     words = [_("Good for: {what}").format(what=known.good_for)] if known.good_for else []
     words += [_("Limits: {what}").format(what=known.limits)] if known.limits else []
-    parts = [made_for, *words, trained, _("Licence: {licence}").format(licence=known.licence)]
+    parts = [made_for, *words, trained, _("License: {license}").format(license=known.license)]
     if scores:
         parts.append(_("Reached: {scores}").format(scores=scores))
     return f"{made_for}\n{shorten(trained, LINE_CHARACTERS, placeholder=' …')}", "\n\n".join(parts)

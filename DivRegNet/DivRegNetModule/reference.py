@@ -4,9 +4,9 @@ import numpy as np
 import SimpleITK as sitk
 import slicer.util
 
-from DivRegNetLib import metrics, mrml
 from DivRegNetLib.errors import InputError
-from DivRegNetModule import _
+from DivRegNetLib.quality import metrics
+from DivRegNetModule import _, mrml
 
 LPS_FROM_RAS = np.array([-1.0, -1.0, 1.0])
 

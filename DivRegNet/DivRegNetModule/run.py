@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 import slicer
 import slicer.util
 
-from DivRegNetLib import mrml
-from DivRegNetLib.worker import Event, Worker
-from DivRegNetModule import reference
+from DivRegNetLib.run.worker import Event, Worker
+from DivRegNetModule import mrml, reference
 
 
 @dataclass
@@ -21,7 +20,7 @@ class Request:
     warped, transform: nodes that take the outputs; None makes new ones.
     inverse: None: not wanted; True: a new node; or a node that takes it.
     also: nodes that belong to the moving volume; deformed copies are made.
-    options: the rest of :func:`DivRegNetLib.mrml.images_from_nodes`.
+    options: the rest of :func:`DivRegNetModule.mrml.images_from_nodes`.
     segmentations, landmarks: (fixed, moving) nodes to measure the result with; both or none of a pair.
     """
 

@@ -21,15 +21,15 @@ LITTLE_MM = 0.5
 
 @dataclass(frozen=True)
 class Verdict:
-    """colour: ``green``, ``amber`` or ``red``; headline and reasons: sentences, the gravest first."""
+    """color: ``green``, ``amber`` or ``red``; headline and reasons: sentences, the gravest first."""
 
-    colour: str
+    color: str
     headline: str
     reasons: tuple[str, ...]
 
 
 def judge(quality: dict) -> Verdict:
-    """What a quality card (see :func:`DivRegNetLib.metrics.quality`) means.
+    """What a quality card (see :func:`DivRegNetLib.quality.metrics.quality`) means.
 
     ``dice`` and ``landmark_error_mm``, each ``{"before", "after"}``, count where the card has them. A missing number or
     None does not count.
@@ -41,15 +41,15 @@ def judge(quality: dict) -> Verdict:
         *_inverse(quality),
         *_reference(quality),
     ]
-    colour = max((c for c, _reason in found), key=ORDER.index, default=AMBER)
+    color = max((c for c, _reason in found), key=ORDER.index, default=AMBER)
     headline = {
         GREEN: _("Nothing suspicious was found. Look at the result before you use it."),
         AMBER: _("Look closely before you use the result."),
         RED: _("Do not use the result as it is."),
-    }[colour]
+    }[color]
     found.sort(key=lambda item: -ORDER.index(item[0]))
-    reasons = tuple(reason for _colour, reason in found) or (_("The quality card is empty."),)
-    return Verdict(colour, headline, reasons)
+    reasons = tuple(reason for _color, reason in found) or (_("The quality card is empty."),)
+    return Verdict(color, headline, reasons)
 
 
 def _similarity(quality: dict) -> list[tuple[str, str]]:
@@ -76,9 +76,9 @@ def _similarity(quality: dict) -> list[tuple[str, str]]:
 def _folding(quality: dict) -> list[tuple[str, str]]:
     folded, found = quality.get("folded_percent"), []
     if folded is not None:
-        colour = RED if folded > FOLDED_RED_PERCENT else AMBER if folded > FOLDED_AMBER_PERCENT else GREEN
+        color = RED if folded > FOLDED_RED_PERCENT else AMBER if folded > FOLDED_AMBER_PERCENT else GREEN
         text = _("The deformation tears or folds tissue in {percent:.2g} % of the voxels.")
-        found.append((colour, text.format(percent=folded) if folded else _("The deformation folds nowhere.")))
+        found.append((color, text.format(percent=folded) if folded else _("The deformation folds nowhere.")))
     spread = quality.get("log_jacobian_sd")
     if spread is not None and spread > LOG_JACOBIAN_SD_AMBER:
         text = _("Volumes change strongly from place to place (SD of log Jacobian {spread:.2f}).")
@@ -98,8 +98,8 @@ def _inverse(quality: dict) -> list[tuple[str, str]]:
     mean = (quality.get("inverse_consistency_mm") or {}).get("mean")
     if mean is None or mean <= INVERSE_AMBER_MM:
         return []
-    colour = RED if mean > INVERSE_RED_MM else AMBER
-    return [(colour, _("There and back again misses the start by {mm:.2f} mm on average.").format(mm=mean))]
+    color = RED if mean > INVERSE_RED_MM else AMBER
+    return [(color, _("There and back again misses the start by {mm:.2f} mm on average.").format(mm=mean))]
 
 
 def _reference(quality: dict) -> list[tuple[str, str]]:
@@ -122,11 +122,11 @@ def _reference(quality: dict) -> list[tuple[str, str]]:
 
 
 def as_html(verdict: Verdict) -> str:
-    """The verdict for a label: the colour as a word on that colour, the headline, and the reasons as a list."""
-    word = {GREEN: _("GREEN"), AMBER: _("AMBER"), RED: _("RED")}[verdict.colour]
+    """The verdict for a label: the color as a word on that color, the headline, and the reasons as a list."""
+    word = {GREEN: _("GREEN"), AMBER: _("AMBER"), RED: _("RED")}[verdict.color]
     reasons = "".join(f"<li>{html.escape(reason)}</li>" for reason in verdict.reasons)
     return (
-        f"<p><span style='background-color:{BACKGROUND[verdict.colour]}; color:white'><b>&nbsp;{word}&nbsp;</b></span> "
+        f"<p><span style='background-color:{BACKGROUND[verdict.color]}; color:white'><b>&nbsp;{word}&nbsp;</b></span> "
         f"<b>{html.escape(verdict.headline)}</b></p><ul style='-qt-list-indent: 0; margin-left: 14px'>{reasons}</ul>"
     )
 

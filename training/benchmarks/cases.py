@@ -15,9 +15,13 @@ import numpy as np
 import SimpleITK as sitk
 import torch
 
-from DivRegNetLib import affine, files, physical
-from DivRegNetLib.geometry import Grid
-from DivRegNetLib.intensity import normalise
+from DivRegNetLib.core import resampling
+from DivRegNetLib.core.grid import Grid
+from DivRegNetLib.core.intensity import normalize
+from DivRegNetLib.io.atomic import write_json
+from DivRegNetLib.io.images import read_image, read_labels, write_image
+from DivRegNetLib.io.landmarks import read_landmarks
+from DivRegNetLib.registration import alignment
 from training.data.phantoms import CONTROL_MM, SD_MM, TASKS
 from training.data.prepare_head import brain_mask
 
@@ -128,14 +132,14 @@ def _prepare(material: Material, spacing: float, folder: Path, align: str) -> No
         _prepare(material.unbent, spacing, folder / UNBENT, align)
     grid, m = Grid.of(material.fixed).axis_aligned(spacing), material
     started = time.perf_counter()
-    initial = affine.align(m.fixed, m.moving, align)
+    initial = alignment.align(m.fixed, m.moving, align)
     seconds = time.perf_counter() - started
     nothing, nearest = sitk.Transform(), sitk.sitkNearestNeighbor
     labels = sitk.Resample(m.fixed_labels, grid.empty_image(), nothing, nearest, 0)
     inside = labels > 0 if m.inside is None else sitk.Resample(m.inside, grid.empty_image(), nothing, nearest, 0)
     images = {
-        "fixed": _normalised(m.fixed, grid, np.eye(4)),
-        "moving": _normalised(m.moving, grid, initial),
+        "fixed": _normalized(m.fixed, grid, np.eye(4)),
+        "moving": _normalized(m.moving, grid, initial),
         "fixed_labels": labels,
         "moving_labels": m.moving_labels,
         "inside": sitk.Cast(inside, sitk.sitkUInt8),
@@ -143,15 +147,15 @@ def _prepare(material: Material, spacing: float, folder: Path, align: str) -> No
     if m.truth is not None:
         images["truth"] = sitk.Cast(on_grid(m.truth, grid), sitk.sitkVectorFloat32)
     for name, image in images.items():
-        files.write_image(image, folder / f"{name}.mha")
+        write_image(image, folder / f"{name}.mha")
     points = None if m.landmarks is None else [p.tolist() for p in m.landmarks]
     about = {"initial": initial.tolist(), "seconds": seconds, "landmarks": points}
-    files.write_json(about, folder / "pair.json")
+    write_json(about, folder / "pair.json")
 
 
-def _normalised(image: sitk.Image, grid: Grid, matrix: np.ndarray) -> sitk.Image:
-    array = sitk.GetArrayFromImage(physical.resample_smooth(image, grid, matrix)[0])
-    return grid.image(normalise(torch.from_numpy(array)[None, None], "robust")[0, 0].numpy())
+def _normalized(image: sitk.Image, grid: Grid, matrix: np.ndarray) -> sitk.Image:
+    array = sitk.GetArrayFromImage(resampling.resample_smooth(image, grid, matrix)[0])
+    return grid.image(normalize(torch.from_numpy(array)[None, None], "robust")[0, 0].numpy())
 
 
 def on_grid(transform: sitk.Transform, grid: Grid) -> sitk.Image:
@@ -191,7 +195,7 @@ def deformed(material: Material, seed: int, *, one_frame: bool = True) -> Materi
 
 
 def tissues(t1: sitk.Image, brain: sitk.Image) -> sitk.Image:
-    """Fluid 1, grey 2 and white matter 3 by k-means of a T1 inside the brain; 0 elsewhere."""
+    """Fluid 1, gray 2 and white matter 3 by k-means of a T1 inside the brain; 0 elsewhere."""
     smooth = sitk.DiscreteGaussian(sitk.Cast(t1, sitk.sitkFloat32), MORE_SMOOTHING)
     values = sitk.GetArrayViewFromImage(smooth)[sitk.GetArrayViewFromImage(brain) > 0]
     low, high = np.percentile(values, [1, 99])
@@ -204,18 +208,18 @@ def tissues(t1: sitk.Image, brain: sitk.Image) -> sitk.Image:
     return Grid.of(t1).image((array * (sitk.GetArrayViewFromImage(brain) > 0)).astype(np.uint8))
 
 
-def relabelled(labels: sitk.Image, groups: list[tuple[int, ...]]) -> sitk.Image:
+def relabeled(labels: sitk.Image, groups: list[tuple[int, ...]]) -> sitk.Image:
     """A label map in which the labels of the first group are 1, those of the second 2, and all others 0."""
     array = sitk.GetArrayViewFromImage(labels)
     return Grid.of(labels).image(sum(n * np.isin(array, group) for n, group in enumerate(groups, 1)).astype(np.uint8))
 
 
 def brainweb(data: Path, contrast: str) -> sitk.Image:
-    return files.read_image(data / f"brain_t1t2pd/brainweb_{contrast}.nii.gz")
+    return read_image(data / f"brain_t1t2pd/brainweb_{contrast}.nii.gz")
 
 
 def aal(data: Path) -> sitk.Image:
-    return files.read_labels(data / "brain_t1t2pd/aal_labels.nii.gz")
+    return read_labels(data / "brain_t1t2pd/aal_labels.nii.gz")
 
 
 def brainweb_tissues(data: Path) -> tuple[sitk.Image, sitk.Image]:
@@ -225,9 +229,9 @@ def brainweb_tissues(data: Path) -> tuple[sitk.Image, sitk.Image]:
 
 
 def sample_pair(data: Path) -> Material:
-    fixed, moving = (files.read_image(SAMPLE / f"{n}.nii.gz") for n in ("fixed_T1", "moving_T2"))
-    labels = [files.read_labels(SAMPLE / f"{n}_labels.nii.gz") for n in ("fixed_T1", "moving_T2")]
-    points = tuple(files.read_landmarks(SAMPLE / f"{n}.mrk.json").points for n in ("fixed_T1", "moving_T2"))
+    fixed, moving = (read_image(SAMPLE / f"{n}.nii.gz") for n in ("fixed_T1", "moving_T2"))
+    labels = [read_labels(SAMPLE / f"{n}_labels.nii.gz") for n in ("fixed_T1", "moving_T2")]
+    points = tuple(read_landmarks(SAMPLE / f"{n}.mrk.json").points for n in ("fixed_T1", "moving_T2"))
     return Material(fixed, moving, *(sitk.Cast(x > 0, sitk.sitkUInt8) for x in labels), landmarks=points)
 
 
@@ -238,7 +242,7 @@ def phantom(data: Path, task: str, seed: int) -> Material:
 
 
 def ms07(data: Path, moving: str, fixed: str) -> Material:
-    scans = {c: files.read_image(data / f"brain_multicontrast/ms07_{c}.nii.gz") for c in ("T1", moving)}
+    scans = {c: read_image(data / f"brain_multicontrast/ms07_{c}.nii.gz") for c in ("T1", moving)}
     fixed_tissues, brain = brainweb_tissues(data)
     inside = sitk.Cast(sitk.BinaryFillhole(scans["T1"] > 30), sitk.sitkUInt8)
     return Material(sitk.Mask(brainweb(data, fixed), brain), scans[moving], fixed_tissues, tissues(scans["T1"], inside))
@@ -251,15 +255,15 @@ AAL += [tuple(range(92, 109, 2)), tuple(range(91, 109, 2))]
 
 
 def ixi012(data: Path, fixed: str) -> Material:
-    head = files.read_image(data / "brain_t1/IXI012-HH-1211_T1.nii.gz")
-    regions = files.read_labels(data / "brain_t1/IXI012-HH-1211_T1_DLMUSE.nii.gz")
-    return Material(brainweb(data, fixed), head, relabelled(aal(data), AAL), relabelled(regions, MUSE))
+    head = read_image(data / "brain_t1/IXI012-HH-1211_T1.nii.gz")
+    regions = read_labels(data / "brain_t1/IXI012-HH-1211_T1_DLMUSE.nii.gz")
+    return Material(brainweb(data, fixed), head, relabeled(aal(data), AAL), relabeled(regions, MUSE))
 
 
 def brain_ct(data: Path, fixed: str, seed: int) -> Material:
-    priors = np.stack([sitk.GetArrayFromImage(files.read_image(data / f"brain_ct/sc{t}.nii.gz"))
+    priors = np.stack([sitk.GetArrayFromImage(read_image(data / f"brain_ct/sc{t}.nii.gz"))
                        for t in ("csf", "grey", "white")])  # fmt: skip
-    ct = files.read_image(data / "brain_ct/scct.nii.gz")
+    ct = read_image(data / "brain_ct/scct.nii.gz")
     labels = Grid.of(ct).image(((priors.argmax(0) + 1) * (priors.max(0) > 0.5)).astype(np.uint8))
     fixed_tissues, brain = brainweb_tissues(data)
     ct = sitk.Clamp(ct, ct.GetPixelID(), *BRAIN_WINDOW)
@@ -268,15 +272,15 @@ def brain_ct(data: Path, fixed: str, seed: int) -> Material:
 
 def liver(data: Path) -> Material:
     ct, mr = "liver/ct_crlm1004", "liver/mr_t2_cmb001"
-    images = [files.read_image(data / f"{n}.nii.gz") for n in (ct, mr)]
-    labels = [files.read_labels(data / f"{n}_liver.nii.gz") for n in (ct, mr)]
+    images = [read_image(data / f"{n}.nii.gz") for n in (ct, mr)]
+    labels = [read_labels(data / f"{n}_liver.nii.gz") for n in (ct, mr)]
     return Material(sitk.Clamp(images[0], images[0].GetPixelID(), *BODY_WINDOW), images[1], *labels)
 
 
 def limb(data: Path, patient: str, seed: int) -> Material:
     mr, ct = (f"limb_ct_mr/STS_{patient}_{n}" for n in ("MR_T1", "CT"))
-    images = [files.read_image(data / f"{n}_image.nii.gz") for n in (mr, ct)]
-    labels = [files.read_labels(data / f"{n}_mask.nii.gz") for n in (mr, ct)]
+    images = [read_image(data / f"{n}_image.nii.gz") for n in (mr, ct)]
+    labels = [read_labels(data / f"{n}_mask.nii.gz") for n in (mr, ct)]
     otsu = sitk.OtsuThresholdImageFilter()
     otsu.Execute(images[0])  # its threshold parts fat from everything else; muscle has a third of it or more, air less
     body = sitk.BinaryMorphologicalClosing(images[0] > otsu.GetThreshold() / 4, [3, 3, 1])
@@ -288,8 +292,8 @@ def hippocampus(data: Path, pair: int) -> Material:
     """The last twenty cases make ten pairs; leave these out of any training."""
     names = sorted(p.name for p in (data / "hippocampus/labels").glob("*.nii.gz"))[-20:]
     fixed, moving = names[2 * pair : 2 * pair + 2]
-    read = [files.read_image(data / f"hippocampus/images/{n}") for n in (fixed, moving)]
-    return Material(*read, *(files.read_labels(data / f"hippocampus/labels/{n}") for n in (fixed, moving)))
+    read = [read_image(data / f"hippocampus/images/{n}") for n in (fixed, moving)]
+    return Material(*read, *(read_labels(data / f"hippocampus/labels/{n}") for n in (fixed, moving)))
 
 
 MS07 = {"T2 to T1": ("T2", "T1"), "T1 to T2": ("T1", "T2")}
@@ -306,7 +310,7 @@ FAMILIES = {
         ("brain_t1t2pd",), align="none",
     ),
     "MS07 to BrainWeb": Family(
-        2.0, 4.0, "an MS patient to BrainWeb, both skull-stripped. Dice of fluid, grey "
+        2.0, 4.0, "an MS patient to BrainWeb, both skull-stripped. Dice of fluid, gray "
         "and white matter, told apart on each one's T1", {
             name: partial(ms07, moving=m, fixed=f) for name, (m, f) in MS07.items()
         }, ("brain_t1t2pd", "brain_multicontrast"),
@@ -318,7 +322,7 @@ FAMILIES = {
         ("brain_t1t2pd", "brain_t1"),
     ),
     "brain CT to MR": Family(
-        2.0, 4.0, "a CT template, in the window of the brain, to BrainWeb bent as the phantoms are. Dice of fluid, grey and "
+        2.0, 4.0, "a CT template, in the window of the brain, to BrainWeb bent as the phantoms are. Dice of fluid, gray and "
         "white matter; the error inside "
         "the skull takes the two for aligned in MNI space, so that it has a floor of some mm", {
             f"CT to {fixed}": partial(brain_ct, fixed=fixed, seed=seed) for fixed, seed in (("T1", 5100),)
@@ -332,7 +336,7 @@ FAMILIES = {
         2.0, 4.0, "five patients, CT in the window of soft tissue, the MR bent as the phantoms are. In the frame that the "
         "two share, bone and skin lie up to 15 mm apart, so that no figure tells how well they are aligned: look at the "
         "pictures. The error is the distance, inside the body, of what a method makes of the bent pair to what it makes of the "
-        "unbent one, bent. The tumour, outlined once for both, is as far off as the frame", {
+        "unbent one, bent. The tumor, outlined once for both, is as far off as the frame", {
             patient: partial(limb, patient=patient, seed=5200 + i)
             for i, patient in enumerate(("001", "003", "005", "008", "012"))
         }, ("limb_ct_mr",), align="none", judged="error mm",

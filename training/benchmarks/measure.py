@@ -13,8 +13,9 @@ import numpy as np
 import SimpleITK as sitk
 import torch
 
-from DivRegNetLib import files, metrics
-from DivRegNetLib.geometry import Grid, affine_transform
+from DivRegNetLib.core.grid import Grid, affine_transform
+from DivRegNetLib.io import atomic
+from DivRegNetLib.quality import metrics
 from training.benchmarks import methods
 from training.benchmarks.cases import UNBENT, Prepared, on_grid
 
@@ -78,7 +79,7 @@ def row(prepared: Prepared, method: str, settings: Settings, kept: Path) -> dict
     if "failed" in measured:  # to be tried again
         return measured
     measured = scores(prepared, *_found(prepared, method, kept)) | measured
-    files.write_json({"key": key, "row": measured}, file)
+    atomic.write_json({"key": key, "row": measured}, file)
     return measured
 
 

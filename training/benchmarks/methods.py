@@ -52,7 +52,7 @@ class Method:
 
 
 def syn(settings: dict) -> Register:
-    """Symmetric normalisation (Avants et al., Medical Image Analysis 2008) of ANTs."""
+    """Symmetric normalization (Avants et al., Medical Image Analysis 2008) of ANTs."""
     import ants
 
     def convert(image: sitk.Image):
@@ -108,7 +108,7 @@ def elastix(settings: dict) -> Register:
 
 
 def convex_adam(settings: dict) -> Register:
-    """Coupled convex optimisation and Adam on MIND-SSC (Siebert et al., IEEE TMI 2024)."""
+    """Coupled convex optimization and Adam on MIND-SSC (Siebert et al., IEEE TMI 2024)."""
     import torch
     from convexAdam.convex_adam_MIND import convex_adam_pt
 
@@ -128,7 +128,8 @@ def convex_adam(settings: dict) -> Register:
 def divregnet(settings: dict) -> Register:
     """This project, after the alignment that all methods start from."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    from DivRegNetLib import models, pipeline
+    from DivRegNetLib import models
+    from DivRegNetLib.registration import pipeline
 
     model = models.load(settings["model"], pipeline.pick_device(settings["device"]))
     if settings.get("untrained"):  # RegNet then adds nothing to what it starts from

@@ -17,8 +17,10 @@ if __name__ == "__main__":
 import numpy as np
 import SimpleITK as sitk
 
-from DivRegNetLib import files, models, pipeline
-from DivRegNetLib.geometry import Grid
+from DivRegNetLib import models
+from DivRegNetLib.core.grid import Grid
+from DivRegNetLib.io import atomic, images
+from DivRegNetLib.registration import pipeline
 from training.benchmarks import methods
 from training.benchmarks.cases import SAMPLE
 from training.benchmarks.measure import MIB, Settings
@@ -35,13 +37,15 @@ def stretched(image: sitk.Image, size: tuple[int, int, int]) -> sitk.Image:
     directions = here.matrix[:3, :3] / here.spacing
     matrix = directions @ scale
     transform.SetMatrix(matrix.ravel().tolist())
-    transform.SetTranslation((here.centre - matrix @ there.centre).tolist())
+    transform.SetTranslation((here.center - matrix @ there.center).tolist())
     return sitk.Cast(sitk.Resample(image, there.empty_image(), transform, sitk.sitkLinear, 0.0), sitk.sitkInt16)
 
 
 def measure(size: tuple[int, int, int], model: str, device: str) -> dict:
     """Registers volumes of ``size`` voxels in this process, twice."""
-    fixed, moving = (stretched(files.read_image(SAMPLE / f"{name}.nii.gz"), size) for name in ("fixed_T1", "moving_T2"))
+    fixed, moving = (
+        stretched(images.read_image(SAMPLE / f"{name}.nii.gz"), size) for name in ("fixed_T1", "moving_T2")
+    )
     loaded = models.load(model, pipeline.pick_device(device))
     before = methods.reset_peak()
     for _ in range(2):
@@ -70,7 +74,7 @@ def row(size: tuple[int, int, int], settings: Settings, kept: Path) -> dict:
         said = (done.stderr.strip() or f"ended with {done.returncode}").splitlines()[-1]
         return {"size": " x ".join(map(str, size)), "failed": said[:200]}
     found = json.loads(done.stdout.splitlines()[-1])
-    files.write_json(found, kept)
+    atomic.write_json(found, kept)
     return found
 
 

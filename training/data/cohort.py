@@ -52,15 +52,15 @@ class Cohort:
 
     spacing: mm.
     shape: (D, H, W).
-    origin: x, y, z of the first voxel's centre, LPS mm.
-    tissues: class -> ``white``, ``grey``, ``fluid`` or ``other``, for label maps that images are painted from.
+    origin: x, y, z of the first voxel's center, LPS mm.
+    tissues: class -> ``white``, ``gray``, ``fluid`` or ``other``, for label maps that images are painted from.
     """
 
     volumes: tuple[Volume, ...]
     spacing: float
     shape: tuple[int, int, int]
     origin: tuple[float, float, float]
-    normalisation: str
+    normalization: str
     tissues: tuple[str, ...] = ()
 
     def split(self, name: str) -> tuple[Volume, ...]:
@@ -106,7 +106,7 @@ def load(folder: Path, device: torch.device | str = "cpu") -> Cohort:
         about["spacing"],
         shape,
         tuple(about["origin"]),
-        about["normalisation"],
+        about["normalization"],
         tuple(about.get("tissues", ())),
     )
 

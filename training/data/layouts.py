@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from DivRegNetLib.files import VOLUME_SUFFIXES
+from DivRegNetLib.io.atomic import VOLUME_SUFFIXES
 from training.data.cohort import SPLITS
 
 ROLES = ("both", "fixed", "moving")
@@ -156,10 +156,10 @@ def nnunet(root: Path) -> list[Source]:
     images = root / "imagesTr"
     paths = _volumes(images)
     labels = _volumes(root / "labelsTr") if (root / "labelsTr").is_dir() else []
-    labelled = {_stem(path): path for path in labels}
+    labeled = {_stem(path): path for path in labels}
     named = {path: CHANNEL.fullmatch(_stem(path)) for path in paths}
     # A Decathlon case may itself end in four digits: then its labels do, too.
-    with_channels = all(named.values()) and not any(_stem(path) in labelled for path in paths)
+    with_channels = all(named.values()) and not any(_stem(path) in labeled for path in paths)
     cases: dict[str, dict[int, Path]] = {}
     for path, match in named.items():
         case, channel = (match[1], int(match[2])) if with_channels else (_stem(path), 0)
@@ -178,7 +178,7 @@ def nnunet(root: Path) -> list[Source]:
             subject=case,
             images=tuple(found.get(channel, images / f"{case}_{channel:04d}{ending}") for channel in channels),
             contrasts=contrasts,
-            labels=labelled.get(case),
+            labels=labeled.get(case),
         )
         for case, found in cases.items()
     ]

@@ -1,7 +1,7 @@
 """Pairs of images that training and validation look at, and the random deformations they are made with.
 
 Every random number of a pair comes from one generator, so a step's pairs depend on the seed and the step alone. Lengths
-are in voxels of the cohort's grid, points and components in x, y, z order (see DivRegNetLib/fields.py).
+are in voxels of the cohort's grid, points and components in x, y, z order (see DivRegNetLib/core/fields.py).
 """
 
 from dataclasses import dataclass, replace
@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from DivRegNetLib import fields
+from DivRegNetLib.core import fields
 
 
 @dataclass(frozen=True)
 class Pair:
     """Two images on one grid, and what is known of how they correspond.
 
-    fixed, moving: (1, 1, D, H, W) normalised.
+    fixed, moving: (1, 1, D, H, W) normalized.
     brain: (1, 1, D, H, W) float, 1 inside the fixed skull, where that is known.
     truth: (1, 3, D, H, W) displacement from fixed to moving voxels, where it is known.
     fixed_labels, moving_labels: (1, 1, D, H, W) uint8, where both have the same classes.
@@ -105,15 +105,15 @@ def random_affine(random: Random, degrees: float, shift: float, scale: float, sh
     return torch.linalg.matrix_exp(skew) @ torch.linalg.matrix_exp(stretch), random.uniform(-shift, shift, 3)
 
 
-def transform(points: Tensor, matrix: Tensor, shift: Tensor, centre: Tensor) -> Tensor:
-    """Points (1, 3, D, H, W) through ``matrix (p - centre) + centre + shift``."""
-    moved = torch.einsum("ij,njdhw->nidhw", matrix, points - centre)
-    return moved + centre + shift.view(1, 3, 1, 1, 1)
+def transform(points: Tensor, matrix: Tensor, shift: Tensor, center: Tensor) -> Tensor:
+    """Points (1, 3, D, H, W) through ``matrix (p - center) + center + shift``."""
+    moved = torch.einsum("ij,njdhw->nidhw", matrix, points - center)
+    return moved + center + shift.view(1, 3, 1, 1, 1)
 
 
-def untransform(points: Tensor, matrix: Tensor, shift: Tensor, centre: Tensor) -> Tensor:
+def untransform(points: Tensor, matrix: Tensor, shift: Tensor, center: Tensor) -> Tensor:
     """The inverse of :func:`transform`."""
-    return transform(points - shift.view(1, 3, 1, 1, 1), torch.linalg.inv(matrix), 0 * shift, centre)
+    return transform(points - shift.view(1, 3, 1, 1, 1), torch.linalg.inv(matrix), 0 * shift, center)
 
 
 @dataclass(frozen=True)
@@ -139,12 +139,12 @@ def augment(pair: Pair, augmentation: Augmentation, spacing: float, random: Rand
     a, shape = augmentation, pair.fixed.shape[2:]
     if a == Augmentation(0, 0, 0, 0):
         return pair
-    centre = (torch.tensor(shape[::-1], device=pair.fixed.device).float().view(1, 3, 1, 1, 1) - 1) / 2
+    center = (torch.tensor(shape[::-1], device=pair.fixed.device).float().view(1, 3, 1, 1, 1) - 1) / 2
     at = fields.identity(tuple(shape), like=pair.fixed)
     place, placed_by = random_affine(random, a.degrees, a.shift_mm / spacing, 0, 0)
     rest, rest_by = random_affine(random, a.apart_degrees, a.apart_mm / spacing, 0, 0)
-    fixed_points = transform(at, place, placed_by, centre)
-    moving_points = transform(fixed_points, rest, rest_by, centre)
+    fixed_points = transform(at, place, placed_by, center)
+    moving_points = transform(fixed_points, rest, rest_by, center)
 
     def look(image: Tensor | None, points: Tensor, mode: str) -> Tensor | None:
         return (
@@ -154,7 +154,7 @@ def augment(pair: Pair, augmentation: Augmentation, spacing: float, random: Rand
     truth = None
     if pair.truth is not None:  # from a turned fixed voxel to the moving voxel that shows the same
         there = fixed_points + fields.sample(pair.truth, fixed_points)
-        truth = untransform(untransform(there, rest, rest_by, centre), place, placed_by, centre) - at
+        truth = untransform(untransform(there, rest, rest_by, center), place, placed_by, center) - at
     return Pair(
         look(pair.fixed, fixed_points, "bilinear"),
         look(pair.moving, moving_points, "bilinear"),

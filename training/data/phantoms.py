@@ -2,8 +2,8 @@
 
 import torch
 
-from DivRegNetLib import fields
-from DivRegNetLib.intensity import normalise
+from DivRegNetLib.core import fields
+from DivRegNetLib.core.intensity import normalize
 from training.data.cohort import Cohort, Volume
 from training.data.pairs import Pair, Random, ffd
 
@@ -50,8 +50,8 @@ def phantom(cohort: Cohort, task: str, seed: int) -> Pair:
     labels = (volume.labels > 0).float()  # the union of all regions is what the paper scores
     maps = fields.warp(torch.cat((volume.brain.float(), labels), 1), truth, mode="nearest", padding="zeros")
     return Pair(
-        normalise(fields.warp(fixed, truth, padding="zeros"), cohort.normalisation),
-        normalise(moving, cohort.normalisation),
+        normalize(fields.warp(fixed, truth, padding="zeros"), cohort.normalization),
+        normalize(moving, cohort.normalization),
         maps[:, :1],
         truth,
         maps[:, 1:].byte(),

@@ -5,7 +5,7 @@
     python training/data/prepare.py --manifest CSV --output ...
     python training/data/prepare.py --cohort DIR --output ...       nnU-Net, Decathlon, LiTS or a plain folder
 
-Every volume is aligned to one of them, resampled and normalised just as a registration does before its network sees
+Every volume is aligned to one of them, resampled and normalized just as a registration does before its network sees
 anything; volumes of one subject that share a frame are aligned together. Given again, the command goes on where it was
 interrupted, and redoes what has changed: a source file, a setting, the reference. The spacing and the reference are chosen
 from the whole cohort; give ``--spacing`` and ``--reference`` where it will grow, or a new volume may change them.
@@ -28,16 +28,16 @@ if __name__ == "__main__":
 
 from tqdm import tqdm
 
-from DivRegNetLib import files
-from DivRegNetLib.claim import claimed
+from DivRegNetLib.core.grid import Grid
 from DivRegNetLib.errors import DivRegNetError, InputError
-from DivRegNetLib.geometry import Grid
+from DivRegNetLib.io import atomic
+from DivRegNetLib.io.claim import claimed
 from DivRegNetLib.options import ALIGNMENTS
 from training.data import layouts, space
 from training.data.broken import Broken, complaint
 from training.data.cohort import FORMAT, SPLITS
 from training.data.layouts import Source
-from training.data.volumes import NORMALISATION, Task, recorded, state
+from training.data.volumes import NORMALIZATION, Task, recorded, state
 from training.data.workers import run
 
 INTERRUPTED = 130
@@ -52,7 +52,7 @@ class Preparation:
 
     spacing_mm: of the common grid; None: the median of the volumes' median spacings, rounded, and coarser where the grid
         would have more than MOST_VOXELS.
-    align: to the reference: ``none``, ``centre``, ``rigid`` or ``affine``, as a registration starts with.
+    align: to the reference: ``none``, ``center``, ``rigid`` or ``affine``, as a registration starts with.
     reference: name of the volume whose extent is the common grid's; None: of those in training that may be fixed, the one
         of median size in mm^3.
     together: volumes of one subject that share a frame (see :func:`training.data.space.frames`) get one alignment, so
@@ -74,7 +74,7 @@ class Preparation:
     def __post_init__(self) -> None:
         """Raises ValueError for a value that cannot be meant."""
         if self.spacing_mm is not None and not (math.isfinite(self.spacing_mm) and 0.1 <= self.spacing_mm <= 50):
-            raise ValueError(f"spacing_mm is a number of millimetres from 0.1 to 50, got {self.spacing_mm!r}")
+            raise ValueError(f"spacing_mm is a number of millimeters from 0.1 to 50, got {self.spacing_mm!r}")
         if self.align not in ALIGNMENTS:
             raise ValueError(f"align is one of {', '.join(ALIGNMENTS)}, got {self.align!r}")
         if self.workers < 0:
@@ -121,7 +121,7 @@ def _prepare(sources: list[Source], output: Path, preparation: Preparation, prog
     del image
     usable = [source for source in sources if source.name not in broken]
     frames = space.frames(usable, headers, reference, preparation.together)
-    settings = [FORMAT, NORMALISATION, preparation.align, grid.size, grid.spacing, grid.origin]
+    settings = [FORMAT, NORMALIZATION, preparation.align, grid.size, grid.spacing, grid.origin]
     reference_state = state(reference.images[0])
     records: dict[str, dict] = {}
 
@@ -158,7 +158,7 @@ def _prepare(sources: list[Source], output: Path, preparation: Preparation, prog
         "spacing": grid.spacing[0],
         "shape": list(grid.shape),
         "origin": list(grid.origin),
-        "normalisation": NORMALISATION,
+        "normalization": NORMALIZATION,
         "seed": preparation.seed,
         "reference": reference.name,
         "preparation": asked,
@@ -167,7 +167,7 @@ def _prepare(sources: list[Source], output: Path, preparation: Preparation, prog
         ],
         "skipped": [{"file": str(error.file), "reason": error.reason} for error in unfit],
     }
-    files.write_json(about, listing)
+    atomic.write_json(about, listing)
     return listing
 
 

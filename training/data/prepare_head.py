@@ -17,8 +17,8 @@ import numpy as np
 import SimpleITK as sitk
 from tqdm import tqdm
 
-from DivRegNetLib import affine
-from DivRegNetLib.geometry import Grid, affine_transform
+from DivRegNetLib.core.grid import Grid, affine_transform
+from DivRegNetLib.registration import alignment
 from training.data.cohort import FORMAT
 
 SPACING_MM = 2.0
@@ -29,14 +29,14 @@ WHITE = {2, 7, 13, 16, 28, 41, 46, 52, 60, 85}
 GREY = {3, 8, 10, 11, 12, 17, 18, 26, 42, 47, 49, 50, 51, 53, 54, 58}
 FLUID = {4, 5, 14, 15, 24, 43, 44, 72}
 BRAIN = WHITE | GREY | FLUID | {25, 30, 57, 62}
-T1_OF_TISSUE = {"white": 0.55, "grey": 0.4, "fluid": 0.18, "other": 0.35, "background": 0.0}
+T1_OF_TISSUE = {"white": 0.55, "gray": 0.4, "fluid": 0.18, "other": 0.35, "background": 0.0}
 
 
 def tissue(label: int) -> str:
     """Tissue of a FreeSurfer class."""
     if label == 0:
         return "background"
-    return "white" if label in WHITE else "grey" if label in GREY else "fluid" if label in FLUID else "other"
+    return "white" if label in WHITE else "gray" if label in GREY else "fluid" if label in FLUID else "other"
 
 
 def entry(name: str, contrasts: tuple[str, ...]) -> dict:
@@ -97,7 +97,7 @@ def main() -> None:
     for file, labels in zip(tqdm(files, desc="label maps"), maps, strict=True):
         values = np.array([T1_OF_TISSUE[tissue(v)] for v in range(max(classes) + 1)], np.float32)
         looks_like_t1 = Grid.of(labels).image(values[sitk.GetArrayFromImage(labels)])
-        to_subject = affine_transform(affine.align(template["T1"], looks_like_t1, "affine"))
+        to_subject = affine_transform(alignment.align(template["T1"], looks_like_t1, "affine"))
         array = sitk.GetArrayFromImage(on_grid(labels, to_subject))
         name = file.name.removesuffix(".nii.gz")
         np.savez_compressed(args.output / f"{name}.npz", labels=index[array], brain=np.isin(array, sorted(BRAIN)))
@@ -107,7 +107,7 @@ def main() -> None:
         "spacing": args.spacing,
         "shape": grid.shape,
         "origin": grid.origin,
-        "normalisation": "balanced",
+        "normalization": "balanced",
         "volumes": volumes,
         "classes": classes,
         "tissues": [tissue(c) for c in classes],

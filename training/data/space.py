@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from DivRegNetLib import files
+from DivRegNetLib.core.grid import LARGEST_WORKING_VOXELS, Grid
 from DivRegNetLib.errors import InputError
-from DivRegNetLib.geometry import LARGEST_WORKING_VOXELS, Grid
+from DivRegNetLib.io import images
 from training.data.broken import Broken, blame, complaint
 from training.data.layouts import Source
 from training.data.volumes import read
@@ -71,7 +71,7 @@ def _header(path: Path) -> sitk.ImageFileReader | sitk.Image:
     try:
         reader.ReadImageInformation()
     except RuntimeError:
-        return files.read_image(path)  # for its error
+        return images.read_image(path)  # for its error
     return reader
 
 

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from DivRegNetLib import fields
-from DivRegNetLib.intensity import normalise
+from DivRegNetLib.core import fields
+from DivRegNetLib.core.intensity import normalize
 from training.data.cohort import Cohort, Volume
 from training.data.pairs import Pair, Random, ffd, random_affine, transform, untransform
 
-# Mean intensity of white matter, grey matter and fluid per contrast, as in BrainWeb's images.
+# Mean intensity of white matter, gray matter and fluid per contrast, as in BrainWeb's images.
 CONTRAST_OF_TISSUE = {
-    "T1": {"white": 0.62, "grey": 0.46, "fluid": 0.2},
-    "T2": {"white": 0.35, "grey": 0.47, "fluid": 0.95},
-    "PD": {"white": 0.74, "grey": 0.85, "fluid": 0.95},
+    "T1": {"white": 0.62, "gray": 0.46, "fluid": 0.2},
+    "T2": {"white": 0.35, "gray": 0.47, "fluid": 0.95},
+    "PD": {"white": 0.74, "gray": 0.85, "fluid": 0.95},
 }
 
 
@@ -54,7 +54,7 @@ def make_pair(cohort: Cohort, recipe: Recipe, random: Random) -> Pair:
 
     shape = cohort.shape
     at = fields.identity(shape, like=first.brain.float())
-    centre = (torch.tensor(shape[::-1], device=random.device).float().view(1, 3, 1, 1, 1) - 1) / 2
+    center = (torch.tensor(shape[::-1], device=random.device).float().view(1, 3, 1, 1, 1) - 1) / 2
     mm = 1 / cohort.spacing
     # Both heads are placed alike; the moving one keeps what an affine alignment leaves over.
     place, placed_by = random_affine(random, 8, 6 * mm, 0.06, 0.02)
@@ -68,11 +68,11 @@ def make_pair(cohort: Cohort, recipe: Recipe, random: Random) -> Pair:
     warp_moving, unwarp_moving = (fields.resize(fields.integrate(v, 4), shape) for v in (velocity, -velocity))
 
     bent = at + warp_fixed
-    fixed_points = transform(bent, place, placed_by, centre)
-    moving_points = transform(transform(at + warp_moving, rest, rest_by, centre), place, placed_by, centre)
+    fixed_points = transform(bent, place, placed_by, center)
+    moving_points = transform(transform(at + warp_moving, rest, rest_by, center), place, placed_by, center)
     truth = None
     if same:
-        before_rest = untransform(bent, rest, rest_by, centre)
+        before_rest = untransform(bent, rest, rest_by, center)
         truth = before_rest + fields.sample(unwarp_moving, before_rest) - at
 
     strip_both = random.chance(recipe.strip * 0.75)
@@ -128,7 +128,7 @@ def _look(subject: Volume, points: Tensor, cohort: Cohort, recipe: Recipe, strip
     image = _blur(image, random.number(0.3, 0.9) if subject.images is None else random.number(0, 0.6))
     if random.chance(recipe.thick):
         image = _thicken(image, random)
-    image = normalise(image, cohort.normalisation)
+    image = normalize(image, cohort.normalization)
     image = (image + random.normal(*image.shape) * random.number(0, 0.05)).clamp(0, 1)
     return image, brain, labels.to(torch.uint8)
 
@@ -144,7 +144,7 @@ def _remap(image: Tensor, random: Random) -> Tensor:
 
 def _paint(labels: Tensor, tissues: tuple[str, ...], recipe: Recipe, random: Random) -> Tensor:
     """An image of a label map: a mean per class, of a known contrast or of none, and some texture."""
-    table = {t: random.number(0.05, 1) for t in ("white", "grey", "fluid")}
+    table = {t: random.number(0.05, 1) for t in ("white", "gray", "fluid")}
     if random.chance(recipe.known_contrast):
         table = CONTRAST_OF_TISSUE[random.choice(tuple(CONTRAST_OF_TISSUE))]
         table = {t: mean + random.number(-0.06, 0.06) for t, mean in table.items()}

@@ -10,16 +10,18 @@ import numpy as np
 import SimpleITK as sitk
 import torch
 
-from DivRegNetLib import affine, files
-from DivRegNetLib.check import check_geometry, check_image
+from DivRegNetLib.core.grid import Grid
+from DivRegNetLib.core.intensity import normalize
+from DivRegNetLib.core.resampling import resample_mask, resample_smooth
 from DivRegNetLib.errors import InputError
-from DivRegNetLib.geometry import Grid
-from DivRegNetLib.intensity import normalise
-from DivRegNetLib.physical import resample_mask, resample_smooth
+from DivRegNetLib.io import atomic
+from DivRegNetLib.io.images import read_image, read_labels
+from DivRegNetLib.registration import alignment
+from DivRegNetLib.registration.check import check_geometry, check_image
 from training.data.broken import Broken, blame
 from training.data.layouts import Source
 
-NORMALISATION = "robust"
+NORMALIZATION = "robust"
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def make(task: Task) -> dict | Broken:
         with zipfile.ZipFile(part, "a") as archive:  # the record in the same file: they cannot contradict each other
             archive.comment = json.dumps(record).encode()
 
-    files.write_whole(task.file, write)
+    atomic.write_whole(task.file, write)
     return record
 
 
@@ -91,7 +93,7 @@ def _arrays(task: Task) -> tuple[dict[str, np.ndarray], np.ndarray]:
     with blame() as at:
         at(source.images[0])
         if task.place is None and source.images[0] != task.reference[0]:
-            matrix = affine.align(_reference_image(*task.reference), images[0], task.align)
+            matrix = alignment.align(_reference_image(*task.reference), images[0], task.align)
         stack = []
         for path, image in zip(source.images, images, strict=True):
             at(path)
@@ -100,7 +102,7 @@ def _arrays(task: Task) -> tuple[dict[str, np.ndarray], np.ndarray]:
                 raise InputError(
                     f"nothing of it lies in the common space, aligned by {task.align!r}; try another --align"
                 )
-            stack.append(normalise(torch.from_numpy(values)[None, None], NORMALISATION)[0, 0].numpy())
+            stack.append(normalize(torch.from_numpy(values)[None, None], NORMALIZATION)[0, 0].numpy())
         arrays["images"] = np.stack(stack).astype(np.float16)
         if labels is not None:
             at(source.labels)
@@ -113,7 +115,7 @@ def _arrays(task: Task) -> tuple[dict[str, np.ndarray], np.ndarray]:
 @lru_cache(maxsize=1)
 def _reference_image(path: Path, state: str) -> sitk.Image:
     """The reference, read once by each worker; ``state`` tells one content of the file from another."""
-    return files.read_image(path)
+    return read_image(path)
 
 
 def read(source: Source) -> tuple[list[sitk.Image], sitk.Image | None]:
@@ -126,17 +128,17 @@ def read(source: Source) -> tuple[list[sitk.Image], sitk.Image | None]:
     with blame() as at:
         for path in source.images:
             at(path)
-            images.append(check_image(files.read_image(path), source.name))
+            images.append(check_image(read_image(path), source.name))
         if source.labels is not None:
             at(source.labels)
-            labels = files.read_labels(source.labels)
+            labels = read_labels(source.labels)
             check_geometry(labels, f"{source.name} label map")
             values = sitk.GetArrayViewFromImage(labels)
             low, high = int(values.min()), int(values.max())
             if low < 0 or high > 255:
                 raise InputError(f"holds labels from {low} to {high}, 0 to 255 are possible; renumber them")
             if high == 0:
-                raise InputError("no voxel is labelled; draw labels or remove the file")
+                raise InputError("no voxel is labeled; draw labels or remove the file")
             labels = sitk.Cast(labels, sitk.sitkUInt8)
             if Grid.of(labels) != Grid.of(images[0]):
                 on_image = resample_mask(labels, Grid.of(images[0]), np.eye(4))

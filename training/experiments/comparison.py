@@ -19,9 +19,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from DivRegNetLib import fields, files, metrics, models, newton
-from DivRegNetLib.geometry import Grid
-from DivRegNetLib.refine import refine
+from DivRegNetLib import models
+from DivRegNetLib.core import fields
+from DivRegNetLib.core.grid import Grid
+from DivRegNetLib.io import atomic
+from DivRegNetLib.quality import metrics
+from DivRegNetLib.registration import newton
+from DivRegNetLib.registration.refine import refine
 from training import config as configs
 from training import pictures
 from training.benchmarks.methods import REFINE_STEPS
@@ -122,7 +126,7 @@ def run(experiment: Experiment, settings: argparse.Namespace) -> list[dict]:
     for task in settings.tasks:
         drawn = figure(experiment, task, done[task], settings)
         file = settings.output / f"{experiment.name}-{task}.png"
-        files.write_whole(file, lambda part, drawn=drawn: drawn.savefig(part, dpi=110, format="png"))
+        atomic.write_whole(file, lambda part, drawn=drawn: drawn.savefig(part, dpi=110, format="png"))
     return rows
 
 
@@ -215,13 +219,13 @@ def _row(experiment: Experiment, task: str, method: str, settings: argparse.Name
             displacement = register(fixed, moving).detach().cpu()
         seconds += time.perf_counter() - started
         if not found:
-            files.write_whole(kept.with_suffix(".npz"), lambda part, field=displacement: _save(part, field))
+            atomic.write_whole(kept.with_suffix(".npz"), lambda part, field=displacement: _save(part, field))
         found.append(scores(pair, displacement, source.cohort.spacing))
     row = {"task": task, "method": method} | {k: float(np.mean([s[k] for s in found])) for k in found[0]}
     row["seconds"] = seconds / len(found)
     paper = experiment.paper.get((method, task), (None,) * 3)
     row |= dict(zip(("paper Dice", "paper ASD", "paper HD"), paper, strict=True))
-    files.write_json(row, kept)
+    atomic.write_json(row, kept)
     return row
 
 

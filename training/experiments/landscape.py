@@ -35,19 +35,22 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, Python looks beside the script alone
 
-from DivRegNetLib import fields, files
-from DivRegNetLib.device import pick_device
-from DivRegNetLib.geometry import Grid
-from DivRegNetLib.similarity import KLDivNet, lncc, parzen_mi
+from DivRegNetLib.core import fields
+from DivRegNetLib.core.grid import Grid
+from DivRegNetLib.io import atomic, images
+from DivRegNetLib.run.device import pick_device
+from DivRegNetLib.similarity.kldivnet import KLDivNet
+from DivRegNetLib.similarity.lncc import lncc
+from DivRegNetLib.similarity.mutual_information import parzen_mi
 from training.experiments import report
 
 PAIRS = (("T2", "T2"), ("T1", "T2"))  # moving, fixed
 CONTROL_POINTS_MM = 20.0
 NOTE = """Similarity of BrainWeb/AAL pairs (moving-fixed) over translations in x and y; the claim put to the test is that of
 arXiv 1908.08767, Fig. 3: S is smoother than MI and has fewer local optima. An optimum is a point, or a plateau of equal
-values, that none of its eight neighbours exceeds; one that touches the border of the grid is counted apart, as the metric
+values, that none of its eight neighbors exceeds; one that touches the border of the grid is counted apart, as the metric
 may go on rising beyond. *Whole voxels* counts among translations by whole voxels alone, which need no interpolation.
-*Captured* is the share of the grid from where climbing to the best of eight neighbours ends at the highest optimum, the
+*Captured* is the share of the grid from where climbing to the best of eight neighbors ends at the highest optimum, the
 *capture range* the distance from that within which every start does. S and MI are in nats."""
 
 
@@ -76,7 +79,7 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a grid of translations without the aligned position or with no neighbours to it."""
+        """Raises ValueError for a grid of translations without the aligned position or with no neighbors to it."""
         ratio = self.reach / self.step
         if ratio < 1 or abs(ratio - round(ratio)) > 1e-6:
             raise ValueError(f"reach is a whole number of steps, got {self.reach} mm in steps of {self.step} mm")
@@ -100,7 +103,7 @@ def load(data: Path, settings: Settings, device: torch.device | str = "cpu") -> 
         InputError: a file is missing or cannot be read.
     """
     folder = data / "brain_t1t2pd"
-    labels = files.read_labels(folder / "aal_labels.nii.gz")
+    labels = images.read_labels(folder / "aal_labels.nii.gz")
     reference = Grid.of(labels).axis_aligned(settings.spacing).empty_image()
     union = sitk.GetArrayFromImage(
         sitk.Resample(sitk.Cast(labels > 0, sitk.sitkUInt8), reference, sitk.Transform(), sitk.sitkNearestNeighbor)
@@ -109,7 +112,7 @@ def load(data: Path, settings: Settings, device: torch.device | str = "cpu") -> 
     first = max((inside[0] + inside[-1] + 1 - settings.slices) // 2, 0)
     volumes = {"labels": union}
     for contrast in ("T1", "T2"):
-        image = sitk.Cast(files.read_image(folder / f"brainweb_{contrast}.nii.gz"), sitk.sitkFloat32)
+        image = sitk.Cast(images.read_image(folder / f"brainweb_{contrast}.nii.gz"), sitk.sitkFloat32)
         smooth = sitk.DiscreteGaussian(image, (0.4 * settings.spacing) ** 2)
         volumes[contrast] = sitk.GetArrayFromImage(
             sitk.Resample(smooth, reference, sitk.Transform(), sitk.sitkLinear, 0.0)
@@ -156,13 +159,13 @@ def _ascend(
     generator: torch.Generator,
 ) -> KLDivNet:
     """Adam on S; the learning rate falls to 0 along a cosine, so that D does not end on a noisy step."""
-    optimiser = torch.optim.Adam(net.requires_grad_(True).parameters(), lr=settings.learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(steps, 1))
+    optimizer = torch.optim.Adam(net.requires_grad_(True).parameters(), lr=settings.learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
     for _ in range(steps):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         s = net(fixed, moving(), samples=settings.samples, shuffle=shuffle, generator=generator)
         (-s).backward()
-        optimiser.step()
+        optimizer.step()
         schedule.step()
     return net.requires_grad_(False)
 
@@ -214,10 +217,10 @@ def landscapes(
 
 
 def local_optima(values: np.ndarray) -> tuple[int, int]:
-    """Local maxima of a landscape (n_y, n_x) under the 8-neighbourhood: (inside, on the border).
+    """Local maxima of a landscape (n_y, n_x) under the 8-neighborhood: (inside, on the border).
 
-    A plateau of equal values that no neighbour exceeds is one optimum; it is on the border if any of it is. A border
-    point is compared with the neighbours that it has.
+    A plateau of equal values that no neighbor exceeds is one optimum; it is on the border if any of it is. A border
+    point is compared with the neighbors that it has.
     """
     image = sitk.GetImageFromArray(np.asarray(values, float))
     maxima = sitk.RegionalMaxima(image, backgroundValue=0, foregroundValue=1, fullyConnected=True, flatIsMaxima=True)
@@ -228,7 +231,7 @@ def local_optima(values: np.ndarray) -> tuple[int, int]:
 
 
 def captured(values: np.ndarray) -> np.ndarray:
-    """From where steepest ascent over the 8-neighbourhood ends at the highest value; (n_y, n_x) bool.
+    """From where steepest ascent over the 8-neighborhood ends at the highest value; (n_y, n_x) bool.
 
     A start on level ground goes nowhere.
     """
@@ -296,7 +299,7 @@ def figure(found: dict[str, dict[str, np.ndarray]], settings: Settings, path: Pa
             axes.view_init(elev=24, azim=-55)
             axes.set_box_aspect((1, 1, 0.95), zoom=0.92)
     FigureCanvasAgg(drawing)
-    files.write_whole(path, lambda part: drawing.savefig(part, dpi=130))
+    atomic.write_whole(path, lambda part: drawing.savefig(part, dpi=130))
 
 
 def run(
@@ -321,7 +324,7 @@ def run(
     ]
     figure(found, settings, output / "landscape.png")
     arrays = {f"{pair}: {name}": values for pair, metrics in found.items() for name, values in metrics.items()}
-    files.write_whole(output / "landscape.npz", lambda part: np.savez(part, offsets_mm=settings.offsets, **arrays))
+    atomic.write_whole(output / "landscape.npz", lambda part: np.savez(part, offsets_mm=settings.offsets, **arrays))
     about = {"preset": preset, "settings": asdict(settings), "seeds": [settings.seed], "device": str(device)}
     about |= {"shape": list(volumes["T2"].shape[2:]), "seconds": round(time.monotonic() - started, 1), "note": NOTE}
     report.write(output, "landscape", rows, about)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from DivRegNetLib import files
+from DivRegNetLib.io import atomic
 from training.version import version
 
 REQUIRED = ("preset", "seeds", "device", "seconds")
@@ -45,12 +45,12 @@ def write(folder: Path, name: str, rows: list[dict], about: dict) -> None:
     writer = csv.DictWriter(text, list(plain[0]))
     writer.writeheader()
     writer.writerows(plain)
-    files.write_json({"note": note, "rows": plain, "run": run}, folder / f"{name}.json")
+    atomic.write_json({"note": note, "rows": plain, "run": run}, folder / f"{name}.json")
     # As bytes: text would get a second carriage return on Windows.
-    files.write_whole(folder / f"{name}.csv", lambda part: part.write_bytes(text.getvalue().encode()))
+    atomic.write_whole(folder / f"{name}.csv", lambda part: part.write_bytes(text.getvalue().encode()))
     ran = "\n".join(f"- {key}: `{value}`" for key, value in run.items())
     parts = [f"# {name}", note, table(rows), "## What was run", ran]
-    files.write_text("\n\n".join(filter(None, parts)) + "\n", folder / f"{name}.md")
+    atomic.write_text("\n\n".join(filter(None, parts)) + "\n", folder / f"{name}.md")
 
 
 def environment() -> dict:

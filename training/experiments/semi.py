@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from DivRegNetLib import fields
-from DivRegNetLib.similarity import check_histogram, entropy, parzen_window
+from DivRegNetLib.core import fields
+from DivRegNetLib.similarity.mutual_information import check_histogram, entropy, parzen_window
 from training.data.pairs import bspline_basis
 
 
@@ -24,7 +24,7 @@ class SemiSettings:
     shrink: the pyramid, coarse to fine: by how much each level's grid is coarser than the images'.
     steps: gradient steps of each level.
     control: between the control points of the deformation.
-    window: between the centres of the windows of local MI, each of which is four times as wide.
+    window: between the centers of the windows of local MI, each of which is four times as wide.
     bins: of the joint histograms.
     bending: weight of the bending energy (``fields.bending``).
     rate: how far a control point moves in the first steps of a level; it falls to nothing towards its end.
@@ -49,7 +49,7 @@ class SemiSettings:
 def local_mi(fixed: Tensor, moving: Tensor, *, window: float, bins: int = 32) -> Tensor:
     """Spatially encoded MI in nats, differentiable in ``moving`` (a scalar).
 
-    The joint histogram of a window weighs voxels by a cubic B-spline about its centre; the MIs of all windows are
+    The joint histogram of a window weighs voxels by a cubic B-spline about its center; the MIs of all windows are
     averaged, each weighing what it holds. As the splines of all windows add up to one everywhere, this is the
     conditional MI I(F; M | window). Histograms as in Mattes et al., IEEE TMI 2003: the fixed intensity falls into one
     bin, the moving one into four under a cubic B-spline.
@@ -59,7 +59,7 @@ def local_mi(fixed: Tensor, moving: Tensor, *, window: float, bins: int = 32) ->
 
     Args:
         fixed, moving: (1, 1, D, H, W) in [0, 1] (values outside count as 0 or 1).
-        window: voxels between window centres; ``math.inf`` gives the MI of the whole images.
+        window: voxels between window centers; ``math.inf`` gives the MI of the whole images.
         bins: bins per image, at least 4.
     Raises:
         ValueError: fewer than 4 bins, or images of unlike shape.
@@ -90,7 +90,7 @@ def register(
     settings: SemiSettings | None = None,
     progress: Callable[[float], None] = lambda fraction: None,
 ) -> Tensor:
-    """The displacement that maximises spatially encoded MI less bending energy, coarse to fine, from the identity.
+    """The displacement that maximizes spatially encoded MI less bending energy, coarse to fine, from the identity.
 
     Each level adds a free-form deformation of its own to what the level before it found. Adam stands in for the paper's
     gradient ascent.
@@ -113,14 +113,14 @@ def register(
         def deform(control: Tensor, start: Tensor = start, bases: list[Tensor] = bases) -> Tensor:
             return start + torch.einsum("ncijk,zi,yj,xk->nczyx", control, *bases)
 
-        optimiser = torch.optim.Adam([control], lr=settings.rate)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+        optimizer = torch.optim.Adam([control], lr=settings.rate)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         for _ in range(steps):
             displacement = deform(control)
             similarity = local_mi(f, fields.warp(m, displacement), window=settings.window, bins=settings.bins)
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             (settings.bending * fields.bending(displacement) - similarity).backward()
-            optimiser.step()
+            optimizer.step()
             schedule.step()
             done += 1
             progress(done / sum(settings.steps))

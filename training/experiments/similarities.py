@@ -24,8 +24,10 @@ from lightning_fabric import Fabric
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from DivRegNetLib import fields, files
-from DivRegNetLib.similarity import KLDivNet, parzen_mi
+from DivRegNetLib.core import fields
+from DivRegNetLib.io import atomic
+from DivRegNetLib.similarity.kldivnet import KLDivNet
+from DivRegNetLib.similarity.mutual_information import parzen_mi
 from training import config as configs
 from training.data.cohort import Cohort
 from training.data.pairs import Pair, Random
@@ -111,7 +113,7 @@ def run(settings: argparse.Namespace) -> list[dict]:
     }
     report.write(settings.output, "similarities", rows, about)
     drawn = figure(rows, single)
-    files.write_whole(settings.output / "similarities.png", lambda part: drawn.savefig(part, dpi=110, format="png"))
+    atomic.write_whole(settings.output / "similarities.png", lambda part: drawn.savefig(part, dpi=110, format="png"))
     return rows
 
 
@@ -175,7 +177,7 @@ def _single(start: str, signal: str, seed: int, settings: argparse.Namespace) ->
     if trainer.objective.kldivnet is not None:
         with torch.no_grad():
             row["S and MI"] = agreement(trainer.objective.kldivnet, pairs)
-    files.write_json(row, kept)
+    atomic.write_json(row, kept)
     return row
 
 

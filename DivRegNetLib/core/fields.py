@@ -1,0 +1,222 @@
+"""Displacement and velocity fields on a voxel grid: warp, compose, integrate, invert, resize, Jacobian, smoothness.
+
+Conventions, everywhere in this file:
+
+* A field is a tensor (N, 3, D, H, W). Its three components are along x, y, z, that is along W, H, D, in **voxels** of
+  the grid it lives on.
+* A displacement u stands for the map ``x -> x + u(x)``. Warping an image with it *pulls*: ``warped(x) = image(x + u(x))``.
+* Voxels are cells: voxel centers lie at whole numbers and the image extends half a voxel beyond the first and the last
+  (``align_corners=False``), so halving the resolution doubles the spacing exactly and keeps the extent.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+MATRICES = 128  # small ones that are kept
+PARTS = 16  # of the points of one image, at which several threads sample it
+COARSEST = 16  # voxels of the shortest side, from which on an inversion starts at half the resolution
+
+
+def kept(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Keeps what a function of numbers and ``like`` (whose dtype and device it gives its result) has last returned: on small
+    images the making of small matrices takes longer than their use. Nobody may write to them."""
+
+    @functools.lru_cache(MATRICES)
+    def made(numbers: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
+        with torch.inference_mode(False):
+            return make(*numbers, like=torch.empty(0, dtype=dtype, device=device))
+
+    @functools.wraps(make)
+    def found(*numbers: float, like: Tensor) -> Tensor:
+        return made(numbers, like.dtype, like.device)
+
+    return found
+
+
+def identity(shape: tuple[int, int, int], *, like: Tensor) -> Tensor:
+    """Voxel coordinates of a (D, H, W) grid as a field (1, 3, D, H, W), with dtype and device of ``like``."""
+    axes = [torch.arange(n, dtype=like.dtype, device=like.device) for n in shape]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij")[::-1])[None]
+
+
+def sample(image: Tensor, points: Tensor, *, mode: str = "bilinear", padding: str = "border") -> Tensor:
+    """Values of an image (N, C, D, H, W) at voxel coordinates (N, 3, d, h, w) in x, y, z order.
+
+    Args:
+        mode: ``bilinear`` (trilinear in 3D) or ``nearest``.
+        padding: ``border`` repeats the outermost voxel outside, ``zeros`` gives 0.
+    Returns:
+        (N, C, d, h, w).
+    """
+    size = points.new_tensor(image.shape[:1:-1]).view(1, 3, 1, 1, 1)
+    grid = (points * 2 + 1) / size - 1  # in this order the border of the grid, and with it 0 beyond, is met exactly
+    grid, how = grid.permute(0, 2, 3, 4, 1), {"mode": mode, "padding_mode": padding, "align_corners": False}
+    if len(grid) > 1 or grid.is_cuda or image.requires_grad:
+        return F.grid_sample(image, grid, **how)
+    # On a CPU threads share the images of a batch, not the voxels of one: parts of the grid are made a batch.
+    count = points[0, 0].numel()
+    parts = grid.new_empty(PARTS * math.ceil(count / PARTS), 3)
+    parts[:count].view(grid.shape).copy_(grid)
+    parts[count:] = 0
+    found = F.grid_sample(image.expand(PARTS, -1, -1, -1, -1), parts.view(PARTS, 1, 1, -1, 3), **how)
+    return found.transpose(0, 1).flatten(1)[:, :count].unflatten(1, points.shape[2:])[None]
+
+
+def sample_along(image: Tensor, dim: int, at: Tensor) -> Tensor:
+    """Values of a tensor at positions (n,), in voxels, along one dimension; beyond, the border's."""
+    last, dims = image.shape[dim] - 1, image.dim()
+    shape = [-1 if d == dim else 1 for d in range(dims)]
+    at = at.clamp(0, last)
+    low = at.floor().long()
+
+    def taken(index: Tensor) -> Tensor:
+        if dim < dims - 1:
+            return image.index_select(dim, index)
+        return image.gather(dim, index.expand(*image.shape[:-1], -1))  # on a CPU five times as fast there
+
+    return taken(low).lerp_(taken((low + 1).clamp_max(last)), (at - low).view(shape).to(image.dtype))
+
+
+def shifted(image: Tensor, *by: float) -> Tensor:
+    """Values of an image (N, C, D, H, W) so many voxels further along x, y and z; beyond, the border's."""
+    sizes = zip(image.shape[:1:-1], by, strict=True)
+    return along_axes(image, *(_shift(n, distance, like=image) if distance else None for n, distance in sizes))
+
+
+@kept
+def _shift(n: int, distance: float, *, like: Tensor) -> Tensor:
+    """(n, n): each row takes the values of a line to the one so many voxels further."""
+    at = torch.arange(n, device=like.device, dtype=like.dtype) + distance
+    return sample_along(torch.eye(n, device=like.device, dtype=like.dtype), 0, at)
+
+
+def warp(image: Tensor, displacement: Tensor, *, mode: str = "bilinear", padding: str = "border") -> Tensor:
+    """``image(x + u(x))`` for an image (N, C, D, H, W) and a displacement (N, 3, D, H, W) on the same grid."""
+    points = identity(displacement.shape[2:], like=displacement) + displacement
+    return sample(image, points, mode=mode, padding=padding)
+
+
+def compose(outer: Tensor, inner: Tensor) -> Tensor:
+    """Displacement of ``x -> outer(inner(x))``: first ``inner``, then ``outer``, both (N, 3, D, H, W)."""
+    return inner + warp(outer, inner)
+
+
+def integrate(velocity: Tensor, steps: int = 6) -> Tensor:
+    """Displacement of the flow of a stationary velocity field at time 1, by ``steps`` squarings.
+
+    Source: Arsigny et al., "A log-Euclidean framework for statistics on diffeomorphisms", MICCAI 2006.
+    """
+    displacement = velocity / 2**steps
+    for _ in range(steps):
+        displacement = compose(displacement, displacement)
+    return displacement
+
+
+def invert(displacement: Tensor, *, iterations: int = 30, tolerance: float = 4e-2) -> Tensor:
+    """Displacement v with ``(x + v) + u(x + v) = x``, by fixed-point iteration ``v <- -u(x + v)``.
+
+    Converges where u is a contraction, that is where the map is well invertible; elsewhere the result is an iterate.
+    Starts from the inverse at half the resolution; a voxel that moved by no more than ``tolerance`` voxels is done, and
+    the others go on. Source: Chen et al., "A simple fixed-point approach to invert a deformation field", Med. Phys. 2008.
+    """
+    shape = displacement.shape[2:]
+    inverse = -displacement
+    if min(shape) >= COARSEST:
+        half = resize(displacement, tuple((n + 1) // 2 for n in shape))
+        inverse = resize(invert(half, iterations=iterations, tolerance=tolerance), shape)
+    inverse, x = inverse.flatten(2), identity(shape, like=inverse).flatten(2)
+    here, v = None, inverse  # None: all voxels
+    for i in range(iterations):
+        residual = v + sample(displacement, (x + v)[..., None, None]).flatten(2)
+        v = v - (0.75 if i else 1.0) * residual  # damped but for the first: stable where the gradient of u is strong
+        inverse = v if here is None else inverse.index_copy(2, here, v)
+        goes_on = (residual.abs().amax((0, 1)) > tolerance).nonzero()[:, 0]
+        if not len(goes_on):
+            break
+        here = goes_on if here is None else here[goes_on]
+        x, v = x[..., goes_on], v[..., goes_on]
+    return inverse.view_as(displacement)
+
+
+def resize(displacement: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """The same deformation on a (D, H, W) grid of the same extent; lengths are rescaled to voxels of the new grid."""
+    if tuple(displacement.shape[2:]) == tuple(shape):
+        return displacement
+    ratio = displacement.new_tensor([n / o for n, o in zip(shape, displacement.shape[2:], strict=True)][::-1])
+    resized = F.interpolate(displacement, size=tuple(shape), mode="trilinear", align_corners=False)
+    return resized * ratio.view(1, 3, 1, 1, 1)
+
+
+def length(field: Tensor) -> Tensor:
+    """Length of the vectors of a field (N, 3, D, H, W), in its unit: (N, 1, D, H, W)."""
+    return field.square().sum(1, keepdim=True).sqrt()
+
+
+def smooth(field: Tensor, *sigma: float) -> Tensor:
+    """Gaussian smoothing of (N, C, D, H, W), the border repeated.
+
+    Args:
+        sigma: standard deviation in voxels; one, or one each along x, y, z. 0 leaves an axis as it is.
+    """
+    sizes = zip(field.shape[:1:-1], sigma * (3 // len(sigma)), strict=True)
+    return along_axes(field, *(gaussian(n, s, like=field) if s else None for n, s in sizes))
+
+
+def along_axes(field: Tensor, x: Tensor | None, y: Tensor | None, z: Tensor | None) -> Tensor:
+    """(N, C, D, H, W) with the values along each axis multiplied by a matrix (to, from); None leaves an axis as it is.
+
+    Many channels at once, and the same sum on every run.
+    """
+    if x is not None:
+        field = F.linear(field, x)
+    if y is not None:
+        field = y @ field
+    if z is not None:
+        field = (z @ field.flatten(3)).unflatten(3, field.shape[3:])
+    return field
+
+
+@kept
+def gaussian(n: int, sigma: float, *, like: Tensor) -> Tensor:
+    """(n, n): each row a Gaussian about its own place, what would fall over the border added to it."""
+    reach = max(round(2.5 * sigma), 1)
+    offsets = torch.arange(-reach, reach + 1, device=like.device)
+    kernel = torch.exp(-0.5 * (offsets.double() / sigma) ** 2)
+    falls = (torch.arange(n, device=like.device)[:, None] + offsets).clamp_(0, n - 1)
+    # In double precision, so that the order in which a GPU adds up what falls over the border does not show.
+    matrix = kernel.new_zeros(n, n).scatter_add_(1, falls, (kernel / kernel.sum()).expand(n, -1))
+    return matrix.to(like.dtype)
+
+
+def gradients(field: Tensor) -> list[Tensor]:
+    """Forward differences of a field along x, y and z, each (N, C, ...) one voxel shorter along its own axis."""
+    return [field.diff(dim=d) for d in (4, 3, 2)]
+
+
+def bending(field: Tensor) -> Tensor:
+    """Mean squared second difference along each axis (unmixed bending energy), a scalar; 0 for affine maps."""
+    return sum(field.diff(n=2, dim=d).square().mean() for d in (2, 3, 4))
+
+
+def diffusion(field: Tensor) -> Tensor:
+    """Mean squared first difference, summed over the axes: the smoothness term of VoxelMorph, a scalar."""
+    return sum(g.square().mean() for g in gradients(field))
+
+
+def jacobian_determinant(displacement: Tensor) -> Tensor:
+    """det of the Jacobian of ``x -> x + u(x)`` by forward differences, (N, D-1, H-1, W-1); <= 0 where it folds."""
+    u = displacement
+    columns = []  # d(x + u)/dx, d/dy, d/dz
+    for axis, dim in enumerate((4, 3, 2)):
+        difference = u.diff(dim=dim)
+        crop = [slice(None), slice(None)] + [slice(0, -1) if d != dim else slice(None) for d in (2, 3, 4)]
+        column = list(difference[tuple(crop)].unbind(1))
+        column[axis] = column[axis] + 1
+        columns.append(column)
+    (a, d, g), (b, e, h), (c, f, i) = columns
+    return a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g)

@@ -1,0 +1,115 @@
+"""Model cards: what a model is, what it is for and how it was made, as JSON beside its weights. Read without torch."""
+
+import json
+import math
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from DivRegNetLib.errors import ModelError
+
+if TYPE_CHECKING:
+    from DivRegNetLib.core.grid import Grid
+
+FORMAT = 1
+LARGEST_CARD_BYTES = 1_000_000
+WORKING_VOXELS = 900_000  # of a grid that follows the field of view: 2 mm for a head
+FINEST_MM = 0.1
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a model is, what it is for and how it was made.
+
+    name: also the name of the weight file, ``name.safetensors``.
+    version: of the model.
+    summary: one line for a list.
+    modalities: of the images it was trained on.
+    anatomy: what the images show.
+    skull: ``whole``, ``stripped``, ``either`` or ``not applicable``.
+    spacing_mm: of the isotropic grid it works on, along the LPS axes; 0: see :meth:`working_spacing`.
+    normalization: a key of :data:`DivRegNetLib.core.intensity.SCHEMES`.
+    regnet: fields of :class:`DivRegNetLib.registration.regnet.RegNetConfig`.
+    kldivnet: fields of :class:`DivRegNetLib.similarity.kldivnet.KLDivNetConfig`; None if the file has no similarity network.
+    training: data, its license, command, configuration.
+    scores: what it reached, by task.
+    license: of the weights.
+    sha256: of the weight file.
+    good_for, limits: sentences for the user: what it registers well, and what it does not.
+    format: version of this card format.
+    """
+
+    name: str
+    version: str
+    summary: str
+    modalities: list
+    anatomy: str
+    skull: str
+    spacing_mm: float
+    normalization: str
+    regnet: dict
+    kldivnet: dict | None
+    training: dict
+    scores: dict
+    license: str
+    sha256: str
+    good_for: str = ""
+    limits: str = ""
+    format: int = FORMAT
+
+    def working_spacing(self, fixed: "Grid", moving: "Grid") -> float:
+        """Spacing in mm of the grid on which a pair is registered.
+
+        Where ``spacing_mm`` is 0 it follows the field of view: about WORKING_VOXELS voxels cover the fixed image, but they
+        are no smaller than the shortest side of a voxel of either image.
+
+        Args:
+            fixed, moving: of the images; only their ``size`` and ``spacing`` are looked at.
+        """
+        if self.spacing_mm:
+            return self.spacing_mm
+        volume = math.prod(n * mm for n, mm in zip(fixed.size, fixed.spacing, strict=True))
+        return round(max((volume / WORKING_VOXELS) ** (1 / 3), min(*fixed.spacing, *moving.spacing), FINEST_MM), 2)
+
+
+def read_card(file: Path) -> Card:
+    """Reads and checks a card.
+
+    Raises:
+        ModelError: names the file and what is wrong: unreadable, a missing or unknown key, a wrong type, a value out of
+            range, another format version.
+    """
+    try:
+        if file.exists() and not file.is_file():  # a pipe would be waited on
+            raise ModelError(f"{file}: the model card is not a regular file")
+        if file.stat().st_size > LARGEST_CARD_BYTES:
+            raise ModelError(f"{file}: a model card of more than {LARGEST_CARD_BYTES} bytes is refused")
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"{file}: the model card cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ModelError(f"{file}: a model card is a JSON object")
+    if values.get("format") != FORMAT:
+        raise ModelError(
+            f"{file}: the card has format {values.get('format')!r}, this version of DivRegNet reads {FORMAT}; "
+            "update DivRegNet or export the model again"
+        )
+    known = {f.name: f.type for f in fields(Card)}
+    for key in fields(Card):
+        if key.default is MISSING and key.name not in values:
+            raise ModelError(f"{file}: the model card has no {key.name!r}")
+    if unknown := sorted(set(values) - set(known)):
+        raise ModelError(f"{file}: the model card has an unknown key {unknown[0]!r}")
+    values["spacing_mm"] = (
+        float(values["spacing_mm"]) if type(values["spacing_mm"]) in (int, float) else values["spacing_mm"]
+    )
+    for key, value in values.items():
+        if not isinstance(value, known[key]):
+            raise ModelError(f"{file}: {key!r} in the model card must be {known[key]}, got {value!r:.80}")
+    if values["name"] != file.stem:
+        raise ModelError(f"{file}: the card is of model {values['name']!r:.80}, its file must have that name")
+    if values["spacing_mm"] != 0 and not 0.05 <= values["spacing_mm"] <= 50:
+        raise ModelError(f"{file}: spacing_mm must be between 0.05 and 50, or 0, got {values['spacing_mm']}")
+    return Card(**values)

@@ -1,0 +1,207 @@
+"""How much memory a registration takes, before it is taken, and how much there is. No torch here.
+
+The bytes per voxel were fitted to the measured peaks of ``python Testing/tools/benchmark.py --memory``, which compares again.
+"""
+
+import contextlib
+import ctypes
+import gc
+import math
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import SimpleITK as sitk
+
+from DivRegNetLib.core.grid import Grid
+from DivRegNetLib.errors import DeviceError
+from DivRegNetLib.models.card import FINEST_MM, Card
+
+# Bytes of the process, whatever the images.
+LIBRARIES = 343e6  # torch (CPU), ITK, numpy and a model
+EXTRA = 170e6  # code loaded on the way, slabs, patches, pictures, and what the allocator keeps
+# Bytes per voxel of the working grid.
+FIELDS = 180  # images, fields, histograms and their copies while the network runs
+PER_CHANNEL = 12  # features of the two finest levels, joined, before and after a convolution
+INVERSION = 275  # after the network, in its place
+REFINEMENT = 60  # at full resolution, where the field is twice as fine
+# Bytes per voxel of the volumes.
+SMOOTHING = 20  # of one of them, in single precision
+FIELD = 24  # a displacement in double precision, as ITK wants it; again while it is written
+WARPING = 14  # of the fixed grid
+
+COARSEST = 4.0  # times the spacing asked for: what follows is no more than an affine alignment
+COARSER = 1.25  # from one attempt to the next: half the voxels
+SPARE = 0.9  # share of what is there that is planned with
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes that one registration takes beside the libraries and the two images.
+
+    working: voxels along x, y, z of the network's grid.
+    device: where the network runs, while it runs.
+    host: in main memory, for the volumes and their displacement fields, after that.
+    """
+
+    working: tuple[int, int, int]
+    device: int
+    host: int
+
+    @property
+    def cpu(self) -> int:
+        """In main memory where the network runs there, too: one after the other."""
+        return max(self.device, self.host)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a registration can be done in the memory there is.
+
+    working: the network's grid, in fixed space.
+    fixed, moving: grids of the displacement field and its inverse: those of the volumes, or thinner ones.
+    """
+
+    working: Grid
+    fixed: Grid
+    moving: Grid
+
+
+def estimate(
+    card: Card,
+    fixed: Grid,
+    moving: Grid,
+    *,
+    spacing: float | None = None,
+    refine: int = 0,
+    fields: tuple[Grid, Grid] | None = None,
+) -> Estimate:
+    """Memory for one registration, its files included.
+
+    Args:
+        fixed, moving: grids of the volumes; the working grid covers all of the fixed one.
+        spacing: working resolution in mm; None: the model's.
+        refine: refinement steps, which cost the same whether few or many.
+        fields: grids of the displacement field and its inverse; None: those of the volumes.
+    """
+    grid = working_grid(card, fixed, max(spacing or card.working_spacing(fixed, moving), FINEST_MM))
+    channels = card.regnet.get("channels") or (16, 32)
+    network = FIELDS + PER_CHANNEL * sum(channels[:2]) / _stride(card) ** 3 + (REFINEMENT if refine else 0)
+    in_fields = [g.voxels for g in fields or (fixed, moving)]
+    host = max(
+        SMOOTHING * max(fixed.voxels, moving.voxels),
+        FIELD * (sum(in_fields) + max(in_fields)),
+        FIELD * sum(in_fields) + WARPING * fixed.voxels,
+    )
+    return Estimate(grid.size, int(EXTRA + grid.voxels * max(network, INVERSION)), int(EXTRA + host))
+
+
+def plan(card: Card, fixed: Grid, moving: Grid, spacing: float, refine: int, fits: Callable[[Estimate], bool]) -> Plan:
+    """The finest working resolution, from ``spacing`` (mm) to COARSEST times the model's, at which a registration fits.
+
+    Displacement fields that do not fit at full resolution are kept at the working resolution, which they come from.
+
+    Raises:
+        DeviceError: not even the coarsest fits; says how much it takes.
+    """
+    coarsest = max(spacing, COARSEST * card.working_spacing(fixed, moving))
+    for step in range(math.ceil(math.log(coarsest / spacing) / math.log(COARSER) - 1e-9) + 1):
+        mm = min(spacing * COARSER**step, coarsest)
+        for grids in ((fixed, moving), (fixed.thinned(mm), moving.thinned(mm))):
+            found = estimate(card, fixed, moving, spacing=mm, refine=refine, fields=grids)
+            if fits(found):
+                return Plan(working_grid(card, fixed, mm), *grids)
+    sizes = " and ".join(" x ".join(map(str, grid.size)) for grid in (fixed, moving))
+    raise DeviceError(
+        f"there is not the memory for volumes of {sizes} voxels: even at {mm:.3g} mm their registration takes "
+        f"{text(found.cpu)} more; crop or shrink them, or use a computer with more memory"
+    )
+
+
+def working_grid(card: Card, fixed: Grid, spacing: float) -> Grid:
+    """The network's grid at a resolution (mm). Its sides are multiples of what RegNet pads to (``RegNetConfig.multiple``, which
+    needs torch)."""
+    return fixed.working_grid(spacing, multiple=_stride(card) * 4)
+
+
+def room(limit: float | None, *images: sitk.Image) -> float:
+    """Bytes that a registration of these images may still take; infinite where the system does not tell.
+
+    Args:
+        limit: of the whole process, in GB; None: what the system has.
+    """
+    return SPARE * available() if limit is None else limit * 1e9 - held(*images)
+
+
+def held(*images: sitk.Image) -> float:
+    """Bytes that a process has taken before it registers: the libraries and the images."""
+    each = (i.GetNumberOfPixels() * i.GetNumberOfComponentsPerPixel() * i.GetSizeOfPixelComponent() for i in images)
+    return LIBRARIES + sum(each)
+
+
+def available(root: Path = Path("/")) -> float:
+    """Bytes of main memory that this process can still take, by the system and, in a container or a batch job, by the
+    limit of its control group; infinite where the system does not tell.
+
+    Args:
+        root: of the file system that tells it.
+    """
+    found = [_meminfo(root / "proc/meminfo"), *map(_left_in_group, _groups(root))]
+    if told := [n for n in found if n is not None]:
+        return max(min(told), 0)
+    for name in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"):
+        with contextlib.suppress(AttributeError, ValueError, OSError):
+            return os.sysconf(name) * os.sysconf("SC_PAGE_SIZE")
+    return math.inf
+
+
+def give_back() -> None:
+    """After a registration of many, or where the memory ran out: frees what only holds itself (a figure's parts do), and
+    returns to the system what is free but kept by the C library, a quarter of a megabyte more with each pair."""
+    gc.collect()
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # a C library other than glibc
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def text(size: float) -> str:
+    """A number of bytes for people: ``1.2 GB``, ``350 MB``."""
+    return f"{size / 1e9:.1f} GB" if size >= 950e6 else f"{max(round(size / 1e6, -1), 10):.0f} MB"
+
+
+def _meminfo(file: Path) -> float | None:
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return 1024 * int(file.read_text().split("MemAvailable:")[1].split()[0])
+    return None
+
+
+def _groups(root: Path) -> list[Path]:
+    """The folders of this process's control group and those above it, of either version."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):
+            mount = root / "sys/fs/cgroup" / controllers
+            group = mount / path.lstrip("/")
+            found += [mount, *(g for g in (group, *group.parents) if mount in g.parents)]
+    return found
+
+
+def _left_in_group(group: Path) -> float | None:
+    """What a control group may still take; file caches do not count, as the system gives them up."""
+    for limit, usage in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+        with contextlib.suppress(OSError, ValueError):
+            most, used = int((group / limit).read_text()), int((group / usage).read_text())
+            statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            return most - used + int(statistics.get("inactive_file", 0))
+    return None
+
+
+def _stride(card: Card) -> int:
+    return card.regnet.get("stride", 2)

@@ -1,0 +1,96 @@
+"""Killed, started twice, fed with bad files, kept busy: what is left is whole, and what was asked for comes in the end.
+
+The same at full length: ``python Testing/tools/faults.py`` and ``python Testing/tools/load.py``.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import faults
+import load
+import pytest
+
+from DivRegNetLib.errors import InputError
+from DivRegNetLib.io.claim import LOCK, PART, claimed, hold, tidy
+from DivRegNetLib.options import Options
+from DivRegNetLib.run.cohort import QUALITY, Pair, register_row
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """The kinds of work by name, and the folder they are done in."""
+    folder = tmp_path_factory.mktemp("faults")
+    return faults.jobs(folder, faults.quick_model(folder / "models"), str(folder / "models")), folder
+
+
+@pytest.mark.parametrize("name, kills", [("registration", 2), ("cohort", 2)])
+def test_a_process_killed_at_random_leaves_whole_files_and_the_next_one_ends_as_if_nothing_had_been(work, name, kills):
+    jobs, folder = work
+    seen = faults.torture(jobs[name], folder, kills, random.Random(7))
+    assert seen["kills"] == kills and seen["completed with the same result"] >= 1
+
+
+@pytest.mark.parametrize("name", ["registration", "preparation"])
+def test_of_two_processes_in_one_folder_one_writes_and_the_other_says_so_or_waits(work, name):
+    jobs, folder = work
+    seen = faults.race(jobs[name], folder)
+    assert seen["succeeded"] == (1 if name == "registration" else 2)
+
+
+def test_a_cohort_loses_the_bad_pairs_alone_names_them_and_opens_no_more_and_more_files(tmp_path):
+    found = load.run_cohort(tmp_path / "load", pairs=14, bad=3, settled=3)
+    assert found["wrong"] == []
+    assert (found["ok"], found["failed"]) == (11, 3)
+
+
+def test_the_same_pair_gives_the_same_bits_every_time(tmp_path, monkeypatch):
+    monkeypatch.setenv("DIVREGNET_MODELS", "")
+    assert len(load.digests(tmp_path, 3)) == 1
+
+
+HOLDER = f"""
+import pathlib, sys, time
+from DivRegNetLib.io.claim import claimed
+output = pathlib.Path(sys.argv[1])
+with claimed(output):
+    (output / "{PART}x").mkdir()
+    (output / "{PART}x" / "half.nii.gz").touch()
+    time.sleep(600)
+"""
+
+
+def test_a_folder_is_claimed_by_one_process_and_free_again_when_that_is_killed(tmp_path):
+    output = tmp_path / "out"
+    child = subprocess.Popen([sys.executable, "-c", HOLDER, str(output)], env=os.environ | {"PYTHONPATH": str(ROOT)})
+    while not (output / f"{PART}x" / "half.nii.gz").exists():
+        time.sleep(0.01)
+    with pytest.raises(InputError, match=r"another process is writing there; wait for it, or choose"), claimed(output):
+        pass
+    tidy(output)
+    assert (output / f"{PART}x" / "half.nii.gz").exists(), "it is not ours to tidy"
+    assert hold(output / LOCK, wait=False) is None
+    child.kill()
+    child.wait()
+    with claimed(output):
+        assert [path.name for path in output.iterdir()] == [LOCK]
+    assert not output.exists(), "nothing came into it"
+
+
+def test_a_pair_whose_process_was_killed_after_its_last_file_counts_as_done_and_is_tidied(tmp_path):
+    folder = tmp_path / "p1"
+    (folder / f"{PART}x").mkdir(parents=True)
+    (folder / LOCK).touch()
+    report = {"quality": {"nmi": {"before": 1.1, "after": 1.2}, "folded_percent": 0.0}, "seconds": {}, "warnings": []}
+    (folder / QUALITY).write_text(json.dumps(report))
+    pair = Pair(tmp_path / "fixed.nii.gz", tmp_path / "moving.nii.gz")
+    row = register_row("p1", pair, tmp_path, Options(), lambda: pytest.fail("it is done"), overwrite=False)
+    assert (row["status"], row["nmi_after"]) == ("ok", "1.2")
+    assert [path.name for path in folder.iterdir()] == [QUALITY]

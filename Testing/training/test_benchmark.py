@@ -1,0 +1,277 @@
+"""training/benchmark.py on a generated pair whose truth is known; none of the rivals needs to be installed."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from DivRegNetLib.core.grid import Grid
+from training import benchmark
+from training.benchmarks import measure, methods, scaling
+from training.benchmarks.cases import AAL, MUSE, Family, Material, deformed, prepare, relabeled
+from training.benchmarks.measure import Settings
+
+SPACING = 6.0
+OURS = ("initial", "affine", "DivRegNet")
+
+
+@pytest.fixture(scope="module")
+def material(paint, phantom, other_contrast, grid_about, landmarks):
+    """A head that is bent, its other contrast, the labels of dark and bright parts, and landmarks that lie still."""
+    grid = grid_about((31.0, -47.0, 112.0), (26, 30, 28), (5.0, 4.5, 4.5))
+    image, other = paint(grid), paint(grid, contrast=other_contrast)
+    array = sitk.GetArrayFromImage(image)
+    labels = grid.image(((array > 0.2).astype(np.uint8) + (array > 0.6)).astype(np.uint8))
+    return deformed(Material(image, other, labels, labels), seed=3)
+
+
+@pytest.fixture(scope="module")
+def prepared(material, tmp_path_factory):
+    return prepare(lambda: material, SPACING, tmp_path_factory.mktemp("pair"), "center")
+
+
+@pytest.fixture
+def settings(tiny_model):
+    return Settings(model=tiny_model, device="cpu", threads=1, refine=1)
+
+
+@pytest.fixture
+def families(material):
+    cases = {"a": lambda data: material, "b": lambda data: material}
+    return {"heads": Family(SPACING, 8.0, "generated", cases, align="center")}
+
+
+def residual(prepared) -> sitk.Image:
+    """The displacement that, before the affine alignment, makes the truth: ``A (p + u) = T(p)``."""
+    grid = Grid.of(prepared.fixed)
+    k, j, i = np.indices(grid.shape)
+    points = grid.to_physical(np.stack([i, j, k], -1))
+    back = np.linalg.inv(prepared.initial)
+    there = points + sitk.GetArrayFromImage(prepared.truth)
+    return grid.image(there @ back[:3, :3].T + back[:3, 3] - points)
+
+
+def test_the_true_field_scores_no_error(prepared):
+    assert measure.scores(prepared, np.eye(4))["error mm"] > 1.5
+    perfect = measure.scores(prepared, prepared.initial, residual(prepared))
+    assert perfect["error mm"] < 1e-3
+    assert perfect["folded %"] == 0
+
+
+def test_the_field_that_undoes_a_shift_scores_the_overlap_of_perfection(prepared):
+    grid = Grid.of(prepared.fixed)
+    shift = sitk.TranslationTransform(3, [-2 * SPACING, 0.0, SPACING])
+    shifted = sitk.Resample(prepared.fixed_labels, prepared.fixed_labels, shift, sitk.sitkNearestNeighbor, 0)
+    moved = replace(prepared, moving_labels=shifted)
+    undone = grid.image(np.broadcast_to([2 * SPACING, 0.0, -SPACING], (*grid.shape, 3)))
+    assert measure.scores(moved, np.eye(4))["Dice"] < 0.8
+    found = measure.scores(moved, np.eye(4), undone)
+    assert found["Dice"] == 1 and found["ASD mm"] == 0 and found["HD95 mm"] == 0
+
+
+def test_a_label_that_a_method_loses_counts_as_dice_nought(prepared):
+    one = prepared.fixed_labels == 1
+    same = replace(prepared, moving_labels=sitk.Cast(one, sitk.sitkUInt8))
+    assert measure.scores(same, np.eye(4))["Dice"] == pytest.approx(0.5)
+
+
+def test_labels_that_lie_apart_have_dice_nought_and_no_distance(prepared):
+    away = np.eye(4)
+    away[0, 3] = 1000.0
+    found = measure.scores(prepared, away)
+    assert found["Dice"] == 0 and "ASD mm" not in found
+
+
+def test_where_the_frame_is_not_shared_a_method_is_held_to_what_it_makes_of_the_unbent_pair(
+    material, settings, tmp_path, monkeypatch
+):
+    apart = replace(material, truth=None)
+    bent = prepare(lambda: deformed(apart, seed=4, one_frame=False), SPACING, tmp_path / "pair", "none")
+    grid, bend = Grid.of(bent.fixed), sitk.GetArrayFromImage(bent.truth)
+    assert Grid.of(bent.unbent.fixed) == grid and bent.unbent.truth is None
+    away = np.array([4.0, -3.0, 12.0])  # what the method finds between the two frames
+
+    def run(pair, method, settings, kept):
+        found = away if pair.name == "unbent" else bend + away + error
+        sitk.WriteImage(grid.image(np.broadcast_to(found, (*grid.shape, 3))), str(kept / "displacement.mha"))
+        return {"seconds": 1.0}
+
+    monkeypatch.setattr(measure, "_run", run)
+    for error in (0.0, np.array([0.0, 2.0, 0.0])):
+        kept = tmp_path / str(error)
+        found = measure.row(bent, "DivRegNet", settings, kept)
+        assert found["error mm"] == pytest.approx(np.linalg.norm(error), abs=1e-3)
+    still = measure.row(bent, "initial", settings, tmp_path / "initial")
+    assert still["error mm"] == pytest.approx(np.linalg.norm(bend, axis=-1)[bent.inside].mean(), abs=1e-3)
+
+
+def test_folds_and_the_inverse_are_measured_in_millimeters(prepared):
+    grid = Grid.of(prepared.fixed)
+    x = np.indices(grid.shape)[2] * SPACING
+    ahead = np.zeros((*grid.shape, 3))
+    ahead[..., 0] = 2.0
+    shift, back = grid.image(ahead), grid.image(-0.5 * ahead)
+    assert measure.scores(prepared, np.eye(4), shift, back)["inverse mm"] == pytest.approx(1.0, abs=1e-4)
+    mirrored = np.zeros_like(ahead)
+    mirrored[..., 0] = -2 * x
+    assert measure.scores(prepared, np.eye(4), grid.image(mirrored))["folded %"] == 100
+
+
+def test_landmarks_are_carried_by_the_affine_alignment_and_the_field(prepared, landmarks):
+    shift = np.full((*Grid.of(prepared.fixed).shape, 3), 3.0)
+    start = np.eye(4)
+    start[0, 3] = 5.0
+    marked = replace(prepared, landmarks=(landmarks, landmarks + np.array([8.0, 3.0, 3.0])))
+    found = measure.scores(marked, start, Grid.of(prepared.fixed).image(shift))
+    assert found["TRE mm"] == pytest.approx(0, abs=1e-6)
+
+
+def test_every_method_registers_the_same_two_volumes_on_one_isotropic_grid(prepared, material):
+    fixed, moving = (sitk.ReadImage(str(prepared.folder / f"{n}.mha")) for n in ("fixed", "moving"))
+    assert Grid.of(fixed) == Grid.of(moving)
+    assert fixed.GetSpacing() == (SPACING,) * 3
+    assert np.allclose(fixed.GetDirection(), np.eye(3).ravel())
+    assert Grid.of(fixed).contains(Grid.of(material.fixed).corners() * 0.999 + Grid.of(fixed).center * 0.001).all()
+    assert sitk.GetArrayViewFromImage(moving).max() == 1 and sitk.GetArrayViewFromImage(moving).min() == 0
+
+
+def test_the_comparison_writes_table_plot_and_pictures_and_goes_on_from_what_is_kept(
+    families, settings, tmp_path, monkeypatch
+):
+    rows = benchmark.compare(families, tmp_path, settings, tmp_path / "out", chosen=OURS)
+    assert [(r["case"], r["method"]) for r in rows] == [(c, m) for c in "ab" for m in OURS]
+    ours = rows[2]
+    assert (
+        ours["seconds"] > ours["forward s"] > 0
+        and ours["CPU s"] > 0
+        and -1 < ours["above start MiB"] < ours["peak MiB"] < 3000
+    )
+    assert ours["inverse mm"] < 1
+
+    shown = benchmark.write(rows, settings, tmp_path / "out", "full", 0.0, ["Nothing is left out."])
+    assert "Nothing is left out." in shown
+    written = (tmp_path / "out/benchmark.md").read_text()
+    assert "| heads | DivRegNet | 2 |" in written and "threads" in written
+    assert len((tmp_path / "out/benchmark-pairs.csv").read_text().splitlines()) == 1 + len(rows)
+    for picture in (tmp_path / "out/benchmark.png", tmp_path / "out/6 mm/heads/a/pair.png"):
+        assert picture.read_bytes().startswith(b"\x89PNG")
+
+    def never(*_):
+        raise AssertionError("registered again")
+
+    monkeypatch.setattr(measure, "_run", never)
+    assert benchmark.compare(families, tmp_path, settings, tmp_path / "out", chosen=OURS) == rows
+    with pytest.raises(AssertionError, match="registered again"):
+        changed = replace(settings, threads=2)
+        benchmark.compare(families, tmp_path, changed, tmp_path / "out", chosen=OURS)
+
+
+def test_what_the_network_adds_is_told_from_what_it_starts_from(prepared, settings, tmp_path):
+    moved = {}
+    for method in ("Newton steps alone", "DivRegNet"):
+        measure.row(prepared, method, settings, tmp_path / method)
+        field = sitk.ReadImage(str(tmp_path / method / "displacement.mha"))
+        moved[method] = np.abs(sitk.GetArrayViewFromImage(field)).max()
+    assert moved["Newton steps alone"] < 1e-4, "the tiny model starts from none"
+    assert moved["DivRegNet"] > 0.1
+
+
+def test_quick_takes_one_case_of_a_family_on_its_coarse_grid(families, settings, tmp_path):
+    rows = benchmark.compare(families, tmp_path, settings, tmp_path / "out", quick=True, chosen=("initial",))
+    assert [r["case"] for r in rows] == ["a"]
+    assert (tmp_path / "out/8 mm/heads/a/fixed.mha").exists()
+
+
+def test_a_rival_that_is_not_installed_is_named_and_left_out(families, settings, tmp_path, monkeypatch):
+    absent = methods.Method("no-such-package", "none", methods.syn)
+    monkeypatch.setitem(methods.METHODS, "ANTs SyN", absent)
+    assert benchmark.absent(("initial", "ANTs SyN")) == [
+        "ANTs SyN is left out: no-such-package is not installed; pip install -e '.[benchmark]' does it"
+    ]
+    rows = benchmark.compare(families, tmp_path, settings, tmp_path / "out", True, ("initial", "ANTs SyN"))
+    assert [r["method"] for r in rows] == ["initial"]
+
+
+def test_a_method_that_fails_has_a_row_that_says_why_and_is_tried_again(prepared, settings, tmp_path):
+    broken = replace(settings, device="cuda:99")
+    found = measure.row(prepared, "DivRegNet", broken, tmp_path / "row")
+    assert "cuda:99" in found["failed"]
+    assert not (tmp_path / "row/row.json").exists()
+    row = {"family": "heads", "case": "a", "method": "DivRegNet"} | found
+    assert benchmark.summary([row])[0]["failed"] == 1
+    slow = replace(settings, limit=0.01)
+    assert "not done after 0.01 s" in measure.row(prepared, "DivRegNet", slow, tmp_path / "row")["failed"]
+
+
+def test_the_peak_is_the_worker_s_own_not_that_of_the_process_that_started_it():
+    held = np.ones(300 * 2**20, np.uint8)
+    code = f"import sys; sys.path.insert(0, {str(measure.WORKER.parent)!r}); import methods; print(methods.peak())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < held.nbytes
+
+
+def test_the_peak_holds_what_was_allocated_and_freed_meanwhile():
+    before = methods.reset_peak()
+    held = np.ones(200 * 2**20, np.uint8)
+    del held
+    assert 180 * 2**20 < methods.peak() - before < 400 * 2**20
+
+
+def measured(method: str, case: str = "a", family: str = "f", seconds: float = 1.0, **scores: float) -> dict:
+    """A row without folds, half of whose time is that of the forward pass."""
+    times = {"seconds": seconds, "forward s": seconds / 2}
+    return {"family": family, "case": case, "method": method, "folded %": 0.0} | times | scores
+
+
+def test_means_are_over_the_pairs_and_memory_is_the_largest():
+    rows = [
+        measured("DivRegNet", "a", seconds=1.0, Dice=0.8, **{"peak MiB": 100.0}),
+        measured("DivRegNet", "b", seconds=3.0, Dice=0.9, **{"peak MiB": 50.0}),
+        measured("ANTs SyN", seconds=30.0, Dice=0.86),
+    ]
+    means = benchmark.summary(rows)
+    assert means[0]["Dice"] == pytest.approx(0.85) and means[0]["seconds"] == 2 and means[0]["peak MiB"] == 100
+    assert "GPU MiB" not in means[0]
+    aim = benchmark.aims(means)[0]
+    assert aim["judged by"] == "Dice" and aim["at least SyN's"] == "no"
+    assert aim["SyN's time / our registration's"] == 15 and aim["registration: at least 20"] == "no"
+    assert aim["SyN's time / our forward pass's"] == 30 and aim["forward pass: at least 20"] == "yes"
+
+
+def test_where_an_error_is_judged_the_least_is_the_best():
+    errors = {"ANTs SyN": 3.0, "elastix": 2.5, "DivRegNet": 2.0, "DivRegNet, refined": 2.6}
+    rows = [measured(m, family="limb CT to MR", Dice=0.5, **{"error mm": e}) for m, e in errors.items()]
+    (aim,) = benchmark.aims(benchmark.summary(rows))
+    assert aim["judged by"] == "error mm" and aim["at least SyN's"] == "yes"
+    assert aim["best other"] == "elastix 2.5000" and aim["best of all"] == "no"
+
+
+def test_regions_of_two_atlases_become_the_same_labels():
+    assert len(AAL) == len(MUSE) == 14
+    labels = sitk.GetImageFromArray(np.arange(120, dtype=np.uint8).reshape(1, 10, 12))
+    found = sitk.GetArrayFromImage(relabeled(labels, AAL)).ravel()
+    assert found[42] == 1 and found[41] == 2  # amygdala, right and left
+    assert set(np.flatnonzero(found == 14)) == set(range(91, 109, 2))
+    assert found[0] == found[109] == 0
+
+
+def test_syn_leaves_out_the_levels_in_which_no_anatomy_is_left():
+    assert methods.syn_iterations((181, 217, 181), (1.0,) * 3) == (100, 70, 50, 20)
+    assert methods.syn_iterations((91, 109, 91), (2.0,) * 3) == (70, 50, 20)
+    assert methods.syn_iterations((35, 51, 35), (1.0,) * 3) == (70, 50, 20)
+    assert methods.syn_iterations((20, 20, 20), (10.0,) * 3) == (20,)
+
+
+def test_scaling_fills_volumes_of_the_size_that_is_asked_for(settings, tmp_path):
+    kept = tmp_path / "32.json"
+    row = scaling.row((32, 24, 28), settings, kept)
+    assert row["size"] == "32 x 24 x 28" and row["total s"] > 0 and row["peak MiB"] > 50
+    assert json.loads(kept.read_text()) == row
+    blob = sitk.GaussianSource(sitk.sitkFloat32, [20] * 3, [1.2] * 3, [9.5, 9.5, 4.5], 1000.0)
+    large = sitk.GetArrayFromImage(scaling.stretched(blob, (40, 30, 60))).astype(float)
+    middle = (np.indices(large.shape) * large).sum((1, 2, 3)) / large.sum()
+    assert large.shape == (60, 30, 40) and np.allclose(middle, [14.5, 14.5, 19.5], atol=0.05)
