@@ -317,7 +317,7 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         """The model's card, what does not fit it, and the memory."""
         from DivRegNetModule import fit, inputs
 
-        from DivRegNetLib.run import memory
+        from DivRegNetLib.registration import memory
 
         p = self._parameterNode
         self.ui.cardLabel.text, self.ui.cardLabel.toolTip = inputs.card_lines(p.model)
@@ -496,11 +496,11 @@ def stageName(stage: str) -> str:
     """A stage of DivRegNetLib.options.STAGES in words."""
     names = {
         "check": _("Checking the images"),
-        "affine": _("Initial alignment"),
+        "align": _("Initial alignment"),
         "sample": _("Sampling"),
-        "predict": _("Predicting the deformation"),
+        "deform": _("Computing the deformation"),
         "refine": _("Refining"),
-        "physical": _("Displacements in mm"),
+        "fields": _("Displacements in mm"),
         "outputs": _("Warping and measuring"),
     }
     return names.get(stage, stage) + " (%p %)"

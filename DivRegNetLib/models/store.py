@@ -5,6 +5,7 @@ that the environment variable ``DIVREGNET_MODELS`` names (separated as in PATH),
 folder. Cards can be read without torch.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -33,6 +34,16 @@ class Model:
     card: Card
     regnet: "RegNet"
     kldivnet: "KLDivNet | None"
+
+    def on(self, device: "torch.device") -> "Model":
+        """The same model with its networks on a device: copies, unless they are there already. This one stays as it is."""
+
+        def placed(network):
+            if network is None or all(p.device == device for p in network.parameters()):
+                return network
+            return copy.deepcopy(network).to(device)
+
+        return Model(self.card, placed(self.regnet), placed(self.kldivnet))
 
 
 def bundled_folder() -> Path:

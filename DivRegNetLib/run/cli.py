@@ -11,7 +11,7 @@ from pathlib import Path
 
 from DivRegNetLib import __version__
 from DivRegNetLib.errors import DivRegNetError, InputError, ModelError, missing_package
-from DivRegNetLib.options import ALIGNMENTS, INTERPOLATIONS, Options
+from DivRegNetLib.options import ALIGNMENTS, INTERPOLATIONS, Option, Options, table
 
 BAD_INPUT, UNEXPECTED, INTERRUPTED = 2, 1, 130
 
@@ -77,7 +77,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _register_arguments(parser: argparse.ArgumentParser) -> None:
-    default = Options()
     parser.add_argument("fixed", metavar="FIXED", type=Path, nargs="?", help="volume or DICOM folder")
     parser.add_argument("moving", metavar="MOVING", type=Path, nargs="?", help="volume or DICOM folder")
     parser.add_argument("--output", metavar="DIR", type=Path, required=True)
@@ -87,22 +86,28 @@ def _register_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ADDRESS",
         help="register a cohort on the workers of a Dask scheduler (tcp://HOST:PORT), or in N processes here (local:N)",
     )
-    parser.add_argument("--model", default=default.model, help="name, or path of a card (default: %(default)s)")
-    parser.add_argument("--device", default=default.device, help="auto, cpu, cuda, cuda:N (default: %(default)s)")
-    parser.add_argument(
-        "--align", default=default.align, help=f"{', '.join(ALIGNMENTS)}, or a linear transform file (default: affine)"
-    )
-    parser.add_argument(
-        "--refine", metavar="N", type=int, default=default.refine, help="optimization steps (default: 0)"
-    )
-    parser.add_argument("--interpolation", choices=INTERPOLATIONS, default=default.interpolation)
-    parser.add_argument("--default-value", type=float, help="outside the moving volume (default: 0; CT: -1024)")
-    parser.add_argument("--spacing", metavar="MM", type=float, help="working resolution (default: the model's)")
-    parser.add_argument("--memory", metavar="GB", type=float, help="that may be taken (default: what the computer has)")
+    for option in table().values():
+        add_option(parser, option)
     parser.add_argument("--fixed-mask", metavar="FILE", type=Path)
     parser.add_argument("--moving-mask", metavar="FILE", type=Path)
     parser.add_argument("--overwrite", action="store_true", help="replace results that are there")
     _comparison_arguments(parser)
+
+
+def add_option(parser: argparse.ArgumentParser, option: Option) -> None:
+    """Adds a row of the table of options as an argument."""
+    metavar = (
+        None if option.choices else (option.unit or {int: "N", float: "VALUE"}.get(option.kind, option.name)).upper()
+    )
+    default = option.default_help or option.default
+    parser.add_argument(
+        option.flag,
+        default=option.default,
+        type=str if option.kind is object else option.kind,
+        choices=option.choices or None,
+        metavar=metavar,
+        help=f"{option.help} Default: {default}.",
+    )
 
 
 def _comparison_arguments(parser: argparse.ArgumentParser) -> None:
@@ -121,16 +126,8 @@ def _register(args: argparse.Namespace) -> None:
         from DivRegNetLib.io import transforms
 
         align = transforms.read_transform(align)
-    options = Options(
-        model=args.model,
-        device=args.device,
-        align=align,
-        refine=args.refine,
-        interpolation=args.interpolation,
-        default_value=args.default_value,
-        spacing=args.spacing,
-        memory=args.memory,
-    )
+    values = {name: getattr(args, name) for name in table()}
+    options = Options.of(**(values | {"align": align}))
     from DivRegNetLib.run import cohort
 
     if args.pairs is None:
@@ -176,7 +173,7 @@ def _summary(report: dict, output: Path) -> str:
         f"{quality['largest_displacement_mm']:.1f} mm, inverse consistency "
         f"{quality['inverse_consistency_mm']['mean']:.3f} mm",
         f"{sum(report['seconds'].values()):.1f} s on {report['settings']['device']} "
-        f"(forward pass {report['seconds']['predict']:.2f} s); results in {output}",
+        f"(forward pass {report['seconds']['deform']:.2f} s); results in {output}",
     ]
     return "\n".join(lines + [f"warning: {w}" for w in report["warnings"]])
 

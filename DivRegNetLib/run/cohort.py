@@ -13,6 +13,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from DivRegNetLib import models
+from DivRegNetLib.core.device import pick_device
 from DivRegNetLib.core.grid import affine_transform
 from DivRegNetLib.errors import Cancelled, DivRegNetError, InputError
 from DivRegNetLib.io.atomic import check_file, write_json, write_text
@@ -23,10 +24,9 @@ from DivRegNetLib.io.transforms import invert_points, write_transform
 from DivRegNetLib.options import Options, Progress
 from DivRegNetLib.quality import metrics
 from DivRegNetLib.quality.preview import write_preview
+from DivRegNetLib.registration import memory
 from DivRegNetLib.registration.check import check_image
 from DivRegNetLib.registration.pipeline import Result, register
-from DivRegNetLib.run import memory
-from DivRegNetLib.run.device import pick_device
 
 QUALITY = "quality.json"
 TABLE = "results.csv"

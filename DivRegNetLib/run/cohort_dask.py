@@ -232,7 +232,7 @@ def _load(model: str, device: str, sha256: str) -> models.Model:
     Raises:
         ModelError: there is no such model here, or its weights are not the client's.
     """
-    from DivRegNetLib.run.device import pick_device
+    from DivRegNetLib.core.device import pick_device
 
     loaded = models.load(model, pick_device(device))
     if loaded.card.sha256 != sha256:

@@ -419,7 +419,7 @@ def test_landmarks_of_different_number_are_refused_before_the_work(good, tmp_pat
     assert main(["register", str(good), str(good), *marks, "--output", str(tmp_path / "out"), "--device", "cpu"]) == 2
     said = capsys.readouterr().err
     assert "2 fixed landmarks but 1 moving ones" in said
-    assert "affine" not in said, "the work had begun"
+    assert "align" not in said, "the work had begun"
 
 
 def test_landmarks_outside_the_images_stay_where_no_displacement_is_known(image, tmp_path):

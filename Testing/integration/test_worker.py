@@ -285,8 +285,8 @@ def test_garbage_on_the_pipe_is_log_and_changes_nothing(pair, tiny_model, script
     python = script(r"""
         out = sys.stdout.buffer
         for line in (b"\xff\xfe\x00\x80", b"{", b"[" * 100000, b"null", b'{"divregnet": "progress"}', b"x" * 3000000,
-                     b'{"divregnet": "progress", "stage": "predict", "fraction": NaN}',
-                     b'{"divregnet": "progress", "stage": "predict", "fraction": 7}',
+                     b'{"divregnet": "progress", "stage": "deform", "fraction": NaN}',
+                     b'{"divregnet": "progress", "stage": "deform", "fraction": 7}',
                      b'{"divregnet": "error", "kind": 3, "message": null}', b'{"divregnet": "finished"}', b"", b"hello"):
             out.write(line + b"\n")
         out.flush()

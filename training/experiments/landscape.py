@@ -36,9 +36,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, Python looks beside the script alone
 
 from DivRegNetLib.core import fields
+from DivRegNetLib.core.device import pick_device
 from DivRegNetLib.core.grid import Grid
 from DivRegNetLib.io import atomic, images
-from DivRegNetLib.run.device import pick_device
 from DivRegNetLib.similarity.kldivnet import KLDivNet
 from DivRegNetLib.similarity.lncc import lncc
 from DivRegNetLib.similarity.mutual_information import parzen_mi
