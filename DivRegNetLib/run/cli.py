@@ -145,10 +145,10 @@ def _register(args: argparse.Namespace) -> None:
             pairs, args.output, options, overwrite=args.overwrite, dask=args.dask, finished=bar.update
         )
     failed = [row for row in rows if row["status"] != "ok"]
-    table = args.output / cohort.TABLE
-    _show(args, rows, f"{len(rows) - len(failed)} of {len(rows)} pairs registered: {table}")
+    results = args.output / cohort.TABLE
+    _show(args, rows, f"{len(rows) - len(failed)} of {len(rows)} pairs registered: {results}")
     if failed:
-        raise InputError(f"{len(failed)} of {len(rows)} pairs failed, see {table}; the first: {failed[0]['message']}")
+        raise InputError(f"{len(failed)} of {len(rows)} pairs failed, see {results}; the first: {failed[0]['message']}")
 
 
 def _summary(report: dict, output: Path) -> str:
