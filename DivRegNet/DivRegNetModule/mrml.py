@@ -21,7 +21,7 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import SimpleITK as sitk
@@ -34,8 +34,7 @@ from DivRegNetLib.core.grid import LPS_FROM_RAS, Grid, affine_transform, apply_m
 from DivRegNetLib.errors import InputError
 
 if TYPE_CHECKING:
-    from DivRegNetLib.registration.pipeline import Result
-    from DivRegNetLib.run.worker import WorkerResult
+    from DivRegNetLib.result import Result
 
 ATTRIBUTE = "DivRegNet."
 OUTPUT_TRANSFORMS = ("vtkMRMLTransformNode", "vtkMRMLGridTransformNode")
@@ -67,7 +66,7 @@ class Registration:
     transform_node: "slicer.vtkMRMLTransformNode"
     inverse_node: "slicer.vtkMRMLTransformNode | None"
     quality: dict
-    result: Union["Result", "WorkerResult"]
+    result: "Result"
 
 
 def register_nodes(
@@ -151,7 +150,7 @@ def images_from_nodes(
 
 
 def nodes_from_result(
-    result: Union["Result", "WorkerResult"],
+    result: "Result",
     fixed_node,
     moving_node,
     *,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from DivRegNetLib.errors import ModelError
+from DivRegNetLib.io.atomic import staging_folder
 from DivRegNetLib.models.card import FORMAT, Card, read_card
 
 if TYPE_CHECKING:
@@ -146,21 +147,21 @@ def load(name: str | Path, device: "torch.device | str" = "cpu") -> Model:
 
 
 def save(folder: Path, card: Card, regnet: "RegNet", kldivnet: "KLDivNet | None") -> Path:
-    """Writes weights and card, each whole or not at all; the card's sha256 is filled in. Returns the card's file."""
+    """Writes weights and card, each atomically; the card's sha256 is filled in. Returns the card's file."""
     from safetensors.torch import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for prefix, network in (("regnet", regnet), ("kldivnet", kldivnet)):
         if network is not None:
             tensors |= {f"{prefix}.{k}": v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
     weights, file = folder / f"{card.name}.safetensors", folder / f"{card.name}.json"
-    part = weights.with_name(weights.name + ".part")
-    save_file(tensors, part)
-    part.chmod(0o644)  # safetensors makes it readable for its owner alone
-    values = asdict(card) | {"sha256": checksum(part), "format": FORMAT}
-    card_part = file.with_name(file.name + ".part")
-    card_part.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, weights)
-    os.replace(card_part, file)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with staging_folder(folder) as staging:
+        save_file(tensors, staging / weights.name)
+        (staging / weights.name).chmod(0o644)  # safetensors makes it readable for its owner alone
+        values = asdict(card) | {"sha256": checksum(staging / weights.name), "format": FORMAT}
+        (staging / file.name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        for target in (weights, file):
+            os.replace(staging / target.name, target)
     return file
