@@ -318,7 +318,7 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         from DivRegNetModule import fit, inputs
         from DivRegNetModule.mrml.geometry import local_grid
 
-        from DivRegNetLib.run import memory
+        from DivRegNetLib.registration import memory
 
         p = self._parameterNode
         self.ui.cardLabel.text, self.ui.cardLabel.toolTip = inputs.card_lines(p.model)
@@ -498,11 +498,11 @@ def stageName(stage: str) -> str:
     """A stage of DivRegNetLib.options.STAGES as a progress text."""
     names = {
         "check": _("Checking the images"),
-        "affine": _("Initial alignment"),
+        "align": _("Initial alignment"),
         "sample": _("Sampling"),
-        "predict": _("Predicting the deformation"),
+        "deform": _("Computing the deformation"),
         "refine": _("Refining"),
-        "physical": _("Computing displacements in mm"),
+        "fields": _("Computing displacements in mm"),
         "outputs": _("Warping and measuring"),
     }
     return names.get(stage, stage) + " (%p %)"

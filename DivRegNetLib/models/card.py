@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from DivRegNetLib.core.grid import Grid
 
 FORMAT = 1
+METHODS = ("variational", "regnet")  # in the order in which they can follow each other
 LARGEST_CARD_BYTES = 1_000_000
 WORKING_VOXELS = 900_000  # of a grid that follows the field of view: 2 mm for a head
 FINEST_MM = 0.1

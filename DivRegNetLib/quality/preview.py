@@ -74,7 +74,7 @@ def write_preview(fixed: sitk.Image, moving: sitk.Image, result, path: Path) -> 
         axes.text((column + 0.5) * width, gap / 2, title, color="white", fontsize=10, ha="center", va="center")
     for (plane, *_), top in zip(planes, corners, strict=True):
         axes.text(1, top, plane, color="white", fontsize=8, va="bottom")
-    atomic.write_whole(path, lambda part: figure.savefig(part, dpi=100, facecolor="black"))
+    atomic.write_atomically(path, lambda part: figure.savefig(part, dpi=100, facecolor="black"))
 
 
 def _middle(grid: Grid, axis: int) -> Grid:

@@ -45,7 +45,7 @@ def test_the_panel_is_rendered(tmp_path, monkeypatch):
         "labels": {s: {"mean": {"dice": 0.5}} for s in stages},
         "landmarks_mm": {s: {"mean": 2.0} for s in stages},
     }
-    report = {"quality": quality, "seconds": {"predict": 1.5}, "settings": {"device": "cpu"}}
+    report = {"quality": quality, "seconds": {"deform": 1.5}, "settings": {"device": "cpu"}}
     (tmp_path / "quality.json").write_text(json.dumps(report))
     with stand_in():
         pass

@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any
 
 import SimpleITK as sitk
 
@@ -15,8 +15,7 @@ from DivRegNetModule.mrml.scene import add_node, all_or_nothing, is_a
 if TYPE_CHECKING:
     import slicer
 
-    from DivRegNetLib.registration.pipeline import Result
-    from DivRegNetLib.run.worker import WorkerResult
+    from DivRegNetLib.result import Result
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Registration:
     transform_node: "slicer.vtkMRMLTransformNode"
     inverse_node: "slicer.vtkMRMLTransformNode | None"
     quality: dict
-    result: Union["Result", "WorkerResult"]
+    result: "Result"
 
 
 def register_nodes(
@@ -100,7 +99,7 @@ def images_from_nodes(
 
 
 def nodes_from_result(
-    result: Union["Result", "WorkerResult"],
+    result: "Result",
     fixed_node,
     moving_node,
     *,
