@@ -23,6 +23,7 @@ class Images:
     fixed, moving: (N, 1, D, H, W) in [0, 1], normalized; the moving image initially aligned.
     fixed_mask, moving_mask: (N, 1, D, H, W) bool, or None: everything.
     valid: where the fixed and the moving image were measured, two (N, 1, D, H, W) bool; None: everywhere.
+    measured: number of voxels that were measured in both, of the pair that has the fewest; None: not counted yet.
     """
 
     fixed: Tensor
@@ -30,6 +31,7 @@ class Images:
     fixed_mask: Tensor | None = None
     moving_mask: Tensor | None = None
     valid: Valid | None = None
+    measured: int | None = None
 
     def multiplied(self) -> tuple[Tensor, Tensor]:
         """Both images, 0 outside their masks, in the memory format of fast convolutions."""
@@ -119,11 +121,13 @@ def check_methods(names: tuple[str, ...]) -> None:
 
 
 def _variational(images: Images, settings: VariationalSettings, start: Tensor | None, progress: Progress) -> Tensor:
+    measured = images.measured
     if settings.masks == "exclude":
         fixed, moving, valid = images.fixed, images.moving, images.measured_in_masks()
+        measured = measured if valid is images.valid else None
     else:
         (fixed, moving), valid = images.multiplied(), images.valid
-    return register(fixed, moving, settings, start=start, valid=valid, progress=progress)
+    return register(fixed, moving, settings, start=start, valid=valid, measured=measured, progress=progress)
 
 
 def _output_grid(name: str, variational: VariationalSettings, regnet: RegNet | None) -> tuple[int, int]:

@@ -214,7 +214,8 @@ def sample(inputs: Inputs, matrix: np.ndarray, resources: Resources, *, progress
     moving_mask = mask_on_grid(inputs.moving_mask, matrix)
     _check_sampled("fixed", fixed, fixed_mask, grid, model)
     _check_sampled("moving", moving, moving_mask, grid, model)
-    return Sampled(grid, Images(fixed, moving, fixed_mask, moving_mask, (fixed_valid, moving_valid)), unaligned)
+    valid, measured = (fixed_valid, moving_valid), int((fixed_valid & moving_valid).sum())
+    return Sampled(grid, Images(fixed, moving, fixed_mask, moving_mask, valid, measured), unaligned)
 
 
 def deform(sampled: Sampled, resources: Resources, options: Options, *, progress: Callable[[float], None]) -> Tensor:
