@@ -11,7 +11,7 @@ Data flows one way, each value made by a function of those before it::
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -214,14 +214,14 @@ def sample(inputs: Inputs, matrix: np.ndarray, resources: Resources, *, progress
     moving_mask = mask_on_grid(inputs.moving_mask, matrix)
     _check_sampled("fixed", fixed, fixed_mask, grid, model)
     _check_sampled("moving", moving, moving_mask, grid, model)
-    return Sampled(grid, Images(fixed, moving, (fixed_valid, moving_valid), fixed_mask, moving_mask), unaligned)
+    return Sampled(grid, Images(fixed, moving, fixed_mask, moving_mask, (fixed_valid, moving_valid)), unaligned)
 
 
 def deform(sampled: Sampled, resources: Resources, options: Options, *, progress: Callable[[float], None]) -> Tensor:
     """The displacement that the methods compute, (1, 3, D, H, W) in voxels of the working grid."""
-    card, model = resources.model.card, resources.model
-    names = getattr(card, "methods", ()) if options.method == "auto" else options.method.split("+")
-    return methods.deform(sampled.images, names, getattr(card, "variational", None), model.regnet, progress)
+    card = resources.model.card
+    names = card.methods if options.method == "auto" else options.method.split("+")
+    return methods.deform(sampled.images, tuple(names), card.variational_settings, resources.model.regnet, progress)
 
 
 def refine(
@@ -230,7 +230,8 @@ def refine(
     """The displacement after the further steps that the options ask for, or as it was where they do not help."""
     if not options.refine:
         return displacement
-    return methods.refine(sampled.images, displacement, options.refine, progress)
+    settings = replace(resources.model.card.refinement_settings, steps=options.refine)
+    return methods.refine(sampled.images, displacement, settings, progress)
 
 
 def to_physical(
