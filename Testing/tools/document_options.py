@@ -27,11 +27,16 @@ def tables(text: str) -> list[str]:
     return [name for _, name, _ in TABLE.findall(text)]
 
 
-def parsers() -> dict[str, argparse.ArgumentParser]:
-    """Command -> its parser."""
+def parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     from DivRegNetLib.run import cli
 
-    return next(a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
+    return cli._parser()
+
+
+def parsers() -> dict[str, argparse.ArgumentParser]:
+    """Command -> its parser."""
+    return next(a for a in parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
 
 
 def _table(name: str) -> str:
@@ -59,7 +64,9 @@ def _row(action: argparse.Action) -> tuple[str, str]:
     if action.required and action.option_strings:
         meaning += " Required."
     elif action.nargs != 0 and action.default is not None and "efault" not in meaning:
-        meaning += f" Default: {action.default:g}." if isinstance(action.default, float) else f" Default: {action.default}."
+        meaning += (
+            f" Default: {action.default:g}." if isinstance(action.default, float) else f" Default: {action.default}."
+        )
     return f"`{name.strip()}`".replace("|", "\\|"), meaning
 
 

@@ -218,7 +218,7 @@ def test_every_row_of_every_experiment_has_a_configuration(experiment, tmp_path)
 
 @pytest.fixture(scope="module")
 def similarities(tmp_path_factory) -> Path:
-    """The study of what trains best, so short that nothing is learnt."""
+    """The study of what trains best, so short that nothing is learned."""
     output = tmp_path_factory.mktemp("experiments") / "similarities"
     signals = ["KLDivNet, conditional", "displacement, labels"]
     command = [ROOT / "training/experiments/similarities.py", "--output", output, "--device", "cpu"]

@@ -660,4 +660,4 @@ def test_two_processes_do_what_one_does_with_the_same_pairs_per_step(head_cohort
         for name, value in one[part].items():
             torch.testing.assert_close(two[part][name], value, atol=2e-6, rtol=0, msg=name)
     moved = max((value - began[name]).abs().max() for name, value in one["objective"].items())
-    assert moved > 1e-3, "nothing was learnt that could differ"
+    assert moved > 1e-3, "nothing was learned that could differ"

@@ -26,9 +26,9 @@ MULTIPLE = 16
 CONTRASTS = ("T1", "T2", "PD")
 # FreeSurfer's classes: https://surfer.nmr.mgh.harvard.edu/fswiki/FsTutorial/AnatomicalROI/FreeSurferColorLUT
 WHITE = {2, 7, 13, 16, 28, 41, 46, 52, 60, 85}
-GREY = {3, 8, 10, 11, 12, 17, 18, 26, 42, 47, 49, 50, 51, 53, 54, 58}
+GRAY = {3, 8, 10, 11, 12, 17, 18, 26, 42, 47, 49, 50, 51, 53, 54, 58}
 FLUID = {4, 5, 14, 15, 24, 43, 44, 72}
-BRAIN = WHITE | GREY | FLUID | {25, 30, 57, 62}
+BRAIN = WHITE | GRAY | FLUID | {25, 30, 57, 62}
 T1_OF_TISSUE = {"white": 0.55, "gray": 0.4, "fluid": 0.18, "other": 0.35, "background": 0.0}
 
 
@@ -36,7 +36,7 @@ def tissue(label: int) -> str:
     """Tissue of a FreeSurfer class."""
     if label == 0:
         return "background"
-    return "white" if label in WHITE else "gray" if label in GREY else "fluid" if label in FLUID else "other"
+    return "white" if label in WHITE else "gray" if label in GRAY else "fluid" if label in FLUID else "other"
 
 
 def entry(name: str, contrasts: tuple[str, ...]) -> dict:

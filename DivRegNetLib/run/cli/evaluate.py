@@ -11,7 +11,10 @@ DESCRIPTION = "Compare labels or landmarks, before and after a transform."
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--transform", metavar="FILE", type=Path, help="transform that maps fixed points to moving points; default: identity"
+        "--transform",
+        metavar="FILE",
+        type=Path,
+        help="transform that maps fixed points to moving points; default: identity",
     )
     add_comparison_arguments(parser)
 

@@ -15,9 +15,13 @@ DESCRIPTION = "Register the moving to the fixed volume."
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("fixed", metavar="FIXED", type=Path, nargs="?", help="fixed volume: a file or a DICOM folder")
-    parser.add_argument("moving", metavar="MOVING", type=Path, nargs="?", help="moving volume: a file or a DICOM folder")
+    parser.add_argument(
+        "moving", metavar="MOVING", type=Path, nargs="?", help="moving volume: a file or a DICOM folder"
+    )
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--pairs", metavar="CSV", type=Path, help="table of a cohort, with the columns fixed, moving, ...")
+    parser.add_argument(
+        "--pairs", metavar="CSV", type=Path, help="table of a cohort, with the columns fixed, moving, ..."
+    )
     parser.add_argument(
         "--dask",
         metavar="ADDRESS",
@@ -27,7 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add_option(parser, option)
     for side in ("fixed", "moving"):
         parser.add_argument(
-            f"--{side}-mask", metavar="FILE", type=Path, help=f"volume that is not 0 where the {side} volume is compared"
+            f"--{side}-mask",
+            metavar="FILE",
+            type=Path,
+            help=f"volume that is not 0 where the {side} volume is compared",
         )
     parser.add_argument("--overwrite", action="store_true", help="replace results in the folder")
     add_comparison_arguments(parser)
