@@ -5,7 +5,7 @@
     python training/train.py --config training/configs/NAME.yaml              an experiment
     torchrun --nproc_per_node=2 training/train.py ...                         several processes, GPUs or machines
 
-Every value of the configuration can be replaced by KEY=VALUE, such as loss.diffusion=1.5. See training/README.md.
+Every value of the configuration can be replaced by KEY=VALUE, such as loss.diffusion=1.5. See docs/training.md.
 """
 
 import argparse
