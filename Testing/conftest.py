@@ -1,4 +1,4 @@
-"""What all tests stand on: grids that are never convenient, a head that can be evaluated anywhere, a tiny model."""
+"""Fixtures for all tests: rotated, anisotropic grids, a head that can be evaluated at any point, a tiny model."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Real worker processes: what they report, what they give back, and that nothing of them stays behind."""
+"""Real worker processes: their messages, their results, and that no process and no file of them remains."""
 
 import gc
 import os

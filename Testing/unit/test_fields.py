@@ -1,4 +1,4 @@
-"""Displacement and velocity fields: every claim against a map that is known in closed form."""
+"""Displacement and velocity fields: each function against maps that are known in closed form."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Memory: what is estimated is what is taken, less is asked for where there is less, and what happens where it ends."""
+"""Memory: estimates against measured peaks, plans for less memory, and what happens when it runs out."""
 
 import os
 import subprocess
