@@ -219,6 +219,8 @@ def sample(inputs: Inputs, matrix: np.ndarray, resources: Resources, *, progress
 
 def deform(sampled: Sampled, resources: Resources, options: Options, *, progress: Callable[[float], None]) -> Tensor:
     """The displacement that the methods compute, (1, 3, D, H, W) in voxels of the working grid."""
+    if options.method == "none":
+        return sampled.images.fixed.new_zeros(1, 3, *sampled.grid.shape)
     card, model = resources.model.card, resources.model
     names = getattr(card, "methods", ()) if options.method == "auto" else options.method.split("+")
     return methods.deform(sampled.images, names, getattr(card, "variational", None), model.regnet, progress)
@@ -228,7 +230,7 @@ def refine(
     sampled: Sampled, displacement: Tensor, resources: Resources, options: Options, *, progress: Callable[[float], None]
 ) -> Tensor:
     """The displacement after the further steps that the options ask for, or as it was where they do not help."""
-    if not options.refine:
+    if not options.refine or options.method == "none":
         return displacement
     return methods.refine(sampled.images, displacement, options.refine, progress)
 
