@@ -48,7 +48,9 @@ _ALL = (
     Preset(
         "ct-mr",
         _("Same patient, CT-MR"),
-        _("For images of one patient from different scanners or of different contrasts: rigid alignment, refined deformation."),
+        _(
+            "For images of one patient from different scanners or of different contrasts: rigid alignment, refined deformation."
+        ),
         {"align": "rigid", "refine": 16},
     ),
     Preset(

@@ -10,7 +10,9 @@ from DivRegNetLib.errors import InputError
 
 KINDS = {"rigid": 3, "similarity": 3, "affine": 4}
 """Kind of transform -> how many pairs it needs."""
-FLAT = 1e-3  # spread of points across a line or plane, as part of their spread along it, below which they count as on it
+FLAT = (
+    1e-3  # spread of points across a line or plane, as part of their spread along it, below which they count as on it
+)
 
 
 def align_landmarks(fixed: np.ndarray, moving: np.ndarray, kind: str = "rigid") -> np.ndarray:

@@ -57,10 +57,10 @@ def main(result: Path, output: Path) -> None:
     sys.path.insert(0, str(ROOT / "Testing" / "helpers"))
     from slicer_stand_in import running
 
+    from DivRegNetLib.quality.verdict import with_references
+
     report = json.loads((result / "quality.json").read_text(encoding="utf-8"))
-    quality = report["quality"]
-    quality["dice"] = {stage: labels["mean"]["dice"] for stage, labels in quality["labels"].items()}
-    quality["landmark_error_mm"] = {stage: error["mean"] for stage, error in quality["landmarks_mm"].items()}
+    quality = with_references(report["quality"])
     with running() as app:
         import slicer
 

@@ -39,7 +39,10 @@ def test_noise_is_averaged(rigid):
     random = np.random.default_rng(0)
     fixed = random.uniform(-80, 80, (200, 3))
     moving = apply_matrix(expected, fixed) + random.normal(0, 2, fixed.shape)
-    assert np.abs(apply_matrix(align_landmarks(fixed, moving, "rigid") @ np.linalg.inv(expected), moving) - moving).max() < 1
+    assert (
+        np.abs(apply_matrix(align_landmarks(fixed, moving, "rigid") @ np.linalg.inv(expected), moving) - moving).max()
+        < 1
+    )
 
 
 @pytest.mark.parametrize(
