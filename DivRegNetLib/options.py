@@ -133,7 +133,7 @@ class Options:
         default=None,
         metadata={
             "help": "Main memory that the process may use. Where it is too little, the working resolution is lowered.",
-            "low": 1e-6,
+            "low": 0.001,
             "unit": "GB",
             "default_help": "what the computer has",
         },

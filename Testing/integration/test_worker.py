@@ -161,7 +161,7 @@ def test_what_the_pipeline_raises_comes_back_as_it_was(pair, tiny_model, folders
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"refine": -1}, "refine is a number of steps"),
+        ({"refine": -1}, "refine is a whole number of at least 0"),
         ({"color": "red"}, "unknown option"),
         ({"progress": print}, "unknown option"),
         ({"fixed_mask": "mask.nii"}, "fixed_mask must be a SimpleITK image"),

@@ -115,7 +115,7 @@ def test_what_does_not_fit_at_any_resolution_is_refused_with_numbers_before_it_i
     with pytest.raises(DeviceError, match=r"20 x 26 x 18 and .* voxels: even at 24 mm .* takes \d+ MB more"):
         register(*pair, **SETTINGS, memory=0.3, progress=lambda stage, _: seen.append(stage))
     assert set(seen) == {"check"}
-    with pytest.raises(InputError, match="number of gigabytes"):
+    with pytest.raises(InputError, match="memory is a number of at least 0\\.001 GB"):
         register(*pair, **SETTINGS, memory=-1.0)
 
 
