@@ -133,16 +133,21 @@ def _cut(image: sitk.Image, transform: sitk.Transform, cut: Grid, axis: int, win
     return stretch(np.take(sitk.GetArrayFromImage(values), 0, axis=2 - axis), window)
 
 
-def checkerboard(one: np.ndarray, other: np.ndarray, squares: int = 8) -> np.ndarray:
+def checkerboard(
+    one: np.ndarray, other: np.ndarray, squares: int = 8, *, side: int | None = None, first: int = 0
+) -> np.ndarray:
     """Two arrays of one shape (any number of axes) in alternate blocks: where they match, edges go on across blocks.
 
     Args:
-        squares: blocks along the longest side; blocks have the same number of elements along each axis.
+        squares: blocks along the longest side.
+        side: of a block, in elements along each axis; None: as ``squares`` says.
+        first: where the arrays begin along their first axis, if they are parts of larger ones.
     Raises:
         ValueError: the shapes differ.
     """
     if one.shape != other.shape:
         raise ValueError(f"a checkerboard needs arrays of one shape, got {one.shape} and {other.shape}")
-    side = max(-(-max(one.shape) // squares), 1)
-    parity = sum(np.ix_(*(np.arange(n) // side for n in one.shape))) % 2
+    side = side or max(-(-max(one.shape) // squares), 1)
+    starts = (first, *[0] * (one.ndim - 1))
+    parity = sum(np.ix_(*((np.arange(n) + start) // side for n, start in zip(one.shape, starts, strict=True)))) % 2
     return np.where(parity == 0, one, other)
