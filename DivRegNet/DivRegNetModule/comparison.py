@@ -14,10 +14,11 @@ import slicer.util
 import vtk
 
 from DivRegNetLib.core.intensity import percentile_window, stretch, subsample
+from DivRegNetLib.quality.preview import checkerboard
 from DivRegNetModule import _, views
 from DivRegNetModule.background import Task
 from DivRegNetModule.mrml.geometry import ijk_to_ras, vtk_image_steps
-from DivRegNetModule.mrml.scene import display_nodes
+from DivRegNetModule.mrml.scene import remove_with_display
 from DivRegNetModule.mrml.volumes import volume_image_steps
 from DivRegNetModule.steps import Steps, slabs
 
@@ -131,11 +132,11 @@ class Comparison:
             self._before.restore()
             if not self._gone(self.fixed):
                 views.along(self.fixed)
-        if self._shown is not None:
-            self._remove(self._shown)
-            self._shown = None
+        shown, self._shown = self._shown, None
+        if shown is not None:
             if not self._gone(self.fixed, self.warped):
                 views.show_layers(self.fixed, self.warped, 0.0)
+            remove_with_display(shown)
 
     def _lay_over(self, node, opacity: float) -> None:
         """Shows a node that was made here over the fixed volume."""
@@ -202,11 +203,6 @@ class Comparison:
     def _unsaved(node) -> None:
         node.SetSaveWithScene(False)
         node.SetHideFromEditors(True)
-
-    def _remove(self, node) -> None:
-        for each in (*display_nodes(node), node):
-            if not self._gone(each):
-                slicer.mrmlScene.RemoveNode(each)
 
     @staticmethod
     def _gone(*nodes) -> bool:

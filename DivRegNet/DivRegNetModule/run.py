@@ -135,6 +135,10 @@ class Run:
         """Since the start."""
         return time.monotonic() - self._started
 
+    def needs(self, node) -> bool:
+        """Whether the run cannot go on without this node."""
+        return self.request.needs(node)
+
     def start(self) -> None:
         """Begins; what goes wrong is raised by ``finish``."""
         self._started, self.running = time.monotonic(), True

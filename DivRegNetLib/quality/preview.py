@@ -100,7 +100,7 @@ def write_preview(fixed: sitk.Image, moving: sitk.Image, result, path: Path) -> 
         for column, image in enumerate(plane.images):
             left = column * width + (width - columns) // 2
             canvas[top : top + rows, left : left + columns] = image
-        positions = plane.positions + (left, top)
+        positions = plane.positions + np.array([left, top])
         lines += [*positions[:, ::every].swapaxes(0, 1), *positions[::every]]
         corners.append(top)
 

@@ -533,12 +533,12 @@ def test_the_worker_measures_segments_that_share_layers_and_landmarks(pair, tiny
         for layer in layers:
             layer.CopyInformation(image)
         sides.append(Segments(tuple(layers), {"rim": (0, 1), "core": (0, 2), "all": (1, 1), f"own {low}": (0, 1)}))
-    references = References(*sides, landmarks, landmarks + (3, 0, 4), tuple("abc" * 9))
+    references = References(*sides, landmarks, landmarks + np.array([3, 0, 4]), tuple("abc" * 9))
     with Worker(*pair, references=references, **OPTIONS) as worker:
         result = worker.start().result(PATIENCE)
     assert result.quality["landmark_error_mm"]["before"] == pytest.approx(5)
     assert [row["label"] for row in result.quality["landmarks"]] == list("abc" * 9)
-    expected = metrics.landmark_error(landmarks, landmarks + (3, 0, 4), result.transform)
+    expected = metrics.landmark_error(landmarks, landmarks + np.array([3, 0, 4]), result.transform)
     assert [row["after"] for row in result.quality["landmarks"]] == pytest.approx(expected, abs=1e-4)
     assert set(result.quality["segments"]) == {"rim", "core", "all"}
     for name, (layer, value) in sides[0].values.items():
