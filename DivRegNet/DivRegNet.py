@@ -1028,7 +1028,7 @@ class DivRegNetLogic(ScriptedLoadableModuleLogic):
                 for event in run.poll():
                     if event.kind == "progress" and progress and progress(event.stage, event.fraction) is False:
                         raise Cancelled(_("Cancelled. The scene is as it was."))
-                time.sleep(0.02)
+                time.sleep(0.005)
             return run.finish()
         finally:
             run.cancel()

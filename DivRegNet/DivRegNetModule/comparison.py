@@ -193,9 +193,11 @@ class Comparison:
         return sitk.GetArrayFromImage((yield from volume_image_steps(self.fixed)))
 
     def _new_volume(self, name: str):
-        node = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLScalarVolumeNode", name)
+        node = slicer.vtkMRMLScalarVolumeNode()
+        node.SetName(name)
+        self._unsaved(node)  # before selectors see it
+        slicer.mrmlScene.AddNode(node)
         node.CreateDefaultDisplayNodes()
-        self._unsaved(node)
         self._unsaved(node.GetDisplayNode())
         return node
 

@@ -119,7 +119,7 @@ def running() -> Iterator[Application]:
     os.environ.setdefault("QT_QPA_PLATFORM", "offscreen")
     from PySide6.QtWidgets import QApplication
 
-    from slicer_stand_in import widgets
+    from slicer_stand_in import files, widgets
 
     qt_application = QApplication.instance() or QApplication([])
     app = Application()
@@ -128,7 +128,16 @@ def running() -> Iterator[Application]:
     before_names = {name: getattr(slicer, name) for name in dir(slicer)}
     util_before = {
         n: getattr(slicer.util, n)
-        for n in ("confirmOkCancelDisplay", "confirmYesNoDisplay", "errorDisplay", "mainWindow", "selectModule")
+        for n in (
+            "confirmOkCancelDisplay",
+            "confirmYesNoDisplay",
+            "errorDisplay",
+            "mainWindow",
+            "selectModule",
+            "loadVolume",
+            "loadSegmentation",
+            "loadMarkups",
+        )
     }
     scene = slicer.vtkMRMLScene()
     # What observes the scene in Slicer, too: the Markups module gives a new list a display, which is shown.
@@ -146,6 +155,9 @@ def running() -> Iterator[Application]:
             setattr(slicer, name, type(name, (), {}))
         slicer.util.confirmOkCancelDisplay = slicer.util.confirmYesNoDisplay = app.confirm
         slicer.util.errorDisplay = app.display
+        slicer.util.loadVolume, slicer.util.loadMarkups = files.load_volume, files.load_markups
+        slicer.util.loadSegmentation = files.load_segmentation
+        sys.modules["SampleData"] = importlib.import_module("slicer_stand_in.SampleData")
         slicer.util.mainWindow = lambda verbose=True: app.window
         slicer.util.selectModule = lambda name: (
             getattr(slicer.modules, name.lower()).widgetRepresentation().self().enter()
@@ -158,7 +170,15 @@ def running() -> Iterator[Application]:
     finally:
         widgets.destroy()
         for name in set(sys.modules) - set(before_modules):
-            if name.split(".")[0] in ("qt", "ctk", "slicer", "DivRegNet", "DivRegNetModule", "slicer_stand_in"):
+            if name.split(".")[0] in (
+                "qt",
+                "ctk",
+                "slicer",
+                "SampleData",
+                "DivRegNet",
+                "DivRegNetModule",
+                "slicer_stand_in",
+            ):
                 del sys.modules[name]
                 package, _, module = name.rpartition(".")
                 if package in sys.modules and hasattr(sys.modules[package], module):
