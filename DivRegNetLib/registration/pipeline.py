@@ -219,6 +219,8 @@ def sample(inputs: Inputs, matrix: np.ndarray, resources: Resources, *, progress
 
 def deform(sampled: Sampled, resources: Resources, options: Options, *, progress: Callable[[float], None]) -> Tensor:
     """The displacement that the methods compute, (1, 3, D, H, W) in voxels of the working grid."""
+    if options.method == "none":
+        return sampled.images.fixed.new_zeros(1, 3, *sampled.grid.shape)
     card = resources.model.card
     names = card.methods if options.method == "auto" else options.method.split("+")
     return methods.deform(sampled.images, tuple(names), card.variational_settings, resources.model.regnet, progress)
@@ -228,7 +230,7 @@ def refine(
     sampled: Sampled, displacement: Tensor, resources: Resources, options: Options, *, progress: Callable[[float], None]
 ) -> Tensor:
     """The displacement after the further steps that the options ask for, or as it was where they do not help."""
-    if not options.refine:
+    if not options.refine or options.method == "none":
         return displacement
     settings = replace(resources.model.card.refinement_settings, steps=options.refine)
     return methods.refine(sampled.images, displacement, settings, progress)
