@@ -1,0 +1,159 @@
+"""What the class network learns from: volumes of prepared cohorts, and what their labels say of the classes.
+
+A label may be one class, one of several (a coarser drawing), or none of those that the volume labels. So each label stands
+for a *set* of classes that are possible at a voxel. Background is class 0.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from training.classes.config import ClassTraining, Source
+from training.data import cohort as cohorts
+
+LABELS = 256
+OUTSIDE = 0  # number of the set that holds background alone
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A volume to learn from.
+
+    images: (C, 1, D, H, W) float16 in [0, 1], one per contrast; None: it is painted.
+    labels: (1, 1, D, H, W) uint8.
+    set_of: (256,) long: label -> number of the set of classes that it stands for.
+    brain: (1, 1, D, H, W) uint8, 1 inside the skull, or None.
+    tissues: label -> ``white``, ``gray``, ``fluid`` or ``other``, of what is painted.
+    spacing: mm.
+    """
+
+    name: str
+    images: Tensor | None
+    labels: Tensor
+    set_of: Tensor
+    brain: Tensor | None
+    tissues: tuple[str, ...]
+    spacing: float
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """All that a training reads.
+
+    names: of the classes, background first.
+    sets: (sets, classes) float, 1 where a set holds a class; the first holds background alone.
+    train: for each source, its share and its subjects.
+    validation: subjects to judge by.
+    """
+
+    names: tuple[str, ...]
+    sets: Tensor
+    train: tuple[tuple[float, tuple[Subject, ...]], ...]
+    validation: tuple[Subject, ...]
+    shape: tuple[int, int, int]
+    spacing: float
+    normalization: str
+
+
+def load(config: ClassTraining, device: torch.device | str = "cpu") -> Subjects:
+    """Reads the cohorts of a configuration.
+
+    Raises:
+        FileNotFoundError, ValueError: a cohort is missing, cannot be read, holds nothing to learn from, or names a class that
+            is not there.
+    """
+    if not config.sources:
+        raise ValueError("sources: name a cohort to learn from")
+    read = [cohorts.load(Path(source.cohort), device) for source in config.sources]
+    names = _names(config, read)
+    sets: dict[frozenset[int], int] = {frozenset((0,)): OUTSIDE}
+    train, validation = [], []
+    for source, cohort in zip(config.sources, read, strict=True):
+        usable = [v for v in cohort.volumes if _fits(v, source.kind)]
+        made = {v.name: _subject(v, cohort, source, names, sets) for v in usable}
+        mine = tuple(made[v.name] for v in usable if v.split == "train")
+        if not mine:
+            raise ValueError(f"{source.cohort}: no volume to train on has what a source of kind {source.kind!r} needs")
+        train.append((source.share, mine))
+        validation += [made[v.name] for v in usable if v.split == "validation" and source.kind != "nothing"]
+    table = torch.zeros(len(sets), len(names))
+    for members, number in sets.items():
+        table[number, list(members)] = 1
+    shape = tuple(config.shape) or read[0].shape
+    return Subjects(
+        names, table.to(device), tuple(train), tuple(validation), shape, read[0].spacing, read[0].normalization
+    )
+
+
+def _fits(volume: cohorts.Volume, kind: str) -> bool:
+    if kind == "nothing":
+        return volume.images is not None
+    return volume.labels is not None and (kind == "paint" or volume.images is not None)
+
+
+def _names(config: ClassTraining, read: Sequence[cohorts.Cohort]) -> tuple[str, ...]:
+    """Names of the classes, background first."""
+    names = list(config.names)
+    if not names:
+        for source, cohort in zip(config.sources, read, strict=True):
+            if source.kind == "nothing":
+                continue
+            for label in sorted(_labels(cohort)):
+                named = str(label) if source.classes is None else source.classes.get(label, "")
+                names += [n for n in named.split("|") if n and n not in names]
+    if not names:
+        raise ValueError(f"{config.sources[0].cohort}: holds no labels to learn classes from")
+    return ("background", *names)
+
+
+def _labels(cohort: cohorts.Cohort) -> set[int]:
+    return {label for v in cohort.volumes if v.labels is not None for label in _present(v.labels)} - {0}
+
+
+def _present(labels: Tensor) -> list[int]:
+    return np.flatnonzero(torch.bincount(labels.flatten().int(), minlength=1).cpu().numpy()).tolist()
+
+
+def _subject(
+    volume: cohorts.Volume,
+    cohort: cohorts.Cohort,
+    source: Source,
+    names: tuple[str, ...],
+    sets: dict[frozenset[int], int],
+) -> Subject:
+    """A volume as :class:`Subject`; sets of classes that are new are added to ``sets``."""
+
+    def number(members: frozenset[int]) -> int:
+        return sets.setdefault(members, len(sets))
+
+    def classes(label: int) -> frozenset[int]:
+        named = str(label) if source.classes is None else source.classes.get(label, "")
+        if unknown := [n for n in named.split("|") if n and n not in names]:
+            raise ValueError(f"{source.cohort}: label {label} is of class {unknown[0]!r}, which names does not list")
+        return frozenset(names.index(n) for n in named.split("|") if n)
+
+    device = (volume.images if volume.labels is None else volume.labels).device
+    set_of = np.full(LABELS, OUTSIDE)
+    if source.kind == "nothing" or volume.labels is None:
+        labels = torch.zeros(1, 1, *cohort.shape, dtype=torch.uint8, device=device)
+    else:
+        labels = volume.labels
+        drawn = _present(labels) if source.absent == "unknown" else sorted(_labels(cohort))
+        known = frozenset().union(*(classes(label) for label in drawn if label))
+        rest = number(frozenset(range(len(names))) - known)
+        for label in range(LABELS):
+            members = classes(label) if label and (source.classes is not None or label in drawn) else frozenset()
+            set_of[label] = number(members) if members else rest
+    return Subject(
+        volume.name,
+        None if source.kind == "paint" else volume.images,
+        labels,
+        torch.from_numpy(set_of).to(device),
+        volume.brain,
+        cohort.tissues,
+        cohort.spacing,
+    )

@@ -1,0 +1,216 @@
+"""The training loop of the class network.
+
+A step depends on the seed, its number and the state of a checkpoint alone, so a training that was killed goes on as if
+nothing had happened. Images are made on the training device (:mod:`training.classes.draws`).
+"""
+
+import csv
+import io
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from DivRegNetLib.similarity.classes import ClassNet, ClassNetConfig
+from training.classes import draws
+from training.classes.config import ClassTraining
+from training.classes.loss import terms
+from training.classes.subjects import Subjects
+from training.data.pairs import Random
+
+LAST, BEST, LOG = "classes-last.pt", "classes-best.pt", "classes-log.csv"
+LONGEST_GRADIENT = 1.0
+MAY_CHANGE = ("checkpoint_every", "validate_every")
+
+
+class ClassTrainer:
+    """All that changes during training, and one step of it."""
+
+    def __init__(self, config: ClassTraining, subjects: Subjects, fabric: Fabric) -> None:
+        self.config, self.subjects, self.fabric = config, subjects, fabric
+        torch.manual_seed(config.seed)
+        net = ClassNet(ClassNetConfig(len(subjects.names), tuple(config.channels), config.stride))
+        self.multiple = net.config.multiple
+        if fabric.device.type == "cuda":
+            net.to(memory_format=torch.channels_last_3d)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+        self.net, self.optimizer = fabric.setup(net, optimizer)
+        # Averages over few steps in the beginning, when the weights still change a lot.
+        self.ema = AveragedModel(net, multi_avg_fn=self._average, use_buffers=True).eval().requires_grad_(False)
+        self.step_number, self.best, self.log = 0, -math.inf, []
+
+    def _average(self, means: list[Tensor], now: list[Tensor], count: Tensor | int) -> None:
+        decay = min(self.config.ema, (1 + self.step_number) / (10 + self.step_number))
+        get_ema_multi_avg_fn(decay)(means, now, count)
+
+    def state(self) -> dict:
+        return {
+            "config": self.config.as_dict(),
+            "names": list(self.subjects.names),
+            "net": self.net.module.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step_number,
+            "best": self.best,
+            "log": self.log,
+        }
+
+    def restore(self, state: dict) -> None:
+        """
+        Raises:
+            ValueError: the checkpoint is of another configuration; names what differs.
+        """
+        before, now = state["config"], self.config.as_dict()
+        if changed := [k for k in now if k not in MAY_CHANGE and before.get(k) != now[k]]:
+            raise ValueError(
+                f"the training to resume had another {changed[0]}: {before.get(changed[0])!r}, now {now[changed[0]]!r}; "
+                "resume with the same settings, or choose another --output"
+            )
+        self.net.module.load_state_dict(state["net"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step_number, self.best, self.log = state["step"], state["best"], state["log"]
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """Images (N, 1, D, H, W) of the present step, and what is possible at each voxel (N, K, D, H, W)."""
+        config, looks = self.config, []
+        total = sum(share for share, _ in self.subjects.train)
+        for i in range(config.batch):
+            seed = (config.seed * 1_000_003 + self.step_number) * 1009 + i
+            random = Random(seed)
+            at = random.number(0, total)
+            for share, subjects in self.subjects.train:
+                if (at := at - share) < 0:
+                    break
+            low, high = (s or self.subjects.spacing for s in config.spacing)
+            spacing = math.exp(random.number(math.log(low), math.log(high)))
+            shape = tuple(-(-n // self.multiple) * self.multiple for n in self.subjects.shape)
+            looks.append(
+                draws.look(random.choice(subjects), shape, spacing, self.subjects.normalization, config.augmentation,
+                           config.painting, seed)
+            )  # fmt: skip
+        image, sets = (torch.cat(x) for x in zip(*looks, strict=True))
+        return image, self._possible(sets)
+
+    def _possible(self, sets: Tensor) -> Tensor:
+        """(N, K, d, h, w) on the network's output grid; where that is coarser, every class of the voxels it covers."""
+        possible = self.subjects.sets[sets[:, 0]].movedim(-1, 1)
+        if self.config.stride == 2:  # the class of most voxels, and all that are possible where there is no such
+            share = torch.nn.functional.avg_pool3d(possible, 2)
+            possible = (share >= share.amax(1, keepdim=True)).float()
+        return possible.contiguous()
+
+    def rate(self) -> float:
+        """The learning rate of the present step."""
+        c = self.config
+        if self.step_number < c.warmup:
+            return c.learning_rate * (self.step_number + 1) / c.warmup
+        done = (self.step_number - c.warmup) / max(c.steps - c.warmup, 1)
+        return c.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(done, 1))))
+
+    def step(self) -> Tensor:
+        """One update; returns loss, cross entropy and 1 - Dice on the device, (3,)."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate()
+        image, possible = self.batch()
+        entropy, dice = terms(self.net(image), possible)
+        loss = entropy + self.config.dice * dice
+        self.optimizer.zero_grad(set_to_none=True)
+        self.fabric.backward(loss)
+        self.fabric.clip_gradients(self.net, self.optimizer, max_norm=LONGEST_GRADIENT, error_if_nonfinite=False)
+        self.optimizer.step()
+        self.step_number += 1
+        self.ema.update_parameters(self.net.module)
+        return torch.stack((loss, entropy, dice)).detach()
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Dice of each class over the validation subjects as they are, by the averaged network; and the mean of these."""
+        hits = torch.zeros(3, len(self.subjects.names), dtype=torch.float64)
+        spacing = math.exp(sum(math.log(s or self.subjects.spacing) for s in self.config.spacing) / 2)
+        for number, subject in enumerate(self.subjects.validation):
+            ratio = subject.spacing / spacing
+            shape = tuple(
+                math.ceil(n * ratio / self.multiple) * self.multiple for n in subject.labels.shape[2:]
+            )
+            image, sets = draws.plain(subject, shape, spacing, self.subjects.normalization, number)
+            probable = self.ema.module.probabilities(image)
+            possible = self._possible(sets)
+            certain = possible * (possible.sum(1, keepdim=True) == 1)
+            counts = torch.maximum(certain, 1 - possible)
+            chosen = torch.nn.functional.one_hot(probable.argmax(1), len(hits[0])).movedim(-1, 1) * counts
+            over = (0, 2, 3, 4)
+            hits += torch.stack([x.sum(over) for x in (chosen * certain, chosen, certain)]).double().cpu()
+        both, chosen, there = hits[:, 1:].numpy()
+        names = self.subjects.names[1:]
+        found = {f"Dice {n}": float(2 * b / (c + t)) for n, b, c, t in zip(names, both, chosen, there, strict=True) if t}
+        return {"Dice": float(np.mean(list(found.values()))) if found else math.nan} | found
+
+
+def fit(
+    config: ClassTraining, subjects: Subjects, output: Path, fabric: Fabric, *, resume: bool = False
+) -> ClassTrainer:
+    """Trains to the end, or on from where a training was interrupted; everything it writes is in ``output``.
+
+    Writes ``classes-last.pt``, ``classes-best.pt`` (the averaged weights, by validation) and ``classes-log.csv``.
+
+    Raises:
+        ValueError: ``output`` holds a training and ``resume`` is False, or it had other settings.
+        FloatingPointError: the loss is not finite.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    checkpoint = output / LAST
+    if checkpoint.exists() and not resume:
+        raise ValueError(f"{output}: holds a training already; give --resume to go on with it, or another --output")
+    trainer = ClassTrainer(config, subjects, fabric)
+    if checkpoint.exists():
+        trainer.restore(torch.load(checkpoint, map_location=fabric.device, weights_only=True))
+        fabric.print(f"resumed at step {trainer.step_number}")
+    sums, count = torch.zeros(3, device=fabric.device), 0
+    with tqdm(total=config.steps, initial=trainer.step_number, desc=config.name, mininterval=10) as bar:
+        while trainer.step_number < config.steps:
+            sums += trainer.step()
+            count += 1
+            bar.update()
+            done, last = trainer.step_number, trainer.step_number == config.steps
+            if done % config.checkpoint_every and done % config.validate_every and not last:
+                continue
+            row = dict(zip(("loss", "cross entropy", "1 - Dice"), (sums / count).tolist(), strict=True))
+            sums, count = torch.zeros_like(sums), 0
+            if not math.isfinite(row["loss"]):
+                raise FloatingPointError(
+                    f"the loss is {row['loss']} before step {done}; lower learning_rate, or look for odd images"
+                )
+            if done % config.validate_every == 0 or last:
+                row |= trainer.validate()
+                if row["Dice"] > trainer.best or not (output / BEST).exists():
+                    trainer.best = row["Dice"]
+                    kept = {"net": trainer.ema.module.state_dict(), "step": done, "scores": row}
+                    _whole(lambda part, kept=kept: torch.save(kept, part), output / BEST)
+            bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in row.items() if k in ("loss", "Dice")))
+            trainer.log.append({"step": done} | row)
+            _whole(lambda part: torch.save(trainer.state(), part), checkpoint)
+            _whole(lambda part: part.write_text(_table(trainer.log)), output / LOG)
+    return trainer
+
+
+def _whole(write, file: Path) -> None:
+    """Writes a file whole or not at all."""
+    part = file.with_name(file.name + ".part")
+    write(part)
+    os.replace(part, file)
+
+
+def _table(rows: list[dict]) -> str:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    return text.getvalue()
