@@ -11,6 +11,7 @@ Source of the architecture: Ronneberger et al., "U-Net", MICCAI 2015, with insta
 "nnU-Net", Nature Methods 2021. Axis order as in :mod:`DivRegNetLib.core.fields`.
 """
 
+import itertools
 from dataclasses import asdict, dataclass
 
 import torch
@@ -78,11 +79,11 @@ class ClassNet(nn.Module):
         first = Block(1, c[0], *((3, 1) if config.stride == 1 else (4, 2)))
         self.encoders = nn.ModuleList([nn.Sequential(first, Block(c[0], c[0]))])
         self.encoders.extend(
-            nn.Sequential(Block(above, here, 2, 2), Block(here, here)) for above, here in zip(c, c[1:], strict=False)
+            nn.Sequential(Block(above, here, 2, 2), Block(here, here)) for above, here in itertools.pairwise(c)
         )
         # Deepest first; each joins the upsampled features with the encoder's of its own level.
         self.decoders = nn.ModuleList(
-            Block(below + here, here) for here, below in reversed(list(zip(c, c[1:], strict=False)))
+            Block(below + here, here) for here, below in reversed(list(itertools.pairwise(c)))
         )
         self.head = nn.Conv3d(c[0], config.classes, 1)
 
@@ -113,9 +114,10 @@ class ClassNet(nn.Module):
         Returns:
             (N, classes, d, h, w) float32, with ``d = ceil(D / stride)`` and so on; the classes of a voxel add up to 1.
         """
-        stride, shape = self.config.stride, image.shape[2:]
+        stride, shape, multiple = self.config.stride, image.shape[2:], self.config.multiple
         share = torch.ones_like(image) if inside is None else inside.to(image.dtype)
-        more = [n for side in reversed(shape) for n in (0, -side % self.config.multiple)]
+        # At least two voxels a side at the deepest level, as one alone has no variance.
+        more = [n for side in reversed(shape) for n in (0, max(-side % multiple, 2 * multiple - side))]
         image, share = (F.pad(x, more) for x in (image * share, share))
         found = self(image).float().softmax(1)
         share = (F.avg_pool3d(share, stride) if stride > 1 else share).float()

@@ -3,27 +3,38 @@
 import torch
 from torch import Tensor
 
+LEAST = 1e-9  # probability of a set of classes whose logarithm is taken
 
-def terms(logits: Tensor, possible: Tensor) -> tuple[Tensor, Tensor]:
+
+def terms(logits: Tensor, fractions: Tensor, sets: Tensor) -> tuple[Tensor, Tensor]:
     """Cross entropy of the sets of classes that are possible, and 1 - Dice of the classes that are certain.
 
-    A voxel whose set holds one class alone has the usual cross entropy. Where a set holds several, their probabilities are
-    added up (as the marginal loss of Shi et al., Medical Image Analysis 2021, for partly labeled images), and these voxels do
-    not count for the Dice of these classes.
+    Where a set holds one class alone this is the usual cross entropy. Where it holds several, their probabilities are added
+    up (the marginal loss of Shi et al., Medical Image Analysis 2021, for partly labeled images), and such voxels do not count
+    for the Dice of these classes.
 
     Args:
         logits: (N, K, D, H, W).
-        possible: (N, K, D, H, W), 1 where a class is possible, 0 elsewhere; at least one per voxel.
+        fractions: (N, S, D, H, W): how much of a voxel each set covers; they add up to 1.
+        sets: (S, K), 1 where a set holds a class, 0 elsewhere.
     Returns:
-        Two scalars. Background has no Dice, nor has a class that no voxel of the batch certainly is.
+        Two scalars. Background has no Dice, nor has a class that is certain nowhere in the batch.
     """
     log = logits.float().log_softmax(1)
-    entropy = -torch.logsumexp(log + possible.clamp_min(1e-30).log(), 1).mean()
-    certain = possible * (possible.sum(1, keepdim=True) == 1)
-    counts = torch.maximum(certain, 1 - possible)  # either it is certainly this class, or certainly not
-    p, target = (log.exp() * counts)[:, 1:], certain[:, 1:]
-    over = (0, 2, 3, 4)
+    p, single = log.exp(), sets.sum(1) == 1
+    of_set = torch.einsum("nkdhw,sk->nsdhw", p, sets).clamp_min(LEAST).log()
+    of_set = torch.where(single.view(1, -1, 1, 1, 1), torch.einsum("nkdhw,sk->nsdhw", log, sets), of_set)
+    entropy = -(fractions * of_set).sum(1).mean()
+    certain, counts = certainty(fractions, sets)
+    p, target, over = (p * counts)[:, 1:], certain[:, 1:], (0, 2, 3, 4)
     size = target.sum(over)
-    dice = (2 * (p * target).sum(over) + 1) / (p.sum(over) + size + 1)
-    there = (size > 0).float()
+    dice = (2 * (p * target).sum(over) + 1) / ((p.square() + target.square()).sum(over) + 1)
+    there = (size > 0).to(p.dtype)
     return entropy, ((1 - dice) * there).sum() / there.sum().clamp_min(1)
+
+
+def certainty(fractions: Tensor, sets: Tensor) -> tuple[Tensor, Tensor]:
+    """How much of a voxel certainly is each class; and of how much it is known whether it is. Both (N, K, D, H, W)."""
+    single = (sets * (sets.sum(1, keepdim=True) == 1)).to(fractions.dtype)
+    known = torch.maximum(single, 1 - sets)
+    return torch.einsum("nsdhw,sk->nkdhw", fractions, single), torch.einsum("nsdhw,sk->nkdhw", fractions, known)

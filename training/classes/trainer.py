@@ -8,20 +8,22 @@ import csv
 import io
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor
+from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from DivRegNetLib.similarity.classes import ClassNet, ClassNetConfig
 from training.classes import draws
 from training.classes.config import ClassTraining
-from training.classes.loss import terms
-from training.classes.subjects import Subjects
+from training.classes.loss import certainty, terms
+from training.classes.subjects import Subject, Subjects
 from training.data.pairs import Random
 
 LAST, BEST, LOG = "classes-last.pt", "classes-best.pt", "classes-log.csv"
@@ -78,33 +80,35 @@ class ClassTrainer:
         self.step_number, self.best, self.log = state["step"], state["best"], state["log"]
 
     def batch(self) -> tuple[Tensor, Tensor]:
-        """Images (N, 1, D, H, W) of the present step, and what is possible at each voxel (N, K, D, H, W)."""
+        """Images (N, 1, D, H, W) of the present step, and how much of a voxel of the network's output each set of classes
+        covers (N, S, d, h, w)."""
         config, looks = self.config, []
-        total = sum(share for share, _ in self.subjects.train)
+        shape = self._padded(self.subjects.shape)
+        low, high = (math.log(mm or self.subjects.spacing) for mm in config.spacing)
         for i in range(config.batch):
             seed = (config.seed * 1_000_003 + self.step_number) * 1009 + i
             random = Random(seed)
-            at = random.number(0, total)
-            for share, subjects in self.subjects.train:
-                if (at := at - share) < 0:
-                    break
-            low, high = (s or self.subjects.spacing for s in config.spacing)
-            spacing = math.exp(random.number(math.log(low), math.log(high)))
-            shape = tuple(-(-n // self.multiple) * self.multiple for n in self.subjects.shape)
-            looks.append(
-                draws.look(random.choice(subjects), shape, spacing, self.subjects.normalization, config.augmentation,
-                           config.painting, seed)
-            )  # fmt: skip
+            subject, spacing = self._chosen(random), math.exp(random.number(low, high))
+            normalization = self.subjects.normalization
+            looks.append(draws.look(subject, shape, spacing, normalization, config.augmentation, config.painting, seed))
         image, sets = (torch.cat(x) for x in zip(*looks, strict=True))
-        return image, self._possible(sets)
+        return image, self._fractions(sets)
 
-    def _possible(self, sets: Tensor) -> Tensor:
-        """(N, K, d, h, w) on the network's output grid; where that is coarser, every class of the voxels it covers."""
-        possible = self.subjects.sets[sets[:, 0]].movedim(-1, 1)
-        if self.config.stride == 2:  # the class of most voxels, and all that are possible where there is no such
-            share = torch.nn.functional.avg_pool3d(possible, 2)
-            possible = (share >= share.amax(1, keepdim=True)).float()
-        return possible.contiguous()
+    def _chosen(self, random: Random) -> Subject:
+        """A subject to look at: a source by its share, and any of its subjects."""
+        at = random.number(0, sum(share for share, _ in self.subjects.train))
+        for share, subjects in self.subjects.train:  # noqa: B007
+            if (at := at - share) < 0:
+                break
+        return random.choice(subjects)
+
+    def _padded(self, shape: Sequence[int]) -> tuple[int, ...]:
+        return tuple(-(-math.ceil(n) // self.multiple) * self.multiple for n in shape)
+
+    def _fractions(self, sets: Tensor) -> Tensor:
+        """(N, 1, D, H, W) numbers of sets to (N, S, d, h, w), how much of a voxel of the network's output each covers."""
+        fractions = F.one_hot(sets[:, 0], len(self.subjects.sets)).movedim(-1, 1).float()
+        return F.avg_pool3d(fractions, self.config.stride) if self.config.stride > 1 else fractions
 
     def rate(self) -> float:
         """The learning rate of the present step."""
@@ -118,8 +122,8 @@ class ClassTrainer:
         """One update; returns loss, cross entropy and 1 - Dice on the device, (3,)."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate()
-        image, possible = self.batch()
-        entropy, dice = terms(self.net(image), possible)
+        image, fractions = self.batch()
+        entropy, dice = terms(self.net(image), fractions, self.subjects.sets)
         loss = entropy + self.config.dice * dice
         self.optimizer.zero_grad(set_to_none=True)
         self.fabric.backward(loss)
@@ -135,21 +139,21 @@ class ClassTrainer:
         hits = torch.zeros(3, len(self.subjects.names), dtype=torch.float64)
         spacing = math.exp(sum(math.log(s or self.subjects.spacing) for s in self.config.spacing) / 2)
         for number, subject in enumerate(self.subjects.validation):
-            ratio = subject.spacing / spacing
-            shape = tuple(
-                math.ceil(n * ratio / self.multiple) * self.multiple for n in subject.labels.shape[2:]
-            )
+            shape = self._padded([n * subject.spacing / spacing for n in subject.labels.shape[2:]])
             image, sets = draws.plain(subject, shape, spacing, self.subjects.normalization, number)
             probable = self.ema.module.probabilities(image)
-            possible = self._possible(sets)
-            certain = possible * (possible.sum(1, keepdim=True) == 1)
-            counts = torch.maximum(certain, 1 - possible)
-            chosen = torch.nn.functional.one_hot(probable.argmax(1), len(hits[0])).movedim(-1, 1) * counts
+            fractions = F.one_hot(sets[:, 0], len(self.subjects.sets)).movedim(-1, 1).float()
+            certain, counts = certainty(fractions, self.subjects.sets)
+            if self.config.stride > 1:
+                probable = F.interpolate(probable, size=shape, mode="trilinear", align_corners=False)
+            chosen = F.one_hot(probable.argmax(1), len(hits[0])).movedim(-1, 1) * counts
             over = (0, 2, 3, 4)
             hits += torch.stack([x.sum(over) for x in (chosen * certain, chosen, certain)]).double().cpu()
         both, chosen, there = hits[:, 1:].numpy()
         names = self.subjects.names[1:]
-        found = {f"Dice {n}": float(2 * b / (c + t)) for n, b, c, t in zip(names, both, chosen, there, strict=True) if t}
+        found = {
+            f"Dice {n}": float(2 * b / (c + t)) for n, b, c, t in zip(names, both, chosen, there, strict=True) if t
+        }
         return {"Dice": float(np.mean(list(found.values()))) if found else math.nan} | found
 
 

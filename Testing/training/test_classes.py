@@ -1,0 +1,241 @@
+"""Training of the class network: what labels say, what an image looks like, the loss, and a resume bit by bit."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+from lightning_fabric import Fabric
+
+from DivRegNetLib.core.intensity import SCHEMES, normalize
+from training.classes import config as configs
+from training.classes import draws, subjects, train
+from training.classes.config import Augmentation, Painting
+from training.classes.loss import terms
+from training.classes.trainer import BEST, LAST, LOG, fit
+
+NONE = Augmentation(**dict.fromkeys(Augmentation.__dataclass_fields__, 0.0) | {"control": (8.0, 8.0)})
+
+
+def tiny(cohort, **values) -> configs.ClassTraining:
+    laid = {
+        "sources": [{"cohort": str(cohort)}],
+        "channels": [2, 3],
+        "steps": 4,
+        "batch": 1,
+        "warmup": 1,
+        "checkpoint_every": 2,
+        "validate_every": 2,
+    }
+    return configs.build(laid | values)
+
+
+@pytest.fixture
+def two_cohorts(tmp_path, write_cohort, anatomy):
+    """One labels classes 1 to 3; of the other, only label 7 was drawn, which covers two of these. Both 16 x 16 x 16."""
+    images, labels, _ = anatomy((16, 16, 16), seed=1)
+    fine = {"images": images[:1], "labels": labels}
+    coarse = {"images": images[:1], "labels": 7 * (labels >= 2).astype(np.uint8)}
+    alone = {"images": images[1:2]}
+    whole = write_cohort(tmp_path / "fine", {"a": fine, "b": fine | {"split": "validation"}, "unlabeled": alone})
+    part = write_cohort(tmp_path / "coarse", {"c": coarse})
+    return whole, part
+
+
+def test_a_label_stands_for_the_classes_that_it_names(two_cohorts):
+    fine, coarse = two_cohorts
+    config = tiny(fine, names=["one", "two", "three"], sources=[
+        {"cohort": str(fine), "classes": {1: "one", 2: "two", 3: "three"}},
+        {"cohort": str(coarse), "classes": {7: "two|three"}},
+    ])  # fmt: skip
+    read = subjects.load(config)
+    assert read.names == ("background", "one", "two", "three")
+    ((_, (a,)), (_, (c,))), (b,) = read.train, read.validation  # a volume without labels is left out
+    assert (a.name, b.name, c.name) == ("a", "b", "c")
+
+    def members(subject, label):
+        return [read.names[i] for i in read.sets[subject.set_of[label]].nonzero()[:, 0]]
+
+    assert [members(a, n) for n in range(4)] == [["background"], ["one"], ["two"], ["three"]]
+    assert members(c, 7) == ["two", "three"]
+    assert members(c, 0) == ["background", "one"]  # it was not said that there is no class one
+
+
+def test_a_label_that_a_volume_lacks_may_be_there_unless_the_source_says_otherwise(tmp_path, write_cohort, anatomy):
+    images, labels, _ = anatomy((16, 16, 16), seed=1)
+    lacking = np.where(labels == 3, 0, labels)
+    folder = write_cohort(
+        tmp_path / "cohort",
+        {"a": {"images": images[:1], "labels": labels}, "b": {"images": images[:1], "labels": lacking}},
+    )
+    for absent, background in (("unknown", {0, 3}), ("background", {0})):
+        read = subjects.load(tiny(folder, sources=[{"cohort": str(folder), "absent": absent}]))
+        b = read.train[0][1][1]
+        assert set(read.sets[b.set_of[0]].nonzero()[:, 0].tolist()) == background
+
+
+def test_of_anatomy_that_is_not_to_be_known_everything_is_background(two_cohorts):
+    fine, coarse = two_cohorts
+    read = subjects.load(tiny(fine, sources=[{"cohort": str(fine)}, {"cohort": str(coarse), "kind": "nothing"}]))
+    c = read.train[1][1][0]
+    assert (c.set_of == subjects.OUTSIDE).all() and read.sets[subjects.OUTSIDE].tolist() == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"sources": []}, "name a cohort"),
+        ({"sources": [{"cohort": "FINE", "classes": {1: "nobody"}}], "names": ["one"]}, "nobody"),
+        ({"sources": [{"cohort": "nowhere"}]}, "cohort.json is missing"),
+    ],
+)
+def test_sources_that_cannot_be_say_why(two_cohorts, values, said):
+    values = {k: [{n: str(two_cohorts[0]) if w == "FINE" else w for n, w in x.items()} if isinstance(x, dict) else x
+                  for x in v] for k, v in values.items()}  # fmt: skip
+    with pytest.raises((ValueError, FileNotFoundError), match=said):
+        subjects.load(tiny(two_cohorts[0], **values))
+
+
+def test_an_unknown_key_is_named():
+    with pytest.raises(ValueError, match="nonsense"):
+        configs.build({"augmentation": {"nonsense": 1}})
+
+
+def subject(two_cohorts, **values):
+    read = subjects.load(tiny(two_cohorts[0], **values))
+    return read.train[0][1][0], read
+
+
+def test_unchanged_a_volume_looks_as_it_does_on_disk(two_cohorts):
+    a, read = subject(two_cohorts)
+    image, sets = draws.plain(a, read.shape, read.spacing, "robust")
+    torch.testing.assert_close(image, normalize(a.images[:1].float(), "robust"), atol=1e-3, rtol=0)
+    assert torch.equal(sets, a.set_of[a.labels.long()])
+
+
+def test_labels_go_where_the_image_goes(two_cohorts):
+    """An image that is the label map stays so, however it is placed and bent."""
+    a, read = subject(two_cohorts)
+    a = subjects.Subject(**vars(a) | {"images": a.labels.half() / 4})
+    moved = Augmentation(**vars(NONE) | {"degrees": 30, "scale": 0.3, "stretch": 0.2, "shift": 0.2, "elastic": 0.2})
+    for seed in range(3):
+        image, sets = draws.look(a, (20, 16, 24), read.spacing, "robust", moved, Painting(), seed)
+        agree = torch.corrcoef(torch.stack((image.flatten(), sets.flatten().float())))[0, 1]
+        assert sets.any() and agree > 0.9
+
+
+def test_outside_the_field_of_view_the_image_is_0_and_background(two_cohorts):
+    a, read = subject(two_cohorts)
+    a = subjects.Subject(**vars(a) | {"images": torch.ones_like(a.images), "labels": torch.ones_like(a.labels)})
+    cropped = Augmentation(**vars(NONE) | {"crop": 1.0, "noise": 0.1})
+    for shape, seed in (((32, 32, 32), 1), ((16, 16, 16), 2)):
+        image, sets = draws.look(a, shape, read.spacing, "robust", cropped, Painting(), seed)
+        outside = sets == subjects.OUTSIDE
+        assert outside.any() and not outside.all() and (image[outside] == 0).all()
+
+
+def test_the_same_seed_gives_the_same_image(two_cohorts):
+    a, _ = subject(two_cohorts)
+    looks = [draws.look(a, (16, 16, 16), 4.0, "balanced", Augmentation(), Painting(), seed) for seed in (5, 5, 6)]
+    assert all(map(torch.equal, looks[0], looks[1])) and not torch.equal(looks[0].image, looks[2].image)
+
+
+def test_a_label_map_is_painted_in_other_contrasts_each_time(tmp_path, write_cohort, anatomy):
+    _, labels, brain = anatomy((16, 16, 16), seed=1)
+    folder = write_cohort(tmp_path / "maps", {"a": {"labels": labels, "brain": brain, "contrasts": []}},
+                          tissues=["background", "white", "gray", "fluid"])  # fmt: skip
+    read = subjects.load(tiny(folder, sources=[{"cohort": str(folder), "kind": "paint"}]))
+    a = read.train[0][1][0]
+    images = [draws.plain(a, read.shape, read.spacing, "balanced", seed).image for seed in range(6)]
+    means = torch.stack([torch.stack([x[a.labels == n].mean() for n in (1, 2, 3)]) for x in images])
+    assert len({tuple(row.argsort().tolist()) for row in means}) > 1
+
+
+@pytest.mark.parametrize("scheme", sorted(SCHEMES))
+def test_images_are_normalized_as_in_a_registration(scheme):
+    torch.manual_seed(0)
+    image = torch.randn(1, 1, 20, 21, 22).exp()
+    inside = torch.rand(image.shape) < 0.7
+    for mask in (inside, torch.ones_like(inside)):
+        torch.testing.assert_close(draws.normalized(image, scheme, mask), normalize(image, scheme, mask))
+    flat = torch.full_like(image, 3.0)
+    assert torch.isfinite(draws.normalized(flat, scheme, inside)).all()
+    assert torch.isfinite(draws.normalized(image, scheme, torch.zeros_like(inside))).all()
+
+
+def test_the_loss_is_least_where_the_classes_are_right():
+    sets = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [0, 1, 1]])
+    number = torch.randint(0, 3, (2, 4, 4, 4), generator=torch.Generator().manual_seed(0))
+    fractions = torch.nn.functional.one_hot(number, 4).movedim(-1, 1).float()
+    right = 20 * fractions[:, :3]
+    assert all(term < 1e-3 for term in terms(right, fractions, sets))
+    assert all(term > 0.5 for term in terms(right.roll(1, 1), fractions, sets))
+
+
+def test_where_two_classes_are_possible_either_is_right():
+    sets = torch.tensor([[1.0, 0, 0], [0, 1, 1]])
+    number = torch.ones(1, 2, 2, 2, dtype=torch.long)
+    fractions = torch.nn.functional.one_hot(number, 2).movedim(-1, 1).float()
+    logits = torch.zeros(1, 3, 2, 2, 2)
+    for preferred in ([0, 20, 0], [0, 0, 20], [0, 20, 20]):
+        entropy, dice = terms(logits + torch.tensor(preferred).view(1, 3, 1, 1, 1), fractions, sets)
+        assert entropy < 1e-3 and dice == 0
+    assert terms(logits + torch.tensor([20, 0, 0]).view(1, 3, 1, 1, 1), fractions, sets)[0] > 5
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_killed_training_goes_on_bit_by_bit(two_cohorts, tmp_path, stride):
+    config = tiny(two_cohorts[0], stride=stride)
+    fabric, read = Fabric(accelerator="cpu", devices=1), subjects.load(config)
+    whole = fit(config, read, tmp_path / "whole", fabric)
+
+    class Killed(BaseException):
+        pass
+
+    def killed(step=whole.__class__.step):
+        def until(trainer):
+            if trainer.step_number == 3:
+                raise Killed
+            return step(trainer)
+
+        return until
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(whole.__class__, "step", killed())
+        fit(config, read, tmp_path / "parts", fabric)
+    with pytest.raises(ValueError, match="holds a training already"):
+        fit(config, read, tmp_path / "parts", fabric)
+    with pytest.raises(ValueError, match="another learning_rate"):
+        fit(tiny(two_cohorts[0], stride=stride, learning_rate=0.1), read, tmp_path / "parts", fabric, resume=True)
+    parts = fit(config, read, tmp_path / "parts", fabric, resume=True)
+    for a, b in zip(whole.ema.state_dict().values(), parts.ema.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    for name in (LOG, LAST, BEST):
+        assert (tmp_path / "parts" / name).exists()
+    logs = [list(csv.DictReader((tmp_path / n / LOG).open())) for n in ("whole", "parts")]
+    assert logs[0] == logs[1] and float(logs[0][-1]["Dice"]) >= 0
+
+
+def test_it_learns_a_class_from_its_brightness(tmp_path, write_cohort):
+    random = np.random.default_rng(0)
+    labels = np.repeat(np.repeat(np.repeat(random.integers(0, 3, (4, 4, 4)), 4, 0), 4, 1), 4, 2).astype(np.uint8)
+    images = (labels / 2 + random.normal(0, 0.02, labels.shape)).clip(0, 1)[None].astype(np.float16)
+    folder = write_cohort(tmp_path / "cohort", {n: {"images": images, "labels": labels, "split": n} for n in
+                                                ("train", "validation")})  # fmt: skip
+    still = {"degrees": 0, "elastic": 0, "gamma": 0, "contrast": 0, "bias": 0, "blur": 0, "thick": 0, "noise": 0.02}
+    config = tiny(folder, steps=60, channels=[6, 8], validate_every=60, checkpoint_every=60, learning_rate=0.02,
+                  ema=0.9, augmentation=still)  # fmt: skip
+    trainer = fit(config, subjects.load(config), tmp_path / "run", Fabric(accelerator="cpu", devices=1))
+    assert trainer.best > 0.8
+
+
+def test_the_command_trains_and_says_what_came_of_it(two_cohorts, tmp_path, monkeypatch, capsys):
+    options = ["--cohort", str(two_cohorts[0]), "--output", str(tmp_path / "run"), "--device", "cpu"]
+    short = ["steps=2", "batch=1", "channels=[2,3]", "precision=32-true"]
+    monkeypatch.setattr("sys.argv", ["train.py", *options, *short])
+    assert train.main() == 0
+    assert "step 2" in capsys.readouterr().out
+    assert train.main() == 2
+    assert "--resume" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["train.py", *options, "--resume", *short])
+    assert train.main() == 0
