@@ -86,8 +86,8 @@ class ClassTrainer:
         shape = self._padded(self.subjects.shape)
         low, high = (math.log(mm or self.subjects.spacing) for mm in config.spacing)
         for i in range(config.batch):
-            seed = (config.seed * 1_000_003 + self.step_number) * 1009 + i
-            random = Random(seed)
+            seed = 2 * ((config.seed * 1_000_003 + self.step_number) * 1009 + i)
+            random = Random(seed + 1)  # another one than the image's, or subjects and rotations would go together
             subject, spacing = self._chosen(random), math.exp(random.number(low, high))
             normalization = self.subjects.normalization
             looks.append(draws.look(subject, shape, spacing, normalization, config.augmentation, config.painting, seed))
