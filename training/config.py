@@ -8,7 +8,9 @@ from pathlib import Path
 
 import yaml
 
+from DivRegNetLib.registration.methods import check_methods
 from DivRegNetLib.registration.regnet import RegNetConfig
+from DivRegNetLib.registration.variational import VariationalSettings
 from DivRegNetLib.similarity.kldivnet import KLDivNetConfig
 from training.data.pairs import Augmentation
 from training.data.phantoms import TASKS
@@ -99,6 +101,8 @@ class Config:
     learning_rate: of RegNet, falling by a cosine to ``final_learning_rate``; ``similarity_learning_rate``: of KLDivNet.
     ema: decay of the averaged weights, which are what is validated and exported.
     precision: of Lightning Fabric: ``32-true``, ``bf16-mixed``, ``16-mixed``, ``64-true``.
+    methods: that the model runs, in order; ``regnet`` is trained, from what the methods before it make of a pair.
+    variational: settings of the method of that name, and of the guidance of a guided RegNet.
     card: what the model card says beside what is known anyway: version, summary, modalities, anatomy, skull, license,
         good_for, limits, training.
     """
@@ -121,6 +125,8 @@ class Config:
     validate_every: int = 250
     data: Data = field(default_factory=Data)
     loss: Loss = field(default_factory=Loss)
+    methods: tuple[str, ...] = ("regnet",)
+    variational: VariationalSettings = field(default_factory=VariationalSettings)
     regnet: RegNetConfig = field(default_factory=RegNetConfig)
     kldivnet: KLDivNetConfig = field(default_factory=KLDivNetConfig)
     card: dict = field(default_factory=dict)
@@ -134,9 +140,22 @@ class Config:
                 raise ValueError(f"{name} is at least 1, got {getattr(self, name)}")
         if not re.fullmatch(r"\w[\w.-]*", self.name):
             raise ValueError(f"name becomes a file name: letters, digits, '_', '-' and '.', got {self.name!r}")
+        check_methods(self.methods)
+        if self.methods not in (("regnet",), ("variational", "regnet")):
+            raise ValueError(f"methods to train with are [regnet] or [variational, regnet], got {list(self.methods)}")
+        if self.starts_from_variational and self.variational.stride != self.regnet.stride:
+            raise ValueError(
+                f"variational.stride is that of regnet, {self.regnet.stride}, got {self.variational.stride}"
+            )
+
+    @property
+    def starts_from_variational(self) -> bool:
+        """Whether RegNet continues from the variational displacement."""
+        return "variational" in self.methods
 
     def as_dict(self) -> dict:
-        return asdict(self) | {"regnet": self.regnet.as_dict(), "kldivnet": self.kldivnet.as_dict()}
+        sections = {name: getattr(self, name).as_dict() for name in ("variational", "regnet", "kldivnet")}
+        return asdict(self) | sections | {"methods": list(self.methods)}
 
 
 def load(file: Path, *, preset: str | None = None, overrides: Sequence[str] = (), **values: object) -> Config:
@@ -212,6 +231,11 @@ def _build(kind: type, values: object, where: str):
 
 def _check(wanted: type, value: object, where: str):
     """The value as the wanted type: int, float, str, bool, dict, a list or tuple of one of these, or a dataclass."""
+    if wanted is VariationalSettings:
+        try:
+            return wanted.from_dict(value)
+        except ValueError as error:
+            raise ValueError(f"{where}.{error}") from error
     if is_dataclass(wanted):
         return _build(wanted, value, where)
     if wanted is float and type(value) is int:

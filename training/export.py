@@ -16,6 +16,7 @@ import torch
 from lightning_fabric import Fabric
 
 from DivRegNetLib import models
+from DivRegNetLib.registration.variational import REFINEMENT
 from training import config as configs
 from training.data import cohort as cohorts
 from training.data.sources import Source, source_of
@@ -67,6 +68,9 @@ def export(trainer: Trainer, run: Path, folder: Path) -> Path:
         "name": config.name,
         "spacing_mm": float(cohort.spacing),
         "normalization": cohort.normalization,
+        "methods": list(config.methods),
+        "variational": config.variational.as_dict(),
+        "refinement": REFINEMENT.as_dict(),
         "regnet": config.regnet.as_dict(),
         "kldivnet": None if kldivnet is None else config.kldivnet.as_dict(),
         "scores": scores,

@@ -36,7 +36,7 @@ class Objective(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.loss = config.loss
-        self.regnet = RegNet(config.regnet)
+        self.regnet = RegNet(config.regnet, config.variational)
         self.kldivnet = KLDivNet(config.kldivnet) if config.loss.similarity == "kldiv" else None
 
     def forward(

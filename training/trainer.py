@@ -20,6 +20,8 @@ from tqdm import tqdm
 
 from DivRegNetLib import models
 from DivRegNetLib.core import fields
+from DivRegNetLib.registration import methods
+from DivRegNetLib.registration.variational.method import register
 from DivRegNetLib.similarity.mutual_information import parzen_mi
 from training.config import Config
 from training.data.pairs import Pair, Random
@@ -169,7 +171,9 @@ class Trainer:
         """Gradients of the loss of every pass, each judged on all that has been composed so far."""
         regnet, learning = self.objective.regnet.train(), self.step_number - self.config.warmup
         passes = 1 if self.warming_up or learning < self.config.single_pass else regnet.config.passes
-        coarse = None if self.warming_up else regnet.begin(batch.fixed, batch.moving)
+        coarse = None
+        if self.config.starts_from_variational and not self.warming_up:
+            coarse = register(batch.fixed, batch.moving, self.config.variational)
         for i in range(passes):
             with self.fabric.no_backward_sync(self.wrapped, enabled=not (last and i == passes - 1)):
                 loss, terms, coarse = self.wrapped(batch, coarse, self.warming_up)
@@ -190,6 +194,11 @@ class Trainer:
         decay = min(self.config.ema, (1 + done) / (10 + done))
         for mean, now in zip(self.ema.state_dict().values(), self.objective.regnet.state_dict().values(), strict=True):
             mean.lerp_(now, 1 - decay)
+
+    @torch.no_grad()
+    def predict(self, fixed: Tensor, moving: Tensor) -> Tensor:
+        """Displacement (N, 3, D, H, W) in voxels by the methods of the configuration, with the averaged network."""
+        return methods.deform(methods.Images(fixed, moving), self.config.methods, self.config.variational, self.ema)
 
     @torch.no_grad()
     def judge(self, pair: Pair, displacement: Tensor) -> dict[str, float]:
@@ -219,7 +228,7 @@ class Trainer:
         found: dict[str, list[float]] = {}
         for task, pair in self.source.held_out(split):
             pair = pair.to(self.dtype)
-            displacement = self.ema(pair.fixed, pair.moving)
+            displacement = self.predict(pair.fixed, pair.moving)
             for name, value in self.judge(pair, 0 * displacement if start else displacement).items():
                 found.setdefault(f"{task} {name}", []).append(value)
         return {name: sum(values) / len(values) for name, values in found.items()}
@@ -229,7 +238,9 @@ class Trainer:
         """A matplotlib figure of the first held-out pair: fixed, moving, warped, deformed grid."""
         task, pair = next(iter(self.source.held_out(split)))
         pair = pair.to(self.dtype)
-        return picture(pair.fixed, pair.moving, self.ema(pair.fixed, pair.moving), f"{task}, step {self.step_number}")
+        return picture(
+            pair.fixed, pair.moving, self.predict(pair.fixed, pair.moving), f"{task}, step {self.step_number}"
+        )
 
 
 def mean_dice(fixed: Tensor, warped: Tensor) -> float:

@@ -115,7 +115,7 @@ def load(name: str | Path, device: "torch.device | str" = "cpu") -> Model:
         )
     try:
         tensors = load_file(weights)
-        regnet = RegNet(RegNetConfig(**card.regnet))
+        regnet = RegNet(RegNetConfig(**card.regnet), card.variational_settings)
         kldivnet = None if card.kldivnet is None else KLDivNet(KLDivNetConfig(**card.kldivnet))
         networks = {"regnet": regnet} | ({} if kldivnet is None else {"kldivnet": kldivnet})
         for prefix, network in networks.items():

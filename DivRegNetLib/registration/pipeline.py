@@ -4,7 +4,7 @@ Data flows one way: check -> affine -> sample -> predict -> refine -> physical -
 """
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import SimpleITK as sitk
@@ -18,9 +18,8 @@ from DivRegNetLib.core.intensity import normalize
 from DivRegNetLib.errors import Cancelled, DeviceError, DivRegNetError, InputError, is_out_of_memory
 from DivRegNetLib.options import INTERPOLATIONS, STAGES, Options, Progress
 from DivRegNetLib.quality import metrics
-from DivRegNetLib.registration import alignment
+from DivRegNetLib.registration import alignment, methods
 from DivRegNetLib.registration.check import check_default, check_image, check_mask
-from DivRegNetLib.registration.refine import refine
 from DivRegNetLib.run import memory
 from DivRegNetLib.run.device import CPU, free_memory, pick_device, why_not_cuda
 from DivRegNetLib.similarity.kldivnet import patches
@@ -288,18 +287,19 @@ class _Registration:
                 "or another initial alignment"
             )
 
+    def images(self) -> methods.Images:
+        return methods.Images(self.f, self.m, self.f_mask, self.m_mask, self.valid)
+
     def predict(self) -> None:
-        """RegNet sees nothing outside the masks, and its Newton steps look at nothing outside the fields of view."""
-        f, m = (x if mask is None else x * mask for x, mask in ((self.f, self.f_mask), (self.m, self.m_mask)))
-        f, m = (x.contiguous(memory_format=torch.channels_last_3d) for x in (f, m))
-        self.u = self.model.regnet(f, m, self.valid).contiguous()
+        card = self.model.card
+        self.u = methods.deform(
+            self.images(), tuple(card.methods), card.variational_settings, self.model.regnet, self.report
+        )
 
     def refine(self) -> None:
         if self.options.refine:
-            valid = tuple(
-                v if mask is None else v & mask for v, mask in zip(self.valid, (self.f_mask, self.m_mask), strict=True)
-            )
-            self.u = refine(self.f, self.m, self.u, steps=self.options.refine, valid=valid, progress=self.report)
+            settings = replace(self.model.card.refinement_settings, steps=self.options.refine)
+            self.u = methods.refine(self.images(), self.u, settings, self.report)
 
     def physical(self) -> None:
         """On the CPU: full-resolution fields in double precision are large."""

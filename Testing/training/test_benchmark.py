@@ -170,14 +170,15 @@ def test_the_comparison_writes_table_plot_and_pictures_and_goes_on_from_what_is_
         benchmark.compare(families, tmp_path, changed, tmp_path / "out", chosen=OURS)
 
 
-def test_what_the_network_adds_is_told_from_what_it_starts_from(prepared, settings, tmp_path):
+def test_the_variational_method_runs_alone_whatever_the_card_of_the_model_names(prepared, settings, tmp_path):
+    """The card of the tiny model names RegNet alone."""
     moved = {}
     for method in ("Newton steps alone", "DivRegNet"):
         measure.row(prepared, method, settings, tmp_path / method)
         field = sitk.ReadImage(str(tmp_path / method / "displacement.mha"))
-        moved[method] = np.abs(sitk.GetArrayViewFromImage(field)).max()
-    assert moved["Newton steps alone"] < 1e-4, "the tiny model starts from none"
-    assert moved["DivRegNet"] > 0.1
+        moved[method] = sitk.GetArrayFromImage(field)
+    assert all(np.abs(field).max() > 0.1 for field in moved.values())
+    assert np.abs(moved["Newton steps alone"] - moved["DivRegNet"]).max() > 0.1
 
 
 def test_quick_takes_one_case_of_a_family_on_its_coarse_grid(families, settings, tmp_path):

@@ -46,7 +46,9 @@ TINY = {
     "validate_every": 2,
     "data": {"held_out": 1},
     "loss": {"samples": 256, "bins": 16, "window": 5},
-    "regnet": {"channels": [2, 2, 2, 2], "newton": 2, "integration_steps": 2},
+    "methods": ["variational", "regnet"],
+    "variational": {"steps": 2},
+    "regnet": {"channels": [2, 2, 2, 2], "guided": True, "integration_steps": 2},
     "kldivnet": {"channels": 4, "frequencies": 1},
 }
 
@@ -124,7 +126,7 @@ def test_every_term_falls_as_the_network_comes_nearer_to_a_known_shift(shifted, 
     loss = {"similarity": similarity, "known": 1.0, "labels": 1.0, "samples": 2048}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        objective = Objective(tiny(Path(), loss=loss, regnet={"newton": 0}, kldivnet={"channels": 16}))
+        objective = Objective(tiny(Path(), loss=loss, regnet={"guided": False}, kldivnet={"channels": 16}))
     if similarity == "kldiv":
         learning = torch.optim.Adam(objective.kldivnet.parameters(), 2e-2)
         for seed in range(60):
@@ -439,7 +441,8 @@ def test_a_checkpoint_keeps_how_much_16_bit_training_scales_the_loss(tiny_cohort
 @pytest.mark.parametrize(("passes", "single_pass"), [(2, 0), (2, 1)])
 def test_passes_are_judged_one_after_the_other(tiny_cohort, passes, single_pass):
     """Each pass learns from where the one before led, from ``single_pass`` steps on."""
-    trainer = trainer_of(tiny(tiny_cohort, warmup=0, single_pass=single_pass, regnet={"passes": passes, "newton": 0}))
+    regnet = {"passes": passes, "guided": False}
+    trainer = trainer_of(tiny(tiny_cohort, warmup=0, single_pass=single_pass, methods=["regnet"], regnet=regnet))
     norm = trainer.objective.regnet.encoders[0][1]
     seen = []
     norm.register_forward_hook(lambda *_: seen.append(trainer.step_number))
@@ -573,7 +576,7 @@ def told(raw, tmp_path_factory):
         arguments += [f"--{side}", str(raw / side), f"--{side}-labels", str(raw / f"{side}_labels")]
     arguments += ["--spacing", "12", "--align", "center", "--workers", "1", "--split", "2,1,1"]
     arguments += ["warmup=3", "checkpoint_every=2", "validate_every=10", "data.held_out=1", "loss.samples=256"]
-    arguments += ["regnet.channels=[2,2,2,2]", "regnet.newton=2", "kldivnet.channels=4"]
+    arguments += ["regnet.channels=[2,2,2,2]", "variational.steps=2", "kldivnet.channels=4"]
     command = [sys.executable, str(ROOT / "training" / "train.py"), *arguments]
     log = folder / "log.txt"
     with log.open("w") as stream:

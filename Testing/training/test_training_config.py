@@ -18,7 +18,7 @@ def file(tmp_path) -> Path:
     path = tmp_path / "run.yaml"
     path.write_text(
         "name: run\nsteps: 100\nloss: {diffusion: 3.0, bins: 16}\n"
-        "presets:\n  quick: {steps: 5, loss: {diffusion: 1.0}}\n  paper: {regnet: {newton: 0}}\n"
+        "presets:\n  quick: {steps: 5, loss: {diffusion: 1.0}}\n  paper: {regnet: {guided: false}}\n"
     )
     return path
 
@@ -176,5 +176,6 @@ def test_the_configuration_for_a_cohort_of_ones_own_has_both_presets_and_trains_
         assert (config.loss.known, config.loss.labels, config.data.pairs) == (0, 0, "cohort")
     paper = configs.load(own, preset="paper", name="mine")
     assert (paper.steps, paper.learning_rate, paper.final_learning_rate) == (10_000, 1e-3, 1e-3)
-    assert (paper.regnet.newton, paper.regnet.velocity, paper.regnet.symmetric) == (0, False, False)
+    assert paper.methods == ("regnet",)
+    assert (paper.regnet.guided, paper.regnet.velocity, paper.regnet.symmetric) == (False, False, False)
     assert (paper.kldivnet.frequencies, paper.kldivnet.context) == (0, 0)

@@ -162,10 +162,10 @@ class Greedy(RegNet):
         self.on_card = str(device) == STAND_IN
         return super().to(device, **arguments)
 
-    def forward(self, fixed, moving, valid=None):
+    def register(self, fixed, moving, start=None, valid=None):
         if fixed.numel() > self.most and (self.on_card or not self.only_on_card):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-        return super().forward(fixed, moving)
+        return super().register(fixed, moving)
 
 
 STAND_IN = "cpu:0"  # another device than "cpu" to PyTorch, which every machine has

@@ -50,7 +50,7 @@ class Settings:
         if method in methods.OURS:
             told |= {"model": self.model, "refine": self.refine if method == "DivRegNet, refined" else 0}
         if method == "Newton steps alone":
-            told |= {"untrained": True}
+            told |= {"methods": ["variational"]}
         return told
 
 

@@ -13,7 +13,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -132,9 +132,8 @@ def divregnet(settings: dict) -> Register:
     from DivRegNetLib.registration import pipeline
 
     model = models.load(settings["model"], pipeline.pick_device(settings["device"]))
-    if settings.get("untrained"):  # RegNet then adds nothing to what it starts from
-        for parameter in model.regnet.head.parameters():
-            parameter.data.zero_()
+    if "methods" in settings:
+        model = replace(model, card=replace(model.card, methods=settings["methods"]))
     options = {"model": model, "device": settings["device"], "align": "none"}
 
     def register(fixed: sitk.Image, moving: sitk.Image):
@@ -164,7 +163,7 @@ METHODS = {
         "convexadam", "MIND-SSC, defaults of convex_adam_pt (80 iterations of Adam); sides padded to multiples of 6",
         convex_adam,
     ),
-    "Newton steps alone": Method(None, "as DivRegNet, but that RegNet predicts nothing", divregnet),
+    "Newton steps alone": Method(None, "method variational of the model, align=none", divregnet),
     "DivRegNet": Method(None, "forward pass, align=none", divregnet),
     "DivRegNet, refined": Method(None, "align=none, as many steps as --refine says", divregnet),
 }  # fmt: skip

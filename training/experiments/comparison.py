@@ -9,7 +9,7 @@ import json
 import textwrap
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +24,8 @@ from DivRegNetLib.core import fields
 from DivRegNetLib.core.grid import Grid
 from DivRegNetLib.io import atomic
 from DivRegNetLib.quality import metrics
-from DivRegNetLib.registration import newton
-from DivRegNetLib.registration.refine import refine
+from DivRegNetLib.registration import methods
+from DivRegNetLib.registration.variational import DEFAULT
 from training import config as configs
 from training import pictures
 from training.benchmarks.methods import REFINE_STEPS
@@ -34,10 +34,9 @@ from training.data.sources import Source, source_of
 from training.experiments import report, semi
 from training.trainer import fit
 
-NEWTON_STEPS, NEWTON_STRIDE = 24, 2
 FROM_NEWTON = (
-    f"regnet.newton={NEWTON_STEPS}", "regnet.velocity=true", "regnet.symmetric=true", "loss.diffusion=6.0",
-    "kldivnet.frequencies=3",
+    "methods=[variational,regnet]", "regnet.guided=true", "regnet.velocity=true", "regnet.symmetric=true",
+    "loss.diffusion=6.0", "kldivnet.frequencies=3",
 )  # fmt: skip
 SUPERVISED = "RegNet from Newton steps and known deformations"
 NETWORKS = {
@@ -238,16 +237,25 @@ def _method(
     if method == "FFD+SEMI":
         return lambda fixed, moving: semi.register(fixed, moving)
     if method == "Newton steps alone":
-        return lambda fixed, moving: fields.resize(
-            newton.approach(fixed, moving, NEWTON_STEPS, NEWTON_STRIDE), tuple(fixed.shape[2:])
-        )
+        return lambda fixed, moving: methods.deform(methods.Images(fixed, moving), ("variational",), DEFAULT, None)
     if method == BUNDLED:
-        regnet = models.load("general", fabric.device).regnet
-        return lambda fixed, moving: refine(fixed, moving, regnet(fixed, moving), steps=REFINE_STEPS)
+        return _refined(models.load("general", fabric.device))
     config = _config(experiment, experiment.tasks if settings.joint else [task], method, settings)
     return fit(
         config, source_of(config, fabric.device), settings.output / "runs" / config.name, fabric, resume=True
-    ).ema
+    ).predict
+
+
+def _refined(model: models.Model) -> Callable[[Tensor, Tensor], Tensor]:
+    """The methods of a model, and REFINE_STEPS steps after them."""
+    card, settings = model.card, replace(model.card.refinement_settings, steps=REFINE_STEPS)
+
+    def register(fixed: Tensor, moving: Tensor) -> Tensor:
+        images = methods.Images(fixed, moving)
+        displacement = methods.deform(images, tuple(card.methods), card.variational_settings, model.regnet)
+        return methods.refine(images, displacement, settings)
+
+    return register
 
 
 def _save(part: Path, displacement: Tensor) -> None:

@@ -50,7 +50,10 @@ SIGNALS = {
 }
 """What a network is trained by -> what that changes in training/configs/similarities.yaml."""
 
-STARTS = {"the images": (), "Newton steps": ("regnet.newton=7",)}
+STARTS = {
+    "the images": (),
+    "Newton steps": ("methods=[variational,regnet]", "variational.steps=7", "regnet.guided=true"),
+}
 """What RegNet starts from -> the same."""
 
 ALONE_FIRST = {"quick": 2, "reduced": 700}
@@ -170,7 +173,7 @@ def _single(start: str, signal: str, seed: int, settings: argparse.Namespace) ->
         trainer = fit(config, source, settings.output / "runs" / config.name, fabric, resume=True)
     pairs = [pair.to(trainer.dtype) for _, pair in source.held_out("test")]
     with torch.no_grad():
-        judged = [trainer.judge(pair, trainer.ema(pair.fixed, pair.moving)) for pair in pairs]
+        judged = [trainer.judge(pair, trainer.predict(pair.fixed, pair.moving)) for pair in pairs]
     errors, dice, folded = ([scores[name] for scores in judged] for name in ("mm", "Dice", "folded %"))
     row = {"from": start, "trained by": signal, "errors mm": errors}
     row |= {"error mm": float(np.mean(errors)), "Dice": float(np.nanmean(dice)), "folded %": float(np.mean(folded))}
