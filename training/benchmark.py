@@ -76,7 +76,9 @@ def compare(
             rows.append({"family": name, "case": case, "method": method} | found)
         shown = [m for m in present if (folder / m / "displacement.mha").exists()]
         drawn = picture(pair, shown, f"{name}: {case}")
-        atomic.write_whole(folder / "pair.png", lambda part, drawn=drawn: drawn.savefig(part, dpi=110, format="png"))
+        atomic.write_atomically(
+            folder / "pair.png", lambda part, drawn=drawn: drawn.savefig(part, dpi=110, format="png")
+        )
     return rows
 
 
@@ -250,7 +252,7 @@ def write(rows: list[dict], settings: Settings, output: Path, preset: str, start
     report.write(output, "benchmark-pairs", rows, run)
     report.write(output, "benchmark", means, run | {"note": note})
     drawn = plot(means)
-    atomic.write_whole(output / "benchmark.png", lambda part: drawn.savefig(part, dpi=110, format="png"))
+    atomic.write_atomically(output / "benchmark.png", lambda part: drawn.savefig(part, dpi=110, format="png"))
     return "\n\n".join([report.table(means), report.table(met) if met else "", *left_out, *failed])
 
 
@@ -265,7 +267,7 @@ def scale(settings: Settings, output: Path, most: int, started: float) -> str:
     )
     report.write(output, "scaling", rows, about(settings, "full", started, {"note": note}))
     drawn = plot_scaling(rows)
-    atomic.write_whole(output / "scaling.png", lambda part: drawn.savefig(part, dpi=110, format="png"))
+    atomic.write_atomically(output / "scaling.png", lambda part: drawn.savefig(part, dpi=110, format="png"))
     return report.table(rows)
 
 

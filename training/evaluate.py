@@ -91,7 +91,7 @@ def real_pairs(data: Path, settings: dict) -> list[dict]:
                 {"pair": f"ms07 {moving} to BrainWeb {fixed}" + (", brain" if stripped else ""), "stage": stage}
                 | scores
                 | {"folded %": result.quality["folded_percent"] if deformed else 0.0}
-                | {"seconds": sum(result.timings.values()) if deformed else result.timings["affine"]}
+                | {"seconds": sum(result.timings.values()) if deformed else result.timings["align"]}
             )
     return rows
 

@@ -18,7 +18,8 @@ import numpy as np
 import SimpleITK as sitk
 
 from DivRegNetLib.core.grid import Grid, affine_matrix
-from DivRegNetLib.io import images, landmarks, transforms
+from DivRegNetLib.core.points import invert_points
+from DivRegNetLib.io import images, landmarks
 from training.data.phantoms import CONTROL_MM, SD_MM
 from training.data.prepare_head import to_uint8
 
@@ -68,7 +69,7 @@ def main() -> None:
         in_template.append(Grid.of(aal).to_physical(middle[::-1]))
     labels = tuple(names[str(region)] for region in LANDMARK_REGIONS)
     fixed = landmarks.Landmarks(np.array(in_template), labels)
-    moving = landmarks.Landmarks(transforms.invert_points(to_template, fixed.points), labels)
+    moving = landmarks.Landmarks(invert_points(to_template, fixed.points), labels)
     landmarks.write_landmarks(fixed, args.output / "fixed_T1.mrk.json")
     landmarks.write_landmarks(moving, args.output / "moving_T2.mrk.json")
 

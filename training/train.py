@@ -22,7 +22,7 @@ from lightning_fabric.strategies import DDPStrategy
 
 from DivRegNetLib import models
 from DivRegNetLib.errors import DivRegNetError
-from DivRegNetLib.io.claim import claimed
+from DivRegNetLib.io.output_folder import exclusive
 from training import config as configs
 from training.config import CONFIGS
 from training.data import layouts, prepare
@@ -92,7 +92,7 @@ def main() -> int:
         config = configuration(args)
         output = args.output or Path("build/training") / config.name
         fabric = fabric_of(args.device, config.precision)
-        with claimed(output) if fabric.is_global_zero else nullcontext():
+        with exclusive(output) if fabric.is_global_zero else nullcontext():
             cohort = prepared(args, config, output) if fabric.is_global_zero else None
             if cohort := fabric.broadcast(cohort):
                 config = replace(config, data=replace(config.data, cohort=str(cohort)))

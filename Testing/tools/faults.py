@@ -356,7 +356,8 @@ def main() -> int:
     work = {name: job for name, job in work.items() if args.only in (None, name)}
     draw = random.Random(args.seed)
     import training.train  # noqa: F401 -- and with it all that a copy of this process needs
-    from DivRegNetLib.run import cli, cohort  # noqa: F401
+    from DivRegNetLib.run import cli  # noqa: F401
+    from DivRegNetLib.run.cohort import serial  # noqa: F401
 
     Run.forked = True
     try:

@@ -66,6 +66,7 @@ def main(result: Path, output: Path) -> None:
 
         from DivRegNetLib import models
         from DivRegNetLib.io import images
+        from DivRegNetLib.quality.verdict import judge
 
         module = load_module(app)
         from DivRegNetModule import verdict
@@ -80,7 +81,7 @@ def main(result: Path, output: Path) -> None:
         p = widget._parameterNode
         p.fixedVolume, p.movingVolume = volumes
         p.alsoApplyTo, p.model = [labels], models.DEFAULT
-        widget.ui.verdictLabel.text = verdict.as_html(verdict.judge(quality))
+        widget.ui.verdictLabel.text = verdict.as_html(judge(quality))
         rows = verdict.rows(quality, sum(report["seconds"].values()), report["settings"]["device"])
         widget.ui.qualityLabel.text = verdict.table(rows)
         widget.ui.resultCollapsibleButton.visible = True

@@ -17,7 +17,7 @@ import torch
 
 from DivRegNetLib.core import resampling
 from DivRegNetLib.core.grid import Grid
-from DivRegNetLib.core.intensity import normalize
+from DivRegNetLib.core.intensity import normalize, percentile_window
 from DivRegNetLib.io.atomic import write_json
 from DivRegNetLib.io.images import read_image, read_labels, write_image
 from DivRegNetLib.io.landmarks import read_landmarks
@@ -198,7 +198,7 @@ def tissues(t1: sitk.Image, brain: sitk.Image) -> sitk.Image:
     """Fluid 1, gray 2 and white matter 3 by k-means of a T1 inside the brain; 0 elsewhere."""
     smooth = sitk.DiscreteGaussian(sitk.Cast(t1, sitk.sitkFloat32), MORE_SMOOTHING)
     values = sitk.GetArrayViewFromImage(smooth)[sitk.GetArrayViewFromImage(brain) > 0]
-    low, high = np.percentile(values, [1, 99])
+    low, high = percentile_window(values, 1, 99)
     means = np.quantile(values, [0.1, 0.45, 0.85])
     for _ in range(50):
         edges = (means[1:] + means[:-1]) / 2

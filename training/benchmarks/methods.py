@@ -141,7 +141,7 @@ def divregnet(settings: dict) -> Register:
             fixed, moving, spacing=fixed.GetSpacing()[0], refine=settings.get("refine", 0), **options
         )
         displacement, inverse = (t.GetDisplacementField() for t in (result.transform, result.inverse))
-        return Found(displacement, inverse, result.timings["predict"])
+        return Found(displacement, inverse, result.timings["deform"])
 
     return _warmed(register)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from DivRegNetLib.io.atomic import VOLUME_SUFFIXES
+from DivRegNetLib.io.paths import VOLUME_SUFFIXES
 from training.data.cohort import SPLITS
 
 ROLES = ("both", "fixed", "moving")

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from DivRegNetLib.core.grid import Grid
 from DivRegNetLib.errors import DivRegNetError, InputError
 from DivRegNetLib.io import atomic
-from DivRegNetLib.io.claim import claimed
+from DivRegNetLib.io.output_folder import exclusive
 from DivRegNetLib.options import ALIGNMENTS
 from training.data import layouts, space
 from training.data.broken import Broken, complaint
@@ -102,7 +102,7 @@ def prepare(
         ValueError: files that cannot be used (all are named), unless they are to be skipped, or a cohort, split, reference
             or spacing that cannot be; DeviceError: the memory ran out.
     """
-    with claimed(Path(output), wait=True):
+    with exclusive(Path(output), wait=True):
         return _prepare(layouts.unique(list(sources), "the cohort"), Path(output), preparation, progress)
 
 

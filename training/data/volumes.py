@@ -76,7 +76,7 @@ def make(task: Task) -> dict | Broken:
         with zipfile.ZipFile(part, "a") as archive:  # the record in the same file: they cannot contradict each other
             archive.comment = json.dumps(record).encode()
 
-    atomic.write_whole(task.file, write)
+    atomic.write_atomically(task.file, write)
     return record
 
 

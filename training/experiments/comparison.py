@@ -125,7 +125,7 @@ def run(experiment: Experiment, settings: argparse.Namespace) -> list[dict]:
     for task in settings.tasks:
         drawn = figure(experiment, task, done[task], settings)
         file = settings.output / f"{experiment.name}-{task}.png"
-        atomic.write_whole(file, lambda part, drawn=drawn: drawn.savefig(part, dpi=110, format="png"))
+        atomic.write_atomically(file, lambda part, drawn=drawn: drawn.savefig(part, dpi=110, format="png"))
     return rows
 
 
@@ -218,7 +218,7 @@ def _row(experiment: Experiment, task: str, method: str, settings: argparse.Name
             displacement = register(fixed, moving).detach().cpu()
         seconds += time.perf_counter() - started
         if not found:
-            atomic.write_whole(kept.with_suffix(".npz"), lambda part, field=displacement: _save(part, field))
+            atomic.write_atomically(kept.with_suffix(".npz"), lambda part, field=displacement: _save(part, field))
         found.append(scores(pair, displacement, source.cohort.spacing))
     row = {"task": task, "method": method} | {k: float(np.mean([s[k] for s in found])) for k in found[0]}
     row["seconds"] = seconds / len(found)

@@ -36,9 +36,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, Python looks beside the script alone
 
 from DivRegNetLib.core import fields
+from DivRegNetLib.core.device import pick_device
 from DivRegNetLib.core.grid import Grid
 from DivRegNetLib.io import atomic, images
-from DivRegNetLib.run.device import pick_device
 from DivRegNetLib.similarity.kldivnet import KLDivNet
 from DivRegNetLib.similarity.lncc import lncc
 from DivRegNetLib.similarity.mutual_information import parzen_mi
@@ -299,7 +299,7 @@ def figure(found: dict[str, dict[str, np.ndarray]], settings: Settings, path: Pa
             axes.view_init(elev=24, azim=-55)
             axes.set_box_aspect((1, 1, 0.95), zoom=0.92)
     FigureCanvasAgg(drawing)
-    atomic.write_whole(path, lambda part: drawing.savefig(part, dpi=130))
+    atomic.write_atomically(path, lambda part: drawing.savefig(part, dpi=130))
 
 
 def run(
@@ -324,7 +324,9 @@ def run(
     ]
     figure(found, settings, output / "landscape.png")
     arrays = {f"{pair}: {name}": values for pair, metrics in found.items() for name, values in metrics.items()}
-    atomic.write_whole(output / "landscape.npz", lambda part: np.savez(part, offsets_mm=settings.offsets, **arrays))
+    atomic.write_atomically(
+        output / "landscape.npz", lambda part: np.savez(part, offsets_mm=settings.offsets, **arrays)
+    )
     about = {"preset": preset, "settings": asdict(settings), "seeds": [settings.seed], "device": str(device)}
     about |= {"shape": list(volumes["T2"].shape[2:]), "seconds": round(time.monotonic() - started, 1), "note": NOTE}
     report.write(output, "landscape", rows, about)

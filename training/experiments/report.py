@@ -47,7 +47,7 @@ def write(folder: Path, name: str, rows: list[dict], about: dict) -> None:
     writer.writerows(plain)
     atomic.write_json({"note": note, "rows": plain, "run": run}, folder / f"{name}.json")
     # As bytes: text would get a second carriage return on Windows.
-    atomic.write_whole(folder / f"{name}.csv", lambda part: part.write_bytes(text.getvalue().encode()))
+    atomic.write_atomically(folder / f"{name}.csv", lambda part: part.write_bytes(text.getvalue().encode()))
     ran = "\n".join(f"- {key}: `{value}`" for key, value in run.items())
     parts = [f"# {name}", note, table(rows), "## What was run", ran]
     atomic.write_text("\n\n".join(filter(None, parts)) + "\n", folder / f"{name}.md")

@@ -116,7 +116,9 @@ def run(settings: argparse.Namespace) -> list[dict]:
     }
     report.write(settings.output, "similarities", rows, about)
     drawn = figure(rows, single)
-    atomic.write_whole(settings.output / "similarities.png", lambda part: drawn.savefig(part, dpi=110, format="png"))
+    atomic.write_atomically(
+        settings.output / "similarities.png", lambda part: drawn.savefig(part, dpi=110, format="png")
+    )
     return rows
 
 

@@ -1,9 +1,9 @@
-"""A cohort on Dask workers, each pair in one of them; here is all that knows Dask.
+"""A cohort on Dask workers, one pair at a time in each. This is the only module that knows Dask.
 
-The client, which is the process that was asked, hands out no more pairs than there are workers: none waits in a worker's
-queue, so a worker that dies takes one pair with it. Dask then gives that pair to another worker, and after a few deaths
-gives it up. Files do not travel: client and workers see the same ones at the same paths. The scheduler imports this
-file too, so torch is imported on the workers alone.
+The client, which is the process of the command line, submits no more pairs than there are workers: no pair waits in a
+worker's queue, so a worker that dies takes one pair with it. Dask then gives that pair to another worker, and gives it up
+after a few deaths. Files are not transferred: client and workers see the same files at the same paths. The scheduler
+imports this module too, so torch is imported on the workers only.
 """
 
 import asyncio
@@ -18,44 +18,40 @@ import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from DivRegNetLib import models
 from DivRegNetLib.errors import DivRegNetError, InputError, ModelError
-from DivRegNetLib.io import atomic, claim
+from DivRegNetLib.io.atomic import write_text
+from DivRegNetLib.io.output_folder import clear_abandoned
 from DivRegNetLib.options import Options
+from DivRegNetLib.run.cohort.pairs import Pair
+from DivRegNetLib.run.cohort.results import TABLE, csv_text, failed_row
 
 if TYPE_CHECKING:
     import distributed
 
-    from DivRegNetLib.run.cohort import Pair
-
 LOCAL = "local:"
 CONNECT_SECONDS = 10.0  # for the scheduler to answer
 WORKERS_SECONDS = 60.0  # without a single worker, at the start or after all were lost
-LOOK_SECONDS = 1.0  # between looks at how many workers there are
+POLL_SECONDS = 1.0  # between counts of the workers
 
-_one_at_a_time = threading.Lock()  # a worker process may have several threads
+_one_at_a_time = threading.Lock()  # a worker's process may have several threads
 
 
-def register_pairs(
-    pairs: dict[str, "Pair"], output: Path, options: Options, address: str, *, overwrite: bool
-) -> Iterator[dict]:
-    """The rows of a cohort, see :func:`DivRegNetLib.run.cohort.register_pairs`, as pairs finish.
+def rows(pairs: dict[str, Pair], output: Path, options: Options, address: str, *, overwrite: bool) -> Iterator[dict]:
+    """The rows of a cohort as pairs finish; see :func:`DivRegNetLib.run.cohort.register_pairs`.
 
-    Closing the iterator, or an exception in it, calls back what the workers do.
+    Closing the iterator, or an exception in it, cancels the work of the workers.
 
     Args:
-        address: of a scheduler, as ``tcp://HOST:PORT``; or ``local:N``, N processes on this machine.
+        address: of a scheduler, such as ``tcp://HOST:PORT``; or ``local:N``, N processes on this machine.
     Raises:
-        InputError: Dask is not installed; the address is wrong, nothing answers there, or there are no workers.
+        InputError: Dask is not installed, the address is wrong, nothing answers there, or there are no workers.
         ModelError: the model cannot be used.
         DivRegNetError: the scheduler was lost.
     """
-    from DivRegNetLib.run import cohort
-
     try:
         import distributed
         from distributed.utils import silence_logging_cmgr
@@ -64,26 +60,26 @@ def register_pairs(
 
     card = models.find(options.model)
     sha256 = models.read_card(card).sha256
-    own = card.parent != models.bundled_folder()  # the bundled ones come with the library, wherever that is
-    settings = options.as_arguments() | {"model": str(card.absolute()) if own else options.model}
+    # The bundled models are found by name wherever a worker's library is installed.
+    model = options.model if card.parent == models.bundled_folder() else str(card.absolute())
+    settings = options.as_arguments() | {"model": model}
     output = output.absolute()
-    waiting = [
-        (name, {k: path.absolute() for k, path in asdict(pair).items() if path is not None})
-        for name, pair in pairs.items()
-    ][::-1]
+    waiting = [(name, {key: path.absolute() for key, path in pair.paths().items()}) for name, pair in pairs.items()][
+        ::-1
+    ]
     running: dict[distributed.Future, str] = {}
     finished: queue.SimpleQueue = queue.SimpleQueue()
     try:
         with silence_logging_cmgr(logging.CRITICAL), _scheduler(address) as scheduler, _client(scheduler) as client:
-            if not (output / cohort.TABLE).exists():  # workers recognize the folder by it
-                atomic.write_text(cohort.csv_text([]), output / cohort.TABLE)
-            seen = time.monotonic()
+            if not (output / TABLE).exists():  # workers recognize the folder by it
+                write_text(csv_text([]), output / TABLE)
+            last_worker = time.monotonic()
             while waiting or running:
                 workers = _count_workers(client, address)
                 if workers:
-                    seen = time.monotonic()
-                elif time.monotonic() - seen > WORKERS_SECONDS:
-                    raise InputError(f"{address}: the scheduler has no workers; start some and run this again to go on")
+                    last_worker = time.monotonic()
+                elif time.monotonic() - last_worker > WORKERS_SECONDS:
+                    raise InputError(f"{address}: the scheduler has no workers; start some and repeat the command")
                 while waiting and len(running) < workers:
                     name, pair = waiting.pop()
                     job = (name, pair, output, settings, sha256, overwrite)
@@ -91,17 +87,17 @@ def register_pairs(
                     running[future] = name
                     future.add_done_callback(finished.put)
                 with contextlib.suppress(queue.Empty):
-                    future = finished.get(timeout=LOOK_SECONDS)
+                    future = finished.get(timeout=POLL_SECONDS)
                     yield _row(future, running.pop(future), output, address)
     finally:
         if address.startswith(LOCAL):
             for name in running.values():
-                claim.tidy(output / name)
+                clear_abandoned(output / name)
 
 
 @contextlib.contextmanager
 def _scheduler(address: str) -> Iterator[str]:
-    """The address of the scheduler that is meant; for ``local:N``, of one started here with N workers."""
+    """The address of a scheduler; for ``local:N``, of one that is started here with N workers."""
     if not address.startswith(LOCAL):
         yield address
         return
@@ -130,7 +126,7 @@ def _scheduler(address: str) -> Iterator[str]:
 
 
 def dask_setup(worker: object) -> None:
-    """Dask calls this in every process of ``local:N``: Ctrl-C in the terminal is for the client, which ends them."""
+    """Called by Dask in every process of ``local:N``: only the client reacts to Ctrl-C in the terminal, and ends them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -139,18 +135,18 @@ def _client(address: str) -> Iterator["distributed.Client"]:
     import distributed
 
     try:
-        with ThreadPoolExecutor(1) as beside:  # the caller may run an event loop of its own
-            beside.submit(lambda: asyncio.run(_knock(address))).result()
+        with ThreadPoolExecutor(1) as thread:  # the caller may run an event loop of its own
+            thread.submit(lambda: asyncio.run(_check_scheduler(address))).result()
         client = distributed.Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
     except (OSError, ValueError, RuntimeError, asyncio.TimeoutError) as error:
-        reason = str(error) or f"silent for {CONNECT_SECONDS:g} s"
+        reason = str(error) or f"no answer for {CONNECT_SECONDS:g} s"
         raise InputError(f"{address}: no Dask scheduler answers there ({reason})") from error
     with client:
         yield client
 
 
-async def _knock(address: str) -> None:
-    """Fails soon where something else than Dask listens; a client would wait for its greeting without end."""
+async def _check_scheduler(address: str) -> None:
+    """Raises soon where something other than Dask listens, for whose greeting a client would wait forever."""
     from distributed import Security
     from distributed.comm import connect
 
@@ -167,14 +163,12 @@ def _count_workers(client: "distributed.Client", address: str) -> int:
 
 
 def _lost(address: str) -> DivRegNetError:
-    return DivRegNetError(f"{address}: the scheduler was lost; run this again to go on")
+    return DivRegNetError(f"{address}: the scheduler was lost; repeat the command to continue")
 
 
 def _row(future: "distributed.Future", name: str, output: Path, address: str) -> dict:
-    """The row of a pair that is finished, one way or another."""
+    """The row of a pair that has finished or failed."""
     from distributed import KilledWorker
-
-    from DivRegNetLib.run import cohort
 
     if future.status == "finished":
         return future.result()
@@ -182,36 +176,36 @@ def _row(future: "distributed.Future", name: str, output: Path, address: str) ->
         raise _lost(address)
     error = future.exception()
     if not isinstance(error, KilledWorker):
-        return cohort.failed_row(name, f"unexpected {type(error).__name__}: {error}")
-    claim.tidy(output / name)
-    return cohort.failed_row(
+        return failed_row(name, f"unexpected {type(error).__name__}: {error}")
+    clear_abandoned(output / name)
+    return failed_row(
         name,
         f"KilledWorker: {error.allowed_failures + 1} worker processes died while they registered this pair, the last at "
-        f"{error.last_worker.address}; perhaps their memory ran out",
+        f"{error.last_worker.address}; possibly their memory ran out",
     )
 
 
 def register_pair(name: str, pair: dict[str, Path], output: Path, options: dict, sha256: str, overwrite: bool) -> dict:
-    """What a worker does: registers one pair and returns its row; the reason of a failure ends with the worker's host.
+    """Runs on a worker: registers one pair and returns its row; the message of a failed one ends with the worker's host.
 
     Args:
-        pair: fields of :class:`DivRegNetLib.run.cohort.Pair`; like ``output``, absolute paths.
+        pair: fields of :class:`~DivRegNetLib.run.cohort.pairs.Pair`; like ``output``, absolute paths.
         options: fields of :class:`~DivRegNetLib.options.Options`.
         sha256: of the weights that the client has.
     Raises:
-        Cancelled: the client left.
+        Cancelled: the client has gone.
     """
     from distributed import get_worker
 
-    from DivRegNetLib.run import cohort
+    from DivRegNetLib.run.cohort.register_row import register_row
 
     worker = get_worker()
     task = worker.state.tasks[worker.get_current_task()]
     with _one_at_a_time:
-        if (output / cohort.TABLE).exists():
-            row = cohort.register_row(
+        if (output / TABLE).exists():
+            row = register_row(
                 name,
-                cohort.Pair(**pair),
+                Pair(**pair),
                 output,
                 Options(**options),
                 lambda: _load(options["model"], options["device"], sha256),
@@ -219,7 +213,7 @@ def register_pair(name: str, pair: dict[str, Path], output: Path, options: dict,
                 progress=lambda *_: task.state != "cancelled",
             )
         else:
-            row = cohort.failed_row(name, f"{output}: not the folder that the client sees; workers need the same paths")
+            row = failed_row(name, f"{output}: not the client's folder; workers need the same files at the same paths")
     if row["status"] != "ok":
         row["message"] += f" (on {socket.gethostname()})"
     return row
@@ -227,12 +221,12 @@ def register_pair(name: str, pair: dict[str, Path], output: Path, options: dict,
 
 @functools.lru_cache(maxsize=1)
 def _load(model: str, device: str, sha256: str) -> models.Model:
-    """A model stays loaded in a worker process; other weights are another model.
+    """The model, which stays loaded in the worker's process.
 
     Raises:
         ModelError: there is no such model here, or its weights are not the client's.
     """
-    from DivRegNetLib.run.device import pick_device
+    from DivRegNetLib.core.device import pick_device
 
     loaded = models.load(model, pick_device(device))
     if loaded.card.sha256 != sha256:
