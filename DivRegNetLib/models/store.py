@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from DivRegNetLib.registration.regnet import RegNet
+    from DivRegNetLib.similarity.classes import ClassNet
     from DivRegNetLib.similarity.kldivnet import KLDivNet
 
 DEFAULT = "general"
@@ -35,6 +36,7 @@ class Model:
     card: Card
     regnet: "RegNet"
     kldivnet: "KLDivNet | None"
+    classnet: "ClassNet | None" = None
 
     def on(self, device: "torch.device") -> "Model":
         """The same model with its networks on a device: copies, unless they are there already. This one stays as it is."""
@@ -44,7 +46,7 @@ class Model:
                 return network
             return copy.deepcopy(network).to(device)
 
-        return Model(self.card, placed(self.regnet), placed(self.kldivnet))
+        return Model(self.card, placed(self.regnet), placed(self.kldivnet), placed(self.classnet))
 
 
 def bundled_folder() -> Path:
@@ -110,6 +112,7 @@ def load(name: str | Path, device: "torch.device | str" = "cpu") -> Model:
 
     from DivRegNetLib.core.intensity import SCHEMES
     from DivRegNetLib.registration.regnet import RegNet, RegNetConfig
+    from DivRegNetLib.similarity.classes import ClassNet, ClassNetConfig
     from DivRegNetLib.similarity.kldivnet import KLDivNet, KLDivNetConfig
 
     file = find(name)
@@ -129,7 +132,9 @@ def load(name: str | Path, device: "torch.device | str" = "cpu") -> Model:
         tensors = load_file(weights)
         regnet = RegNet(RegNetConfig(**card.regnet), card.variational_settings)
         kldivnet = None if card.kldivnet is None else KLDivNet(KLDivNetConfig(**card.kldivnet))
-        networks = {"regnet": regnet} | ({} if kldivnet is None else {"kldivnet": kldivnet})
+        classnet = None if card.classnet is None else ClassNet(ClassNetConfig(**card.classnet))
+        parts = {"regnet": regnet, "kldivnet": kldivnet, "classnet": classnet}
+        networks = {prefix: network for prefix, network in parts.items() if network is not None}
         for prefix, network in networks.items():
             own = {k.removeprefix(f"{prefix}."): v for k, v in tensors.items() if k.startswith(f"{prefix}.")}
             network.load_state_dict(own)
@@ -143,15 +148,17 @@ def load(name: str | Path, device: "torch.device | str" = "cpu") -> Model:
     for network in networks.values():
         network.eval().requires_grad_(False).to(device)
     regnet.to(memory_format=torch.channels_last_3d)
-    return Model(card, regnet, kldivnet)
+    return Model(card, **parts)
 
 
-def save(folder: Path, card: Card, regnet: "RegNet", kldivnet: "KLDivNet | None") -> Path:
+def save(
+    folder: Path, card: Card, regnet: "RegNet", kldivnet: "KLDivNet | None", classnet: "ClassNet | None" = None
+) -> Path:
     """Writes weights and card, each atomically; the card's sha256 is filled in. Returns the card's file."""
     from safetensors.torch import save_file
 
     tensors = {}
-    for prefix, network in (("regnet", regnet), ("kldivnet", kldivnet)):
+    for prefix, network in (("regnet", regnet), ("kldivnet", kldivnet), ("classnet", classnet)):
         if network is not None:
             tensors |= {f"{prefix}.{k}": v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
     weights, file = folder / f"{card.name}.safetensors", folder / f"{card.name}.json"

@@ -24,7 +24,12 @@ LIBRARIES = 343e6  # torch (CPU), ITK, numpy and a model
 EXTRA = 170e6  # code loaded on the way, slabs, patches, pictures, and what the allocator keeps
 # Bytes per voxel of the working grid.
 FIELDS = 180  # images, fields, histograms and their copies while the network runs
+SAMPLED = 60  # of these, what is there before any network runs
+FLOAT = 4
 PER_CHANNEL = 12  # features of the two finest levels, joined, before and after a convolution
+PER_CLASS = (
+    16  # of the class network, on the displacement's grid: probabilities of both images, warped, and their gradients
+)
 INVERSION = 275  # after the network, in its place
 REFINEMENT = 60  # at full resolution, where the field is twice as fine
 # Bytes per voxel of the volumes.
@@ -89,6 +94,12 @@ def estimate(
     grid = working_grid(card, fixed, max(spacing or card.working_spacing(fixed, moving), FINEST_MM))
     channels = card.regnet.get("channels") or (16, 32)
     network = FIELDS + PER_CHANNEL * sum(channels[:2]) / _stride(card) ** 3 + (REFINEMENT if refine else 0)
+    if card.classnet is not None:  # it runs before the others, and its probabilities are kept
+        finest, classes = _stride(card) ** 3, len(card.classes)
+        voxels = card.classnet.get("stride", 1) ** 3
+        kept = 2 * FLOAT * classes / voxels
+        running = PER_CHANNEL * sum(card.classnet.get("channels", (16, 32))[:2]) / voxels
+        network = kept + max(network + PER_CLASS * classes / finest, SAMPLED + running)
     in_fields = [g.voxels for g in fields or (fixed, moving)]
     host = max(
         SMOOTHING * max(fixed.voxels, moving.voxels),

@@ -1,14 +1,19 @@
 """One registration from end to end: physical truth, determinism, progress, cancel, errors."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 
+from DivRegNetLib import models
 from DivRegNetLib.core.grid import Grid, affine_matrix, affine_transform
 from DivRegNetLib.errors import Cancelled, DeviceError, InputError, ModelError
 from DivRegNetLib.io.images import read_image
 from DivRegNetLib.options import STAGES
 from DivRegNetLib.registration.pipeline import register
+from DivRegNetLib.similarity.classes import ClassNet, ClassNetConfig
 
 
 @pytest.fixture(scope="module")
@@ -238,3 +243,25 @@ def test_a_large_field_of_view_lowers_the_working_resolution_and_says_so(monkeyp
     result = register(*pair[:2], align="center", device="cpu")
     assert result.settings["spacing"] > 2
     assert any("resolution" in w for w in result.warnings)
+
+
+def test_what_a_class_network_sees_takes_part_in_the_registration(tiny_model, grid, moving_grid, paint, other_contrast):
+    """A network that tells nothing changes nothing; one that calls bright what is bright in both changes the result."""
+    images = paint(grid), paint(moving_grid, contrast=other_contrast)
+    plain = models.load(tiny_model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = ClassNet(ClassNetConfig(classes=3, channels=(4, 4), stride=2)).eval()
+    card = replace(plain.card, methods=["variational"], classnet=network.config.as_dict(), classes=["a", "b", "c"])
+
+    def displacement(classnet) -> np.ndarray:
+        model = replace(plain, card=card, classnet=classnet)
+        found = register(*images, model=model, device="cpu", align="none", refine=8)
+        return sitk.GetArrayFromImage(found.transform.GetDisplacementField())
+
+    seeing = displacement(network)
+    assert np.isfinite(seeing).all()
+    without = displacement(None)
+    assert np.abs(seeing - without).max() > 0.1
+    torch.nn.init.zeros_(network.head.weight)
+    assert np.abs(displacement(network) - without).max() < 1e-3

@@ -76,9 +76,22 @@ def test_a_label_that_a_volume_lacks_may_be_there_unless_the_source_says_otherwi
 
 def test_of_anatomy_that_is_not_to_be_known_everything_is_background(two_cohorts):
     fine, coarse = two_cohorts
-    read = subjects.load(tiny(fine, sources=[{"cohort": str(fine)}, {"cohort": str(coarse), "kind": "nothing"}]))
-    c = read.train[1][1][0]
-    assert (c.set_of == subjects.OUTSIDE).all() and read.sets[subjects.OUTSIDE].tolist() == [1, 0, 0, 0]
+    kinds = ("nothing", "shapes")
+    read = subjects.load(
+        tiny(fine, sources=[{"cohort": str(fine)}, *({"cohort": str(coarse), "kind": k} for k in kinds)])
+    )
+    for _, (c,) in read.train[1:]:
+        assert (c.set_of == subjects.OUTSIDE).all() and read.sets[subjects.OUTSIDE].tolist() == [1, 0, 0, 0]
+        looks = [draws.look(c, (16, 16, 16), 4.0, "robust", Augmentation(), Painting(), seed) for seed in (1, 2)]
+        assert all(look.image.std() > 0 and (look.sets == subjects.OUTSIDE).all() for look in looks)
+        assert not torch.equal(*(look.image for look in looks))
+
+
+def test_a_class_that_a_coarse_label_names_may_be_where_there_is_no_label(two_cohorts):
+    source = {"cohort": str(two_cohorts[1]), "classes": {7: "two|three"}, "elsewhere": ["three"]}
+    read = subjects.load(tiny(two_cohorts[1], sources=[source], names=["one", "two", "three"]))
+    c = read.train[0][1][0]
+    assert read.sets[c.set_of[0]].tolist() == [1, 1, 0, 1] and read.sets[c.set_of[7]].tolist() == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from DivRegNetLib.models import card as cards
 from DivRegNetLib.models import store
 from DivRegNetLib.registration.regnet import RegNetConfig
 from DivRegNetLib.registration.variational import DEFAULT, REFINEMENT
+from DivRegNetLib.similarity.classes import ClassNet, ClassNetConfig
 from DivRegNetLib.similarity.kldivnet import KLDivNetConfig
 
 
@@ -68,6 +69,42 @@ def test_a_model_without_similarity_network_is_saved_and_loaded(tiny_model, tmp_
     file = models.save(tmp_path / "models", card, loaded.regnet, None)
     assert models.load("alone").kldivnet is None
     assert not list(file.parent.glob("*.part"))
+
+
+@pytest.fixture
+def with_classes(tiny_model, card_file) -> Path:
+    """The card of a model that tells three classes apart."""
+    loaded, config = models.load(tiny_model), ClassNetConfig(classes=3, channels=(2, 3), stride=2)
+    told = {"classnet": config.as_dict(), "classes": ["background", "one", "two"]}
+    return models.save(
+        card_file.parent, replace(loaded.card, name="classes", **told), loaded.regnet, loaded.kldivnet, ClassNet(config)
+    )
+
+
+def test_a_class_network_is_saved_and_loaded(with_classes):
+    loaded = models.load("classes")
+    assert loaded.classnet.config == ClassNetConfig(classes=3, channels=(2, 3), stride=2)
+    assert loaded.card.classes == ["background", "one", "two"]
+    assert not loaded.classnet.training and not any(p.requires_grad for p in loaded.classnet.parameters())
+    assert loaded.on(torch.device("cpu")).classnet is loaded.classnet
+    assert models.load("tiny").classnet is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"classes": ["background", "one"]}, "one name for each class"),
+        ({"classnet": None}, "one name for each class"),
+        ({"classnet": {"classes": "3"}}, "one name for each class"),
+        ({"classnet": {"classes": 3, "channels": [2, 3], "stride": 3}}, "do not fit the card"),
+        ({"classnet": {"classes": 3, "channels": [2, 4], "stride": 2}}, "do not fit the card"),
+        ({"classnet": None, "classes": []}, "unknown tensor 'classnet"),
+    ],
+)
+def test_a_class_network_that_does_not_fit_its_card_is_refused(with_classes, changes, said):
+    edit(with_classes, **changes)
+    with pytest.raises(ModelError, match=said):
+        models.load("classes")
 
 
 def test_saving_again_replaces_both_files(card_file):

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-KINDS = ("images", "paint", "nothing")
+KINDS = ("images", "paint", "nothing", "shapes")
 
 
 @dataclass(frozen=True)
@@ -18,10 +18,12 @@ class Source:
 
     cohort: its folder.
     kind: ``images`` looks at its images, ``paint`` paints its label maps in random contrasts, ``nothing`` looks at its
-        images, of which everything is background: anatomy that the network is not to know.
+        images, of which everything is background: anatomy that the network is not to know. ``shapes`` does the same with
+        random shapes in random contrasts on the cohort's grid.
     share: how often a volume is drawn from it, relative to the other sources.
     classes: label -> name of its class, or names joined by ``|`` where the label covers several of them. A label that is
         not listed is part of what is not labeled. None: every label is a class of its own, called by its number.
+    elsewhere: classes that may be also where the volumes have no label, although some of their labels name them.
     absent: what a label means that no voxel of a volume has: ``unknown`` (it was perhaps not drawn), or ``background``.
     """
 
@@ -29,6 +31,7 @@ class Source:
     kind: str = "images"
     share: float = 1.0
     classes: dict[int, str] | None = None
+    elsewhere: list[str] = field(default_factory=list)
     absent: str = "unknown"
 
     def __post_init__(self) -> None:

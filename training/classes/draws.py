@@ -51,7 +51,9 @@ def look(
     points = _points(subject, shape, spacing, a, numbers, device)
     inside = (points.abs() <= 1).all(-1)[:, None] & _field_of_view(shape, a, numbers).to(device, non_blocking=True)
     labels = _sampled(subject.labels, points, "nearest").long()
-    if subject.images is None:
+    if subject.images is None and not subject.tissues:
+        image = _painted_shapes(points, painting, numbers, noise)
+    elif subject.images is None:
         image = _painted(subject, labels, points, painting, numbers, noise)
     else:
         which = numbers.index(len(subject.images))
@@ -139,6 +141,23 @@ def _painted(
     if numbers.chance(painting.strip) and subject.brain is not None:
         image = image * _sampled(subject.brain, points, "nearest")
     return image.clamp_min(0)
+
+
+def _painted_shapes(points: Tensor, painting: Painting, numbers: Random, noise: Random) -> Tensor:
+    """Random shapes of random brightness (as in Hoffmann et al., "SynthMorph", IEEE TMI 2022): at each voxel the one whose
+    smooth noise is highest; sometimes inside a blob alone."""
+    count, size = 4 + numbers.index(13), numbers.choice((6, 10, 16, 24))
+    coarse = noise.normal(1, count, *(-(-n // size) + 1 for n in points.shape[1:4]))
+    labels = F.interpolate(coarse, size=points.shape[1:4], mode="trilinear", align_corners=True).argmax(1, keepdim=True)
+    if numbers.chance(0.6):
+        blob = points.square().sum(-1)[:, None] + 0.3 * F.interpolate(
+            coarse[:, :1], size=points.shape[1:4], mode="trilinear"
+        )
+        labels = torch.where(blob < numbers.number(0.5, 1.2), labels + 1, 0)
+    means, texture = (
+        numbers.uniform(0, high, count + 1).to(labels.device, non_blocking=True) for high in (1, painting.texture)
+    )
+    return (means[labels] + texture[labels] * noise.normal(*labels.shape)).clamp_min(0)
 
 
 def _shaded(image: Tensor, a: Augmentation, numbers: Random, noise: Random) -> Tensor:

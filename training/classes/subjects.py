@@ -16,6 +16,7 @@ from training.classes.config import ClassTraining, Source
 from training.data import cohort as cohorts
 
 LABELS = 256
+LABELED = ("images", "paint")  # kinds of sources whose labels are learnt
 OUTSIDE = 0  # number of the set that holds background alone
 
 
@@ -23,7 +24,8 @@ OUTSIDE = 0  # number of the set that holds background alone
 class Subject:
     """A volume to learn from.
 
-    images: (C, 1, D, H, W) float16 in [0, 1], one per contrast; None: it is painted.
+    images: (C, 1, D, H, W) float16 in [0, 1], one per contrast; None: it is painted, or random shapes where there are no
+        ``tissues``.
     labels: (1, 1, D, H, W) uint8.
     set_of: (256,) long: label -> number of the set of classes that it stands for.
     brain: (1, 1, D, H, W) uint8, 1 inside the skull, or None.
@@ -74,12 +76,14 @@ def load(config: ClassTraining, device: torch.device | str = "cpu") -> Subjects:
     train, validation = [], []
     for source, cohort in zip(config.sources, read, strict=True):
         usable = [v for v in cohort.volumes if _fits(v, source.kind)]
+        if source.kind == "shapes":
+            usable = [_shapes(cohort, device)]
         made = {v.name: _subject(v, cohort, source, names, sets) for v in usable}
         mine = tuple(made[v.name] for v in usable if v.split == "train")
         if not mine:
             raise ValueError(f"{source.cohort}: no volume to train on has what a source of kind {source.kind!r} needs")
         train.append((source.share, mine))
-        validation += [made[v.name] for v in usable if v.split == "validation" and source.kind != "nothing"]
+        validation += [made[v.name] for v in usable if v.split == "validation" and source.kind in LABELED]
     table = torch.zeros(len(sets), len(names))
     for members, number in sets.items():
         table[number, list(members)] = 1
@@ -87,6 +91,12 @@ def load(config: ClassTraining, device: torch.device | str = "cpu") -> Subjects:
     return Subjects(
         names, table.to(device), tuple(train), tuple(validation), shape, read[0].spacing, read[0].normalization
     )
+
+
+def _shapes(cohort: cohorts.Cohort, device: torch.device | str) -> cohorts.Volume:
+    """Stands for random shapes, which are made anew each time, on a cohort's grid."""
+    return cohorts.Volume("shapes", "shapes", "both", "train", (), None, torch.zeros(1, 1, *cohort.shape, dtype=torch.uint8,
+                          device=device), None)  # fmt: skip
 
 
 def _fits(volume: cohorts.Volume, kind: str) -> bool:
@@ -100,7 +110,7 @@ def _names(config: ClassTraining, read: Sequence[cohorts.Cohort]) -> tuple[str, 
     names = list(config.names)
     if not names:
         for source, cohort in zip(config.sources, read, strict=True):
-            if source.kind == "nothing":
+            if source.kind not in LABELED:
                 continue
             for label in sorted(_labels(cohort)):
                 named = str(label) if source.classes is None else source.classes.get(label, "")
@@ -130,21 +140,26 @@ def _subject(
     def number(members: frozenset[int]) -> int:
         return sets.setdefault(members, len(sets))
 
-    def classes(label: int) -> frozenset[int]:
-        named = str(label) if source.classes is None else source.classes.get(label, "")
+    def members_of(named: str, where: str) -> frozenset[int]:
         if unknown := [n for n in named.split("|") if n and n not in names]:
-            raise ValueError(f"{source.cohort}: label {label} is of class {unknown[0]!r}, which names does not list")
+            raise ValueError(
+                f"{source.cohort}: {where}: there is no class {unknown[0]!r}; known are {', '.join(names)}"
+            )
         return frozenset(names.index(n) for n in named.split("|") if n)
+
+    def classes(label: int) -> frozenset[int]:
+        return members_of(str(label) if source.classes is None else source.classes.get(label, ""), f"label {label}")
 
     device = (volume.images if volume.labels is None else volume.labels).device
     set_of = np.full(LABELS, OUTSIDE)
-    if source.kind == "nothing" or volume.labels is None:
+    if source.kind not in LABELED:
         labels = torch.zeros(1, 1, *cohort.shape, dtype=torch.uint8, device=device)
     else:
         labels = volume.labels
         drawn = _present(labels) if source.absent == "unknown" else sorted(_labels(cohort))
         known = frozenset().union(*(classes(label) for label in drawn if label))
-        rest = number(frozenset(range(len(names))) - known)
+        elsewhere = members_of("|".join(source.elsewhere), "elsewhere")
+        rest = number(frozenset(range(len(names))) - known | elsewhere)
         for label in range(LABELS):
             members = classes(label) if label and (source.classes is not None or label in drawn) else frozenset()
             set_of[label] = number(members) if members else rest
@@ -154,6 +169,6 @@ def _subject(
         labels,
         torch.from_numpy(set_of).to(device),
         volume.brain,
-        cohort.tissues,
+        () if source.kind == "shapes" else cohort.tissues,
         cohort.spacing,
     )
