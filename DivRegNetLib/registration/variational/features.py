@@ -49,7 +49,7 @@ def normal_equations(fixed: Tensor, warped: Tensor, weight: float, counted: Tens
     Args:
         fixed, warped: (N, C, D, H, W), the moving features after the displacement.
         weight: see :class:`Features`.
-        counted: (N, 1, D, H, W) bool, the voxels that count; None: all.
+        counted: (N, 1, D, H, W) bool, the voxels that count; None: all. Differences do not reach across their edge.
     Returns:
         (N, 9, D, H, W): xx, yy, zz, xy, xz, yz of the information and x, y, z of the force, in voxels.
     """
@@ -58,7 +58,10 @@ def normal_equations(fixed: Tensor, warped: Tensor, weight: float, counted: Tens
     for slope, dim in zip(slopes, (4, 3, 2), strict=True):  # central differences, 0 at the border
         inner = mean.shape[dim] - 2
         if inner > 0:
-            torch.sub(mean.narrow(dim, 2, inner), mean.narrow(dim, 0, inner), out=slope.narrow(dim, 1, inner)).div_(2)
+            middle = slope.narrow(dim, 1, inner)
+            torch.sub(mean.narrow(dim, 2, inner), mean.narrow(dim, 0, inner), out=middle).div_(2)
+            if counted is not None:
+                middle.mul_(counted.narrow(dim, 2, inner) & counted.narrow(dim, 0, inner))
     scale = weight if counted is None else weight * counted.to(mean.dtype)[:, 0]
     rows = [(slopes[a] * slopes[b]).sum(1) for a, b in COMPONENTS] + [(difference * g).sum(1) for g in slopes]
     return torch.stack([row * scale for row in rows], 1)
