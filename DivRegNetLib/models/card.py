@@ -34,7 +34,7 @@ class Card:
     methods: names of :data:`DivRegNetLib.registration.METHODS`, in the order in which they run.
     variational: fields of :class:`DivRegNetLib.registration.variational.VariationalSettings` of that method.
     refinement: the same, of the steps that the option ``refine`` asks for.
-    regnet: fields of :class:`DivRegNetLib.registration.regnet.RegNetConfig`.
+    regnet: fields of :class:`DivRegNetLib.registration.regnet.RegNetConfig`; None if the file has no such network.
     kldivnet: fields of :class:`DivRegNetLib.similarity.kldivnet.KLDivNetConfig`; None if the file has no similarity network.
     classnet: fields of :class:`DivRegNetLib.similarity.classes.ClassNetConfig`; None if the file has no class network.
     classes: names of the classes that it tells apart, background first.
@@ -57,7 +57,7 @@ class Card:
     methods: list
     variational: dict
     refinement: dict
-    regnet: dict
+    regnet: dict | None
     kldivnet: dict | None
     training: dict
     scores: dict
@@ -140,6 +140,8 @@ def read_card(file: Path) -> Card:
             raise ModelError(f"{file}: {key} in the model card: {error}") from error
     if not values["methods"] or any(name not in METHODS for name in values["methods"]):
         raise ModelError(f"{file}: 'methods' in the model card: one or more of {', '.join(METHODS)}")
+    if "regnet" in values["methods"] and values["regnet"] is None:
+        raise ModelError(f"{file}: 'methods' in the model card names regnet, but the file has no such network")
     if len(values.get("classes", [])) != (values.get("classnet") or {"classes": 0}).get("classes"):
         raise ModelError(f"{file}: 'classes' in the model card: one name for each class that 'classnet' tells apart")
     return Card(**values)

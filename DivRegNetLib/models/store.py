@@ -34,7 +34,7 @@ class Model:
     """A loaded model, ready for inference."""
 
     card: Card
-    regnet: "RegNet"
+    regnet: "RegNet | None"
     kldivnet: "KLDivNet | None"
     classnet: "ClassNet | None" = None
 
@@ -130,7 +130,7 @@ def load(name: str | Path, device: "torch.device | str" = "cpu") -> Model:
         )
     try:
         tensors = load_file(weights)
-        regnet = RegNet(RegNetConfig(**card.regnet), card.variational_settings)
+        regnet = None if card.regnet is None else RegNet(RegNetConfig(**card.regnet), card.variational_settings)
         kldivnet = None if card.kldivnet is None else KLDivNet(KLDivNetConfig(**card.kldivnet))
         classnet = None if card.classnet is None else ClassNet(ClassNetConfig(**card.classnet))
         parts = {"regnet": regnet, "kldivnet": kldivnet, "classnet": classnet}
@@ -147,12 +147,13 @@ def load(name: str | Path, device: "torch.device | str" = "cpu") -> Model:
         raise ModelError(f"{weights}: tensor {bad[0]!r} holds values that are not finite")
     for network in networks.values():
         network.eval().requires_grad_(False).to(device)
-    regnet.to(memory_format=torch.channels_last_3d)
+    if regnet is not None:
+        regnet.to(memory_format=torch.channels_last_3d)
     return Model(card, **parts)
 
 
 def save(
-    folder: Path, card: Card, regnet: "RegNet", kldivnet: "KLDivNet | None", classnet: "ClassNet | None" = None
+    folder: Path, card: Card, regnet: "RegNet | None", kldivnet: "KLDivNet | None", classnet: "ClassNet | None" = None
 ) -> Path:
     """Writes weights and card, each atomically; the card's sha256 is filled in. Returns the card's file."""
     from safetensors.torch import save_file

@@ -92,7 +92,7 @@ def estimate(
         fields: grids of the displacement field and its inverse; None: those of the volumes.
     """
     grid = working_grid(card, fixed, max(spacing or card.working_spacing(fixed, moving), FINEST_MM))
-    channels = card.regnet.get("channels") or (16, 32)
+    channels = (16, 32) if card.regnet is None else card.regnet.get("channels") or (16, 32)
     network = FIELDS + PER_CHANNEL * sum(channels[:2]) / _stride(card) ** 3 + (REFINEMENT if refine else 0)
     if card.classnet is not None:  # it runs before the others, and its probabilities are kept
         finest, classes = _stride(card) ** 3, len(card.classes)
@@ -215,4 +215,4 @@ def _left_in_group(group: Path) -> float | None:
 
 
 def _stride(card: Card) -> int:
-    return card.regnet.get("stride", 2)
+    return (card.variational if card.regnet is None else card.regnet).get("stride", 2)

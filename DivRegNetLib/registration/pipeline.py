@@ -221,9 +221,15 @@ def sample(inputs: Inputs, matrix: np.ndarray, resources: Resources, *, progress
 
 
 def deform(sampled: Sampled, resources: Resources, options: Options, *, progress: Callable[[float], None]) -> Tensor:
-    """The displacement that the methods compute, (1, 3, D, H, W) in voxels of the working grid."""
+    """The displacement that the methods compute, (1, 3, D, H, W) in voxels of the working grid.
+
+    Raises:
+        InputError: the option ``method`` asks for a network that the model does not have.
+    """
     card = resources.model.card
     names = card.methods if options.method == "auto" else options.method.split("+")
+    if "regnet" in names and resources.model.regnet is None:
+        raise InputError(f"method {options.method!r} needs a RegNet, which model {card.name!r} does not have")
     return methods.deform(sampled.images, tuple(names), card.variational_settings, resources.model.regnet, progress)
 
 

@@ -252,10 +252,12 @@ def test_what_a_class_network_sees_takes_part_in_the_registration(tiny_model, gr
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = ClassNet(ClassNetConfig(classes=3, channels=(4, 4), stride=2)).eval()
-    card = replace(plain.card, methods=["variational"], classnet=network.config.as_dict(), classes=["a", "b", "c"])
+    card = replace(
+        plain.card, methods=["variational"], regnet=None, classnet=network.config.as_dict(), classes=["a", "b", "c"]
+    )
 
     def displacement(classnet) -> np.ndarray:
-        model = replace(plain, card=card, classnet=classnet)
+        model = replace(plain, card=card, regnet=None, classnet=classnet)
         found = register(*images, model=model, device="cpu", align="none", refine=8)
         return sitk.GetArrayFromImage(found.transform.GetDisplacementField())
 
@@ -266,3 +268,10 @@ def test_what_a_class_network_sees_takes_part_in_the_registration(tiny_model, gr
     torch.nn.init.zeros_(network.head.weight)
     network.head.bias.data = torch.tensor([100.0, 0.0, 0.0])
     np.testing.assert_allclose(displacement(network), without, atol=1e-6)
+
+
+def test_a_method_that_the_model_has_no_network_for_is_refused(tiny_model, grid, moving_grid, paint):
+    plain = models.load(tiny_model)
+    model = replace(plain, card=replace(plain.card, methods=["variational"], regnet=None), regnet=None)
+    with pytest.raises(InputError, match="needs a RegNet, which model 'tiny' does not have"):
+        register(paint(grid), paint(moving_grid), model=model, device="cpu", align="none", method="regnet")

@@ -71,6 +71,16 @@ def test_a_model_without_similarity_network_is_saved_and_loaded(tiny_model, tmp_
     assert not list(file.parent.glob("*.part"))
 
 
+def test_a_model_without_regnet_is_saved_and_loaded_unless_its_methods_name_it(tiny_model, tmp_path):
+    loaded = models.load(tiny_model)
+    card = replace(loaded.card, name="alone", regnet=None, methods=["variational"])
+    file = models.save(tmp_path / "models", card, None, loaded.kldivnet)
+    assert models.load("alone").regnet is None
+    edit(file, methods=["variational", "regnet"])
+    with pytest.raises(ModelError, match="names regnet, but the file has no such network"):
+        models.load("alone")
+
+
 @pytest.fixture
 def with_classes(tiny_model, card_file) -> Path:
     """The card of a model that tells three classes apart."""
@@ -207,7 +217,8 @@ def test_a_card_of_format_1_with_an_invalid_number_of_steps_is_refused(card_file
         ({"spacing_mm": True}, "'spacing_mm'"),
         ({"spacing_mm": 0.01}, "spacing_mm must be between"),
         ({"spacing_mm": float("nan")}, "spacing_mm must be between"),
-        ({"regnet": None}, "'regnet'"),
+        ({"regnet": 1}, "'regnet'"),
+        ({"regnet": None}, "'methods' .* names regnet"),
         ({"methods": []}, "'methods'"),
         ({"methods": ["regnet", "magic"]}, "'methods'"),
         ({"methods": "regnet"}, "'methods'"),
