@@ -24,6 +24,7 @@ class Source:
     classes: label -> name of its class, or names joined by ``|`` where the label covers several of them. A label that is
         not listed is part of what is not labeled. None: every label is a class of its own, called by its number.
     elsewhere: classes that may be also where the volumes have no label, although some of their labels name them.
+    cases: only so many volumes with labels are trained on, the first by name; 0: all.
     absent: what a label means that no voxel of a volume has: ``unknown`` (it was perhaps not drawn), or ``background``.
     """
 
@@ -32,6 +33,7 @@ class Source:
     share: float = 1.0
     classes: dict[int, str] | None = None
     elsewhere: list[str] = field(default_factory=list)
+    cases: int = 0
     absent: str = "unknown"
 
     def __post_init__(self) -> None:
@@ -107,7 +109,7 @@ class ClassTraining:
     weight_decay: of AdamW.
     ema: decay of the averaged weights, which are what is validated and exported.
     dice: weight of 1 - Dice beside the cross entropy.
-    precision: of Lightning Fabric: ``32-true``, ``bf16-mixed``.
+    precision: of Lightning Fabric: ``32-true``, ``bf16-mixed``; ``auto``: the latter where the processor or GPU is fast at it.
     """
 
     name: str = "classes"
@@ -125,7 +127,7 @@ class ClassTraining:
     weight_decay: float = 1e-2
     ema: float = 0.998
     dice: float = 1.0
-    precision: str = "32-true"
+    precision: str = "auto"
     checkpoint_every: int = 100
     validate_every: int = 500
     augmentation: Augmentation = field(default_factory=Augmentation)
@@ -143,17 +145,22 @@ class ClassTraining:
         return OmegaConf.to_container(OmegaConf.create(asdict(self)))
 
 
-def load(file: Path, overrides: Sequence[str] = (), **values: Any) -> ClassTraining:
+def load(file: Path, overrides: Sequence[str] = (), *, preset: str | None = None, **values: Any) -> ClassTraining:
     """Reads a configuration.
 
     Args:
+        preset: one of those the file has under ``presets``, laid over the rest of it.
         overrides: ``key=value`` or ``section.key=value``, laid over the file.
         values: top-level keys, laid over all.
     Raises:
         ValueError: names the file and the key that is unknown or of the wrong type.
     """
     try:
-        laid = OmegaConf.merge(OmegaConf.load(file), OmegaConf.from_dotlist(list(overrides)), values)
+        read = OmegaConf.to_container(OmegaConf.load(file))
+        presets = read.pop("presets", {})
+        if preset is not None and preset not in presets:
+            raise ValueError(f"has no preset {preset!r}; it has {', '.join(presets) or 'none'}")
+        laid = OmegaConf.merge(read, presets.get(preset, {}), OmegaConf.from_dotlist(list(overrides)), values)
         return build(OmegaConf.to_container(laid))
     except (OSError, OmegaConfBaseException, ValueError, TypeError) as error:
         raise ValueError(f"{file}: {str(error).splitlines()[0]}") from error

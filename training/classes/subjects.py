@@ -79,7 +79,7 @@ def load(config: ClassTraining, device: torch.device | str = "cpu") -> Subjects:
         if source.kind == "shapes":
             usable = [_shapes(cohort, device)]
         made = {v.name: _subject(v, cohort, source, names, sets) for v in usable}
-        mine = tuple(made[v.name] for v in usable if v.split == "train")
+        mine = tuple(made[v.name] for v in usable if v.split == "train")[: source.cases or None]
         if not mine:
             raise ValueError(f"{source.cohort}: no volume to train on has what a source of kind {source.kind!r} needs")
         train.append((source.share, mine))

@@ -14,13 +14,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from lightning_fabric import Fabric
-
 from DivRegNetLib.errors import DivRegNetError
-from DivRegNetLib.io.claim import claimed
+from DivRegNetLib.io.output_folder import exclusive
 from training.classes import config as configs
 from training.classes import subjects
-from training.classes.trainer import fit
+from training.classes.trainer import fabric_of, fit
 
 INTERRUPTED = 130
 
@@ -29,6 +27,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=configs.CONFIGS / "classes.yaml", help="default: %(default)s")
     parser.add_argument("--cohort", type=Path, help="a prepared cohort with labels, in place of the configuration's")
+    parser.add_argument("--preset", help="one of those in the configuration, such as quick")
     parser.add_argument("--output", type=Path, required=True, help="checkpoints and log")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted training")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
@@ -36,9 +35,9 @@ def main() -> int:
     args = parser.parse_intermixed_args()
     try:
         values = {"sources": [{"cohort": str(args.cohort)}]} if args.cohort else {}
-        config = configs.load(args.config, args.overrides, **values)
-        fabric = Fabric(accelerator=args.device, devices=1, precision=config.precision)
-        with claimed(args.output):
+        config = configs.load(args.config, args.overrides, preset=args.preset, **values)
+        fabric = fabric_of(args.device, config.precision)
+        with exclusive(args.output):
             read = subjects.load(config, fabric.device)
             trainer = fit(config, read, args.output, fabric, resume=args.resume)
         print(f"{args.output}: step {trainer.step_number}, best Dice {trainer.best:.4f} of {', '.join(read.names[1:])}")

@@ -63,6 +63,20 @@ class ClassTrainer:
             "log": self.log,
         }
 
+    def weights(self) -> dict:
+        """The averaged weights, and what is needed to use them."""
+        subjects = self.subjects
+        return {
+            "net": self.ema.module.state_dict(),
+            "classnet": self.ema.module.config.as_dict(),
+            "names": list(subjects.names),
+            "spacing": subjects.spacing,
+            "normalization": subjects.normalization,
+            "volumes": sum(len(s) for _, s in subjects.train),
+            "config": self.config.as_dict(),
+            "step": self.step_number,
+        }
+
     def restore(self, state: dict) -> None:
         """
         Raises:
@@ -157,6 +171,17 @@ class ClassTrainer:
         return {"Dice": float(np.mean(list(found.values()))) if found else math.nan} | found
 
 
+def fabric_of(device: str, precision: str) -> Fabric:
+    """One process on a device. The precision ``auto`` is ``bf16-mixed`` where the device has instructions for it."""
+    if precision == "auto":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False) if torch.cuda.is_available() else False
+        if device == "cpu" or not torch.cuda.is_available():
+            # Not public, and not in every version of PyTorch.
+            fast = getattr(torch.cpu, "_is_avx512_bf16_supported", getattr(torch.cpu, "_is_amx_tile_supported", bool))()
+        precision = "bf16-mixed" if fast else "32-true"
+    return Fabric(accelerator=device, devices=1, precision=precision)
+
+
 def fit(
     config: ClassTraining, subjects: Subjects, output: Path, fabric: Fabric, *, resume: bool = False
 ) -> ClassTrainer:
@@ -195,7 +220,7 @@ def fit(
                 row |= trainer.validate()
                 if row["Dice"] > trainer.best or not (output / BEST).exists():
                     trainer.best = row["Dice"]
-                    kept = {"net": trainer.ema.module.state_dict(), "step": done, "scores": row}
+                    kept = trainer.weights() | {"scores": row}
                     _whole(lambda part, kept=kept: torch.save(kept, part), output / BEST)
             bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in row.items() if k in ("loss", "Dice")))
             trainer.log.append({"step": done} | row)
