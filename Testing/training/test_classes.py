@@ -1,18 +1,24 @@
 """Training of the class network: what labels say, what an image looks like, the loss, and a resume bit by bit."""
 
 import csv
+import json
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from lightning_fabric import Fabric
 
+from DivRegNetLib import models
 from DivRegNetLib.core.intensity import SCHEMES, normalize
+from DivRegNetLib.io.images import write_image
+from DivRegNetLib.registration.pipeline import register
 from training.classes import config as configs
-from training.classes import draws, subjects, train
+from training.classes import draws, export, subjects, train
 from training.classes.config import Augmentation, Painting
 from training.classes.loss import terms
 from training.classes.trainer import BEST, LAST, LOG, fit
+from training.experiments import classes as experiment
 
 NONE = Augmentation(**dict.fromkeys(Augmentation.__dataclass_fields__, 0.0) | {"control": (8.0, 8.0)})
 
@@ -252,3 +258,68 @@ def test_the_command_trains_and_says_what_came_of_it(two_cohorts, tmp_path, monk
     assert "--resume" in capsys.readouterr().err
     monkeypatch.setattr("sys.argv", ["train.py", *options, "--resume", *short])
     assert train.main() == 0
+
+
+def test_a_trained_network_becomes_a_model_that_registers(two_cohorts, tmp_path, monkeypatch, grid, moving_grid, paint):
+    config = tiny(two_cohorts[0], name="run", stride=2)
+    fit(config, subjects.load(config), tmp_path / "run", Fabric(accelerator="cpu", devices=1))
+    options = ["--run", str(tmp_path / "run"), "--name", "told", "--models", str(tmp_path / "models")]
+    monkeypatch.setattr("sys.argv", ["export.py", *options, "anatomy=phantom", "variational.class_weight=50"])
+    assert export.main() == 0
+    model = models.load(str(tmp_path / "models" / "told.json"))
+    assert model.card.classes == ["background", "1", "2", "3"] and model.card.spacing_mm == 4.0
+    assert (model.card.anatomy, model.card.variational_settings.class_weight) == ("phantom", 50.0)
+    assert str(tmp_path) not in (tmp_path / "models" / "told.json").read_text()
+    best = torch.load(tmp_path / "run" / BEST, weights_only=True)
+    assert all(torch.equal(v, best["net"][k]) for k, v in model.classnet.state_dict().items())
+    found = register(paint(grid), paint(moving_grid), model=model, device="cpu", align="none")
+    assert found.card.classes == model.card.classes
+    monkeypatch.setattr("sys.argv", ["export.py", *options, "nonsense=1"])
+    assert export.main() == 2
+
+
+def test_of_few_cases_only_these_are_learnt_from(tmp_path, write_cohort, anatomy):
+    volumes = {}
+    for name in ("a", "b", "c"):
+        images, labels, _ = anatomy((16, 16, 16), seed=1)
+        volumes[name] = {"images": images[:1], "labels": labels}
+    folder = write_cohort(tmp_path / "cohort", volumes)
+    for cases, learnt in ((2, ["a", "b"]), (0, ["a", "b", "c"])):
+        read = subjects.load(tiny(folder, sources=[{"cohort": str(folder), "cases": cases}]))
+        assert [s.name for s in read.train[0][1]] == learnt
+
+
+def test_the_experiment_trains_on_few_cases_and_compares_on_pairs_it_never_saw(tmp_path, anatomy, monkeypatch, capsys):
+    for i in range(7):
+        images, labels, _ = anatomy((16, 20, 18), seed=i + 1)
+        for kind, array in (("images", images[0].astype(np.float32)), ("labels", labels.clip(0, 2))):
+            image = sitk.GetImageFromArray(array)
+            image.SetDirection((-1, 0, 0, 0, -1, 0, 0, 0, 1))
+            write_image(image, tmp_path / "hippocampus" / kind / f"crop_{i}.nii.gz")
+    monkeypatch.setattr(experiment, "HELD_OUT", 4)
+    monkeypatch.setattr(experiment, "VALIDATION", 1)
+    assert experiment.pairs(tmp_path)[-1] == ("crop_4.nii.gz", "crop_6.nii.gz")
+    output = tmp_path / "out"
+    options = [
+        "--data",
+        str(tmp_path),
+        "--cases",
+        "1",
+        "--steps",
+        "2",
+        "--pairs",
+        "2",
+        "--output",
+        str(output),
+        "--device",
+        "cpu",
+    ]
+    monkeypatch.setattr(
+        "sys.argv", ["classes.py", *options, "--workers", "1", "batch=1", "channels=[2,3]", "precision=32-true"]
+    )
+    assert experiment.main() == 0
+    assert "| 1 cases | 2 |" in (output / "classes.md").read_text()
+    rows = list(csv.DictReader((output / "classes.csv").open()))
+    assert [(row["fixed"], row["moving"]) for row in rows] == experiment.pairs(tmp_path)[:2]
+    listed = json.loads((output / "cohort" / "cohort.json").read_text())["volumes"]
+    assert {v["name"] for v in listed} == {"crop_0", "crop_1", "crop_2"}

@@ -10,6 +10,7 @@ checkpoint, bit by bit on a CPU.
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -18,7 +19,7 @@ from DivRegNetLib.errors import DivRegNetError
 from DivRegNetLib.io.output_folder import exclusive
 from training.classes import config as configs
 from training.classes import subjects
-from training.classes.trainer import fabric_of, fit
+from training.classes.trainer import fabric_of, fit, steps_in
 
 INTERRUPTED = 130
 
@@ -31,6 +32,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True, help="checkpoints and log")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted training")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--minutes", type=float, help="of training; so many steps as this device makes in them")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the configuration")
     args = parser.parse_intermixed_args()
     try:
@@ -39,6 +41,8 @@ def main() -> int:
         fabric = fabric_of(args.device, config.precision)
         with exclusive(args.output):
             read = subjects.load(config, fabric.device)
+            if args.minutes:
+                config = replace(config, steps=steps_in(60 * args.minutes, config, read, fabric))
             trainer = fit(config, read, args.output, fabric, resume=args.resume)
         print(f"{args.output}: step {trainer.step_number}, best Dice {trainer.best:.4f} of {', '.join(read.names[1:])}")
     except (ValueError, OSError, FloatingPointError, DivRegNetError) as error:

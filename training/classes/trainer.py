@@ -8,6 +8,7 @@ import csv
 import io
 import math
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -180,6 +181,16 @@ def fabric_of(device: str, precision: str) -> Fabric:
             fast = getattr(torch.cpu, "_is_avx512_bf16_supported", getattr(torch.cpu, "_is_amx_tile_supported", bool))()
         precision = "bf16-mixed" if fast else "32-true"
     return Fabric(accelerator=device, devices=1, precision=precision)
+
+
+def steps_in(seconds: float, config: ClassTraining, subjects: Subjects, fabric: Fabric) -> int:
+    """How many steps this device makes in a time, the validations among them left out; tried on a trainer that is dropped."""
+    trainer, tried = ClassTrainer(config, subjects, fabric), 20
+    for number in range(tried + 5):
+        if number == 5:  # the first steps are slow
+            started = time.perf_counter()
+        trainer.step().tolist()
+    return max(int(seconds * tried / (time.perf_counter() - started)), 1)
 
 
 def fit(
