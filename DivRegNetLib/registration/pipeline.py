@@ -22,7 +22,7 @@ from torch import Tensor
 from DivRegNetLib import models
 from DivRegNetLib.core import fields, physical_fields, resampling
 from DivRegNetLib.core.grid import Grid, affine_matrix
-from DivRegNetLib.core.intensity import normalize
+from DivRegNetLib.core.intensity import AIR_HU, normalize
 from DivRegNetLib.errors import Cancelled, DivRegNetError, InputError, is_out_of_memory
 from DivRegNetLib.options import INTERPOLATIONS, STAGES, Options, Progress
 from DivRegNetLib.quality import metrics
@@ -34,7 +34,7 @@ from DivRegNetLib.result import Result
 from DivRegNetLib.similarity.kldivnet import patches
 
 MINIMUM_PATCHES = 4  # that a similarity can be estimated from
-AIR_HU, AIR_IN_CT = -1024.0, -900.0  # what is filled in, and what an image that reaches below it is taken for a CT by
+AIR_IN_CT = -900.0  # Hounsfield units; an image that holds lower values is taken for a CT
 # Fraction of the whole that is done when each stage ends, for the progress bar.
 STAGE_END = dict(zip(STAGES, (0.02, 0.35, 0.45, 0.6, 0.75, 0.9, 1.0), strict=True))
 

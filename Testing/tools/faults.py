@@ -30,7 +30,6 @@ import numpy as np
 import SimpleITK as sitk
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
 
 LONGEST_SERIES = 4  # kills before a run is let through
 LOOK_SECONDS = 0.002

@@ -13,6 +13,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def load_package(name: str, folder: Path):
+    """A package of the tests' helpers, which are not installed."""
+    spec = importlib.util.spec_from_file_location(
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    package = importlib.util.module_from_spec(spec)
+    sys.modules[name] = package
+    spec.loader.exec_module(package)
+    return package
+
+
 def load_module(app):
     """The module DivRegNet as Slicer loads it, with ``slicer.modules.divregnet``."""
     import slicer
@@ -54,9 +65,7 @@ def add_volume(name: str, size=(192, 224, 160), spacing=(1.0, 1.0, 1.2), kind="v
 
 
 def main(result: Path, output: Path) -> None:
-    sys.path.insert(0, str(ROOT / "Testing" / "helpers"))
-    from slicer_stand_in import running
-
+    running = load_package("slicer_stand_in", ROOT / "Testing" / "helpers" / "slicer_stand_in").running
     report = json.loads((result / "quality.json").read_text(encoding="utf-8"))
     quality = report["quality"]
     quality["dice"] = {stage: labels["mean"]["dice"] for stage, labels in quality["labels"].items()}
@@ -97,7 +106,6 @@ def main(result: Path, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     main(
         Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else ROOT / "Resources" / "Screenshots" / "panel.png"
     )

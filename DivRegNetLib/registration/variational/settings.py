@@ -118,7 +118,8 @@ class VariationalSettings:
 
     def __post_init__(self) -> None:
         """Raises ValueError that names the field that is invalid."""
-        object.__setattr__(self, "levels", tuple(self.levels))
+        levels = (_level(f"levels[{i}]", level) for i, level in enumerate(self.levels))  # a file has mappings
+        object.__setattr__(self, "levels", tuple(levels))
         for name, low, high in _RANGES:
             _check_number(self, name, low, high)
         for name in ("first_smoothness", "last_smoothness"):
