@@ -93,7 +93,7 @@ def deform(
         if before not in (None, grid):
             displacement = fields.coarsen(fields.upsample(displacement, before[0], shape), *grid)
         if name == "variational":
-            displacement = _variational(images, variational, displacement, report)
+            displacement = variational_steps(images, variational, displacement, report)
         else:
             report(0.0)
             displacement = regnet.register(*images.multiplied(), displacement, images.valid)
@@ -119,7 +119,7 @@ def refine(
         enough.
     """
     start = fields.coarsen(displacement, settings.stride, settings.multiple)
-    refined = _variational(images, settings, start, progress)
+    refined = variational_steps(images, settings, start, progress)
     if refined is start and settings.min_gain is not None:
         return displacement
     return fields.upsample(refined, settings.stride, displacement.shape[2:])
@@ -131,7 +131,16 @@ def check_methods(names: tuple[str, ...]) -> None:
         raise ValueError(f"methods: one or more of {', '.join(METHODS)}, got {', '.join(map(str, names)) or 'none'}")
 
 
-def _variational(images: Images, settings: VariationalSettings, start: Tensor | None, progress: Progress) -> Tensor:
+def variational_steps(
+    images: Images,
+    settings: VariationalSettings,
+    start: Tensor | None = None,
+    progress: Progress = lambda fraction: None,
+) -> Tensor:
+    """The variational method alone, with the masks and the classes of the images as the settings say.
+
+    Arguments and result as of :func:`DivRegNetLib.registration.variational.method.register`.
+    """
     if settings.masks == "exclude":
         fixed, moving, valid = images.fixed, images.moving, images.measured_in_masks()
     else:

@@ -112,15 +112,16 @@ class ClassNet(nn.Module):
             image: (N, 1, D, H, W), normalized as the network's card says; any sides.
             inside: (N, 1, D, H, W) bool, the field of view; outside it is background. None: everywhere.
         Returns:
-            (N, classes, d, h, w) float32, with ``d = ceil(D / stride)`` and so on; the classes of a voxel add up to 1.
+            (N, classes, d, h, w) of the image's type, with ``d = ceil(D / stride)`` and so on; the classes of a voxel add up
+            to 1.
         """
         stride, shape, multiple = self.config.stride, image.shape[2:], self.config.multiple
         share = torch.ones_like(image) if inside is None else inside.to(image.dtype)
         # At least two voxels a side at the deepest level, as one alone has no variance.
         more = [n for side in reversed(shape) for n in (0, max(-side % multiple, 2 * multiple - side))]
-        image, share = (F.pad(x, more) for x in (image * share, share))
-        found = self(image).float().softmax(1)
-        share = (F.avg_pool3d(share, stride) if stride > 1 else share).float()
+        padded, share = (F.pad(x, more) for x in (image * share, share))
+        found = self(padded.to(self.head.weight.dtype)).to(image.dtype).softmax(1)
+        share = F.avg_pool3d(share, stride) if stride > 1 else share
         found = found.mul_(share)
         found[:, :1] += 1 - share
         return found[(..., *(slice(0, -(-n // stride)) for n in shape))]

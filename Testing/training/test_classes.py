@@ -7,15 +7,14 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from lightning_fabric import Fabric
 
 from DivRegNetLib import models
 from DivRegNetLib.core.intensity import SCHEMES, normalize
 from DivRegNetLib.io.images import write_image
 from DivRegNetLib.registration.pipeline import register
-from training.classes import config as configs
+from training import layers
 from training.classes import draws, export, subjects, train
-from training.classes.config import Augmentation, Painting
+from training.classes.config import Augmentation, ClassTraining, Painting
 from training.classes.loss import terms
 from training.classes.trainer import BEST, LAST, LOG, fit
 from training.experiments import classes as experiment
@@ -23,17 +22,18 @@ from training.experiments import classes as experiment
 NONE = Augmentation(**dict.fromkeys(Augmentation.__dataclass_fields__, 0.0) | {"control": (8.0, 8.0)})
 
 
-def tiny(cohort, **values) -> configs.ClassTraining:
+def tiny(cohort, **values) -> ClassTraining:
     laid = {
         "sources": [{"cohort": str(cohort)}],
         "channels": [2, 3],
+        "stride": 1,
         "steps": 4,
         "batch": 1,
         "warmup": 1,
         "checkpoint_every": 2,
         "validate_every": 2,
     }
-    return configs.build(laid | values)
+    return layers.build(ClassTraining, laid | values)
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def test_sources_that_cannot_be_say_why(two_cohorts, values, said):
 
 def test_an_unknown_key_is_named():
     with pytest.raises(ValueError, match="nonsense"):
-        configs.build({"augmentation": {"nonsense": 1}})
+        layers.build(ClassTraining, {"augmentation": {"nonsense": 1}})
 
 
 def subject(two_cohorts, **values):
@@ -205,8 +205,8 @@ def test_where_two_classes_are_possible_either_is_right():
 @pytest.mark.parametrize("stride", [1, 2])
 def test_a_killed_training_goes_on_bit_by_bit(two_cohorts, tmp_path, stride):
     config = tiny(two_cohorts[0], stride=stride)
-    fabric, read = Fabric(accelerator="cpu", devices=1), subjects.load(config)
-    whole = fit(config, read, tmp_path / "whole", fabric)
+    read = subjects.load(config)
+    whole = fit(config, read, tmp_path / "whole")
 
     class Killed(BaseException):
         pass
@@ -221,12 +221,12 @@ def test_a_killed_training_goes_on_bit_by_bit(two_cohorts, tmp_path, stride):
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(whole.__class__, "step", killed())
-        fit(config, read, tmp_path / "parts", fabric)
+        fit(config, read, tmp_path / "parts")
     with pytest.raises(ValueError, match="holds a training already"):
-        fit(config, read, tmp_path / "parts", fabric)
+        fit(config, read, tmp_path / "parts")
     with pytest.raises(ValueError, match="another learning_rate"):
-        fit(tiny(two_cohorts[0], stride=stride, learning_rate=0.1), read, tmp_path / "parts", fabric, resume=True)
-    parts = fit(config, read, tmp_path / "parts", fabric, resume=True)
+        fit(tiny(two_cohorts[0], stride=stride, learning_rate=0.1), read, tmp_path / "parts", resume=True)
+    parts = fit(config, read, tmp_path / "parts", resume=True)
     for a, b in zip(whole.ema.state_dict().values(), parts.ema.state_dict().values(), strict=True):
         assert torch.equal(a, b)
     for name in (LOG, LAST, BEST):
@@ -244,13 +244,13 @@ def test_it_learns_a_class_from_its_brightness(tmp_path, write_cohort):
     still = {"degrees": 0, "elastic": 0, "gamma": 0, "contrast": 0, "bias": 0, "blur": 0, "thick": 0, "noise": 0.02}
     config = tiny(folder, steps=60, channels=[6, 8], validate_every=60, checkpoint_every=60, learning_rate=0.02,
                   ema=0.9, augmentation=still)  # fmt: skip
-    trainer = fit(config, subjects.load(config), tmp_path / "run", Fabric(accelerator="cpu", devices=1))
+    trainer = fit(config, subjects.load(config), tmp_path / "run")
     assert trainer.best > 0.8
 
 
 def test_the_command_trains_and_says_what_came_of_it(two_cohorts, tmp_path, monkeypatch, capsys):
     options = ["--cohort", str(two_cohorts[0]), "--output", str(tmp_path / "run"), "--device", "cpu"]
-    short = ["steps=2", "batch=1", "channels=[2,3]", "precision=32-true"]
+    short = ["steps=2", "batch=1", "channels=[2,3]", "precision=32"]
     monkeypatch.setattr("sys.argv", ["train.py", *options, *short])
     assert train.main() == 0
     assert "step 2" in capsys.readouterr().out
@@ -262,7 +262,7 @@ def test_the_command_trains_and_says_what_came_of_it(two_cohorts, tmp_path, monk
 
 def test_a_trained_network_becomes_a_model_that_registers(two_cohorts, tmp_path, monkeypatch, grid, moving_grid, paint):
     config = tiny(two_cohorts[0], name="run", stride=2)
-    fit(config, subjects.load(config), tmp_path / "run", Fabric(accelerator="cpu", devices=1))
+    fit(config, subjects.load(config), tmp_path / "run")
     options = ["--run", str(tmp_path / "run"), "--name", "told", "--models", str(tmp_path / "models")]
     monkeypatch.setattr("sys.argv", ["export.py", *options, "anatomy=phantom", "variational.class_weight=50"])
     assert export.main() == 0
@@ -315,7 +315,7 @@ def test_the_experiment_trains_on_few_cases_and_compares_on_pairs_it_never_saw(t
         "cpu",
     ]
     monkeypatch.setattr(
-        "sys.argv", ["classes.py", *options, "--workers", "1", "batch=1", "channels=[2,3]", "precision=32-true"]
+        "sys.argv", ["classes.py", *options, "--workers", "1", "batch=1", "channels=[2,3]", "precision=32"]
     )
     assert experiment.main() == 0
     assert "| 1 cases | 2 |" in (output / "classes.md").read_text()

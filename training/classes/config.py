@@ -1,15 +1,12 @@
-"""What a training of the class network is: one YAML file, checked key by key, with overrides from the command line."""
+"""The configuration of a training of the class network, see :mod:`training.layers` for how it is read."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
-
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 KINDS = ("images", "paint", "nothing", "shapes")
+PRECISIONS = ("auto", "32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -99,6 +96,7 @@ class Painting:
 class ClassTraining:
     """A training of the class network. Lengths of time are in steps.
 
+    steps: 0: there is no class network.
     names: of the classes but background, in their order; empty: those that the sources name, in the order of their labels.
     sources: what is learnt from.
     shape: sides (D, H, W) of the images that are looked at, in voxels; empty: those of the first source's cohort.
@@ -109,7 +107,8 @@ class ClassTraining:
     weight_decay: of AdamW.
     ema: decay of the averaged weights, which are what is validated and exported.
     dice: weight of 1 - Dice beside the cross entropy.
-    precision: of Lightning Fabric: ``32-true``, ``bf16-mixed``; ``auto``: the latter where the processor or GPU is fast at it.
+    precision: ``32``, ``bf16`` (of the network's pass; weights are kept in full), or ``auto``: the latter where the processor
+        or the GPU has instructions for it.
     """
 
     name: str = "classes"
@@ -118,10 +117,10 @@ class ClassTraining:
     sources: list[Source] = field(default_factory=list)
     shape: list[int] = field(default_factory=list)
     spacing: tuple[float, float] = (0.0, 0.0)
-    channels: list[int] = field(default_factory=lambda: [16, 32, 64, 64])
-    stride: int = 1
-    steps: int = 6000
-    batch: int = 2
+    channels: list[int] = field(default_factory=lambda: [32, 64, 64])
+    stride: int = 2
+    steps: int = 0
+    batch: int = 4
     learning_rate: float = 3e-3
     warmup: int = 100
     weight_decay: float = 1e-2
@@ -134,48 +133,16 @@ class ClassTraining:
     painting: Painting = field(default_factory=Painting)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "checkpoint_every", "validate_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is at least 1, got {getattr(self, name)}")
+        for name, least in (("steps", 0), ("batch", 1), ("checkpoint_every", 1), ("validate_every", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is at least {least}, got {getattr(self, name)}")
+        _one_of("precision", self.precision, PRECISIONS)
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate is above 0, got {self.learning_rate}")
 
     def as_dict(self) -> dict:
-        """Plain values, of which :func:`build` makes the same configuration."""
-        return OmegaConf.to_container(OmegaConf.create(asdict(self)))
-
-
-def load(file: Path, overrides: Sequence[str] = (), *, preset: str | None = None, **values: Any) -> ClassTraining:
-    """Reads a configuration.
-
-    Args:
-        preset: one of those the file has under ``presets``, laid over the rest of it.
-        overrides: ``key=value`` or ``section.key=value``, laid over the file.
-        values: top-level keys, laid over all.
-    Raises:
-        ValueError: names the file and the key that is unknown or of the wrong type.
-    """
-    try:
-        read = OmegaConf.to_container(OmegaConf.load(file))
-        presets = read.pop("presets", {})
-        if preset is not None and preset not in presets:
-            raise ValueError(f"has no preset {preset!r}; it has {', '.join(presets) or 'none'}")
-        laid = OmegaConf.merge(read, presets.get(preset, {}), OmegaConf.from_dotlist(list(overrides)), values)
-        return build(OmegaConf.to_container(laid))
-    except (OSError, OmegaConfBaseException, ValueError, TypeError) as error:
-        raise ValueError(f"{file}: {str(error).splitlines()[0]}") from error
-
-
-def build(values: dict) -> ClassTraining:
-    """A configuration of plain values.
-
-    Raises:
-        ValueError: names the key that is unknown or of the wrong type.
-    """
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ClassTraining), values))
-    except (OmegaConfBaseException, TypeError) as error:
-        raise ValueError(str(error).splitlines()[0]) from error
+        """Plain values."""
+        return asdict(self)
 
 
 def _one_of(key: str, value: str, known: Sequence[str]) -> None:

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from DivRegNetLib.core.intensity import LEVELS, QUANTILE_VOXELS
 from training.classes.config import Augmentation, Painting
 from training.classes.subjects import OUTSIDE, Subject
-from training.data.pairs import Random, bspline_basis
+from training.data.free_form import bspline_basis, evaluate
+from training.data.randomness import Random
 from training.data.synthesis import CONTRAST_OF_TISSUE
 
 KNOTS = 8  # of a contrast curve
@@ -101,10 +102,9 @@ def _points(
 def _bent(shape: tuple[int, int, int], control: float, sd: float, numbers: Random, device) -> Tensor:
     """A free-form deformation of cubic B-splines, (1, D, H, W, 3) in voxels."""
     bases = [bspline_basis(n, control, "cpu") for n in shape]
-    moved = (numbers.normal(*(b.shape[1] for b in bases), 3) * sd).to(device, non_blocking=True)
-    for basis in bases:  # each turn moves the finished axis behind the others
-        moved = torch.einsum("i...c,ni->...nc", moved, basis.to(device, non_blocking=True))
-    return moved[None]
+    control = numbers.normal(3, *(b.shape[1] for b in bases)) * sd
+    moved = evaluate(control.to(device, non_blocking=True), [b.to(device, non_blocking=True) for b in bases])
+    return moved.movedim(1, -1)
 
 
 def _field_of_view(shape: tuple[int, int, int], a: Augmentation, numbers: Random) -> Tensor:

@@ -10,9 +10,6 @@ import argparse
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import torch
 from omegaconf import OmegaConf
 
@@ -21,7 +18,7 @@ from DivRegNetLib.errors import DivRegNetError
 from DivRegNetLib.registration.variational import DEFAULT, REFINEMENT
 from DivRegNetLib.similarity.classes import ClassNet, ClassNetConfig
 from training.classes.trainer import BEST
-from training.version import version
+from training.report import commit
 
 
 def load(run: Path) -> tuple[ClassNet, dict]:
@@ -66,7 +63,7 @@ def export(run: Path, name: str, folder: Path, about: dict) -> Path:
         "refinement": REFINEMENT.as_dict(),
         "regnet": None,
         "kldivnet": None,
-        "training": {"steps": kept["step"], "volumes": kept["volumes"], "git": version()}
+        "training": {"steps": kept["step"], "volumes": kept["volumes"], "git": commit()}
         | {"classes": _anonymous(kept["config"])},
         "license": "not stated",
         "sha256": "",

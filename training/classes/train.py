@@ -13,20 +13,20 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
+from DivRegNetLib.core.device import pick_device
 from DivRegNetLib.errors import DivRegNetError
 from DivRegNetLib.io.output_folder import exclusive
-from training.classes import config as configs
+from training import layers
 from training.classes import subjects
-from training.classes.trainer import fabric_of, fit, steps_in
+from training.classes.config import CONFIGS, ClassTraining
+from training.classes.trainer import fit, steps_in
 
 INTERRUPTED = 130
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=configs.CONFIGS / "classes.yaml", help="default: %(default)s")
+    parser.add_argument("--config", type=Path, default=CONFIGS / "classes.yaml", help="default: %(default)s")
     parser.add_argument("--cohort", type=Path, help="a prepared cohort with labels, in place of the configuration's")
     parser.add_argument("--preset", help="one of those in the configuration, such as quick")
     parser.add_argument("--output", type=Path, required=True, help="checkpoints and log")
@@ -37,13 +37,13 @@ def main() -> int:
     args = parser.parse_intermixed_args()
     try:
         values = {"sources": [{"cohort": str(args.cohort)}]} if args.cohort else {}
-        config = configs.load(args.config, args.overrides, preset=args.preset, **values)
-        fabric = fabric_of(args.device, config.precision)
+        config = layers.load(ClassTraining, args.config, preset=args.preset, overrides=args.overrides, **values)
+        device = pick_device(args.device)
         with exclusive(args.output):
-            read = subjects.load(config, fabric.device)
+            read = subjects.load(config, device)
             if args.minutes:
-                config = replace(config, steps=steps_in(60 * args.minutes, config, read, fabric))
-            trainer = fit(config, read, args.output, fabric, resume=args.resume)
+                config = replace(config, steps=steps_in(60 * args.minutes, config, read))
+            trainer = fit(config, read, args.output, resume=args.resume)
         print(f"{args.output}: step {trainer.step_number}, best Dice {trainer.best:.4f} of {', '.join(read.names[1:])}")
     except (ValueError, OSError, FloatingPointError, DivRegNetError) as error:
         print(f"train.py: {error}", file=sys.stderr)

@@ -4,46 +4,45 @@ A step depends on the seed, its number and the state of a checkpoint alone, so a
 nothing had happened. Images are made on the training device (:mod:`training.classes.draws`).
 """
 
-import csv
-import io
 import math
-import os
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from DivRegNetLib.io import atomic
 from DivRegNetLib.similarity.classes import ClassNet, ClassNetConfig
 from training.classes import draws
 from training.classes.config import ClassTraining
 from training.classes.loss import certainty, terms
 from training.classes.subjects import Subject, Subjects
-from training.data.pairs import Random
+from training.data.randomness import Random
+from training.report import write_log
 
 LAST, BEST, LOG = "classes-last.pt", "classes-best.pt", "classes-log.csv"
-LONGEST_GRADIENT = 1.0
+GRADIENT_CLIP_NORM = 1.0
 MAY_CHANGE = ("checkpoint_every", "validate_every")
 
 
 class ClassTrainer:
     """All that changes during training, and one step of it."""
 
-    def __init__(self, config: ClassTraining, subjects: Subjects, fabric: Fabric) -> None:
-        self.config, self.subjects, self.fabric = config, subjects, fabric
+    def __init__(self, config: ClassTraining, subjects: Subjects) -> None:
+        self.config, self.subjects, self.device = config, subjects, subjects.sets.device
+        self.half = config.precision == "bf16" or (config.precision == "auto" and _fast_at_half(self.device))
         torch.manual_seed(config.seed)
         net = ClassNet(ClassNetConfig(len(subjects.names), tuple(config.channels), config.stride))
-        self.multiple = net.config.multiple
-        if fabric.device.type == "cuda":
+        self.multiple, self.net = net.config.multiple, net.to(self.device)
+        if self.device.type == "cuda":
             net.to(memory_format=torch.channels_last_3d)
-        optimizer = torch.optim.AdamW(net.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-        self.net, self.optimizer = fabric.setup(net, optimizer)
+        self.optimizer = torch.optim.AdamW(net.parameters(), config.learning_rate, weight_decay=config.weight_decay)
         # Averages over few steps in the beginning, when the weights still change a lot.
         self.ema = AveragedModel(net, multi_avg_fn=self._average, use_buffers=True).eval().requires_grad_(False)
         self.step_number, self.best, self.log = 0, -math.inf, []
@@ -56,7 +55,7 @@ class ClassTrainer:
         return {
             "config": self.config.as_dict(),
             "names": list(self.subjects.names),
-            "net": self.net.module.state_dict(),
+            "net": self.net.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step_number,
@@ -89,7 +88,7 @@ class ClassTrainer:
                 f"the training to resume had another {changed[0]}: {before.get(changed[0])!r}, now {now[changed[0]]!r}; "
                 "resume with the same settings, or choose another --output"
             )
-        self.net.module.load_state_dict(state["net"])
+        self.net.load_state_dict(state["net"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step_number, self.best, self.log = state["step"], state["best"], state["log"]
@@ -138,14 +137,16 @@ class ClassTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate()
         image, fractions = self.batch()
-        entropy, dice = terms(self.net(image), fractions, self.subjects.sets)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+            logits = self.net(image)
+        entropy, dice = terms(logits, fractions, self.subjects.sets)
         loss = entropy + self.config.dice * dice
         self.optimizer.zero_grad(set_to_none=True)
-        self.fabric.backward(loss)
-        self.fabric.clip_gradients(self.net, self.optimizer, max_norm=LONGEST_GRADIENT, error_if_nonfinite=False)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.net.parameters(), GRADIENT_CLIP_NORM)
         self.optimizer.step()
         self.step_number += 1
-        self.ema.update_parameters(self.net.module)
+        self.ema.update_parameters(self.net)
         return torch.stack((loss, entropy, dice)).detach()
 
     @torch.no_grad()
@@ -172,20 +173,16 @@ class ClassTrainer:
         return {"Dice": float(np.mean(list(found.values()))) if found else math.nan} | found
 
 
-def fabric_of(device: str, precision: str) -> Fabric:
-    """One process on a device. The precision ``auto`` is ``bf16-mixed`` where the device has instructions for it."""
-    if precision == "auto":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False) if torch.cuda.is_available() else False
-        if device == "cpu" or not torch.cuda.is_available():
-            # Not public, and not in every version of PyTorch.
-            fast = getattr(torch.cpu, "_is_avx512_bf16_supported", getattr(torch.cpu, "_is_amx_tile_supported", bool))()
-        precision = "bf16-mixed" if fast else "32-true"
-    return Fabric(accelerator=device, devices=1, precision=precision)
+def _fast_at_half(device: torch.device) -> bool:
+    """Whether a device has instructions for bfloat16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # neither public nor in every version of PyTorch
 
 
-def steps_in(seconds: float, config: ClassTraining, subjects: Subjects, fabric: Fabric) -> int:
+def steps_in(seconds: float, config: ClassTraining, subjects: Subjects) -> int:
     """How many steps this device makes in a time, the validations among them left out; tried on a trainer that is dropped."""
-    trainer, tried = ClassTrainer(config, subjects, fabric), 20
+    trainer, tried = ClassTrainer(config, subjects), 20
     for number in range(tried + 5):
         if number == 5:  # the first steps are slow
             started = time.perf_counter()
@@ -193,26 +190,28 @@ def steps_in(seconds: float, config: ClassTraining, subjects: Subjects, fabric: 
     return max(int(seconds * tried / (time.perf_counter() - started)), 1)
 
 
-def fit(
-    config: ClassTraining, subjects: Subjects, output: Path, fabric: Fabric, *, resume: bool = False
-) -> ClassTrainer:
-    """Trains to the end, or on from where a training was interrupted; everything it writes is in ``output``.
+def fit(config: ClassTraining, subjects: Subjects, output: Path, *, resume: bool = False) -> ClassTrainer:
+    """Trains to the end, or on from where a training was interrupted, on the device of the subjects.
 
-    Writes ``classes-last.pt``, ``classes-best.pt`` (the averaged weights, by validation) and ``classes-log.csv``.
+    Writes to the folder ``output`` ``classes-last.pt``, ``classes-best.pt`` (the averaged weights, by validation) and
+    ``classes-log.csv``.
 
     Raises:
-        ValueError: ``output`` holds a training and ``resume`` is False, or it had other settings.
+        ValueError: there are no steps to make, or ``output`` holds a training and ``resume`` is False, or that had other
+            settings.
         FloatingPointError: the loss is not finite.
     """
+    if not config.steps:
+        raise ValueError("steps is at least 1 to train a class network")
     output.mkdir(parents=True, exist_ok=True)
     checkpoint = output / LAST
     if checkpoint.exists() and not resume:
         raise ValueError(f"{output}: holds a training already; give --resume to go on with it, or another --output")
-    trainer = ClassTrainer(config, subjects, fabric)
+    trainer = ClassTrainer(config, subjects)
     if checkpoint.exists():
-        trainer.restore(torch.load(checkpoint, map_location=fabric.device, weights_only=True))
-        fabric.print(f"resumed at step {trainer.step_number}")
-    sums, count = torch.zeros(3, device=fabric.device), 0
+        trainer.restore(torch.load(checkpoint, map_location=trainer.device, weights_only=True))
+        print(f"resumed at step {trainer.step_number}")
+    sums, count = torch.zeros(3, device=trainer.device), 0
     with tqdm(total=config.steps, initial=trainer.step_number, desc=config.name, mininterval=10) as bar:
         while trainer.step_number < config.steps:
             sums += trainer.step()
@@ -232,25 +231,9 @@ def fit(
                 if row["Dice"] > trainer.best or not (output / BEST).exists():
                     trainer.best = row["Dice"]
                     kept = trainer.weights() | {"scores": row}
-                    _whole(lambda part, kept=kept: torch.save(kept, part), output / BEST)
+                    atomic.write_atomically(output / BEST, partial(torch.save, kept))
             bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in row.items() if k in ("loss", "Dice")))
             trainer.log.append({"step": done} | row)
-            _whole(lambda part: torch.save(trainer.state(), part), checkpoint)
-            _whole(lambda part: part.write_text(_table(trainer.log)), output / LOG)
+            atomic.write_atomically(checkpoint, partial(torch.save, trainer.state()))
+            write_log(trainer.log, output / LOG)
     return trainer
-
-
-def _whole(write, file: Path) -> None:
-    """Writes a file whole or not at all."""
-    part = file.with_name(file.name + ".part")
-    write(part)
-    os.replace(part, file)
-
-
-def _table(rows: list[dict]) -> str:
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    return text.getvalue()

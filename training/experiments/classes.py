@@ -16,22 +16,21 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import SimpleITK as sitk
 from tqdm import tqdm
 
 from DivRegNetLib import models
+from DivRegNetLib.core.device import pick_device
 from DivRegNetLib.core.grid import Grid, affine_transform
 from DivRegNetLib.errors import DivRegNetError
 from DivRegNetLib.io.images import read_image, read_labels
 from DivRegNetLib.quality import metrics
 from DivRegNetLib.registration.pipeline import register
-from training.classes import config as configs
+from training import layers
 from training.classes import subjects
+from training.classes.config import CONFIGS, ClassTraining
 from training.classes.export import export
-from training.classes.trainer import fabric_of, fit
+from training.classes.trainer import fit
 from training.data import layouts, prepare
 
 HELD_OUT = 20
@@ -117,14 +116,12 @@ def trained(data: Path, count: int, args: argparse.Namespace) -> models.Model:
         )
         for name in learnt
     ]  # fmt: skip
-    prepare.prepare(rows, cohort, prepare.Preparation(spacing_mm=1.0, workers=args.workers))
+    prepare.prepare_cohort(rows, cohort, prepare.Preparation(spacing_mm=1.0, workers=args.workers))
     run, steps = args.output / f"cases-{count}", {"steps": args.steps} if args.steps else {}
-    config = configs.load(
-        configs.CONFIGS / "classes.yaml", args.overrides, name=f"{NAME}-{count}", **steps,
-        sources=[{"cohort": str(cohort), "cases": count, "classes": {1: "anterior", 2: "posterior"}}],
-    )  # fmt: skip
-    fabric = fabric_of(args.device, config.precision)
-    fit(config, subjects.load(config, fabric.device), run, fabric, resume=True)
+    source = {"cohort": str(cohort), "cases": count, "classes": {1: "anterior", 2: "posterior"}}
+    file, name = CONFIGS / "classes.yaml", f"{NAME}-{count}"
+    config = layers.load(ClassTraining, file, overrides=args.overrides, name=name, sources=[source], **steps)
+    fit(config, subjects.load(config, pick_device(args.device)), run, resume=True)
     return models.load(str(export(run, config.name, args.output / "models", {"license": "CC-BY-SA-4.0"})))
 
 
