@@ -80,7 +80,8 @@ class Trainer:
 
     def _start_from(self, model: models.Model) -> None:
         try:
-            self.objective.regnet.load_state_dict(model.regnet.state_dict())
+            if model.regnet is not None:
+                self.objective.regnet.load_state_dict(model.regnet.state_dict())
             if self.objective.kldivnet is not None and model.kldivnet is not None:
                 self.objective.kldivnet.load_state_dict(model.kldivnet.state_dict())
         except RuntimeError as error:

@@ -13,6 +13,7 @@ from DivRegNetLib.core.intensity import SCHEMES, normalize
 from DivRegNetLib.io.images import write_image
 from DivRegNetLib.registration.pipeline import register
 from training import layers
+from training import train as train_whole
 from training.classes import draws, export, subjects, train
 from training.classes.config import Augmentation, ClassTraining, Painting
 from training.classes.loss import terms
@@ -323,3 +324,61 @@ def test_the_experiment_trains_on_few_cases_and_compares_on_pairs_it_never_saw(t
     assert [(row["fixed"], row["moving"]) for row in rows] == experiment.pairs(tmp_path)[:2]
     listed = json.loads((output / "cohort" / "cohort.json").read_text())["volumes"]
     assert {v["name"] for v in listed} == {"crop_0", "crop_1", "crop_2"}
+
+
+SMALL = (
+    *("warmup=1", "regnet.channels=[2,2,2,2]", "kldivnet.channels=4", "loss.samples=64", "data.held_out=1"),
+    *(
+        "variational.steps=4",
+        "validate_every=2",
+        "classes.channels=[2,3]",
+        "classes.batch=1",
+        "classes.validate_every=2",
+    ),
+)
+
+
+@pytest.fixture
+def train_model(tiny_cohort, tmp_path, monkeypatch):
+    """``(*arguments) -> exit code`` of ``train.py`` on the tiny cohort, whose models go to ``tmp_path / "models"``."""
+
+    def run(*arguments: str) -> int:
+        options = ["--steps", "2", "--device", "cpu", "--models", str(tmp_path / "models"), *SMALL]
+        monkeypatch.setattr("sys.argv", ["train.py", *options, f"data.cohort={tiny_cohort}", *arguments])
+        monkeypatch.chdir(tmp_path)
+        return train_whole.main()
+
+    return run
+
+
+def test_a_model_of_a_labeled_cohort_has_a_class_network_that_its_registrations_use(train_model, tmp_path):
+    assert train_model("--name", "told", "classes.steps=2") == 0
+    model = models.load(str(tmp_path / "models" / "told.json"))
+    assert model.card.classes == ["background", "1", "2", "3"]
+    assert "segmentation Dice" in model.card.scores and "cohort Dice" in model.card.scores
+    run = tmp_path / "build" / "training" / "told"
+    best = torch.load(run / BEST, weights_only=True)
+    assert all(torch.equal(v, best["net"][k]) for k, v in model.classnet.state_dict().items())
+    assert train_model("--name", "told", "classes.steps=2", "--resume") == 0
+    assert train_model("--name", "told", "classes.steps=2") == 2
+
+
+def test_a_model_without_labels_or_where_they_are_not_wanted_has_none(
+    train_model, tmp_path, write_cohort, anatomy, capsys
+):
+    volumes = {f"v{i}": {"images": anatomy((16, 16, 16), i + 1)[0][:1], "split": split} for i, split in enumerate(
+        ("train", "train", "validation", "validation"))}  # fmt: skip
+    folder = write_cohort(tmp_path / "unlabeled", volumes)
+    for arguments in (["classes.steps=0"], ["classes.steps=2", f"data.cohort={folder}"]):
+        assert train_model("--name", "plain", "--output", str(tmp_path / f"run-{arguments[0]}"), *arguments) == 0
+        assert models.load(str(tmp_path / "models" / "plain.json")).classnet is None
+    assert "no class network is trained" in capsys.readouterr().out
+
+
+def test_a_model_that_is_fine_tuned_without_labels_keeps_its_class_network(train_model, tmp_path):
+    assert train_model("--name", "told", "classes.steps=2") == 0
+    card = str(tmp_path / "models" / "told.json")
+    assert train_model("--name", "tuned", "--from", card, "classes.steps=0") == 0
+    first, second = models.load(card), models.load(str(tmp_path / "models" / "tuned.json"))
+    assert second.card.classes == first.card.classes
+    assert all(torch.equal(v, second.classnet.state_dict()[k]) for k, v in first.classnet.state_dict().items())

@@ -28,15 +28,20 @@ def load(run: Path) -> tuple[ClassNet, dict]:
         FileNotFoundError: there are none yet.
     """
     kept = torch.load(run / BEST, map_location="cpu", weights_only=True)
+    return network(kept), kept
+
+
+def network(kept: dict) -> ClassNet:
+    """The network whose weights and architecture are given, ready for inference."""
     net = ClassNet(ClassNetConfig(**kept["classnet"]))
     net.load_state_dict(kept["net"])
-    return net.eval().requires_grad_(False), kept
+    return net.eval().requires_grad_(False)
 
 
-def entries(net: ClassNet, kept: dict) -> dict:
-    """What a model card says of a class network: ``classnet``, ``classes`` and an entry of ``scores``."""
-    scores = {k: round(v, 4) for k, v in kept["scores"].items() if k.startswith("Dice")}
-    return {"classnet": net.config.as_dict(), "classes": kept["names"], "scores": {"segmentation (validation)": scores}}
+def entries(kept: dict) -> dict:
+    """What a model card says of a class network: ``classnet``, ``classes``, and ``scores`` of the validation."""
+    scores = {f"segmentation {k}": round(v, 4) for k, v in kept["scores"].items() if k.startswith("Dice")}
+    return {"classnet": kept["classnet"], "classes": kept["names"], "scores": scores}
 
 
 def export(run: Path, name: str, folder: Path, about: dict) -> Path:
@@ -64,10 +69,10 @@ def export(run: Path, name: str, folder: Path, about: dict) -> Path:
         "regnet": None,
         "kldivnet": None,
         "training": {"steps": kept["step"], "volumes": kept["volumes"], "git": commit()}
-        | {"classes": _anonymous(kept["config"])},
+        | {"classes": anonymous(kept["config"])},
         "license": "not stated",
         "sha256": "",
-    } | entries(net, kept)  # fmt: skip
+    } | entries(kept)  # fmt: skip
     try:
         card = models.Card(**OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(values), about)))
     except TypeError as error:
@@ -77,7 +82,7 @@ def export(run: Path, name: str, folder: Path, about: dict) -> Path:
     return file
 
 
-def _anonymous(config: dict) -> dict:
+def anonymous(config: dict) -> dict:
     """A configuration without the folders of this machine."""
     sources = [source | {"cohort": Path(source["cohort"]).name} for source in config["sources"]]
     return config | {"sources": sources}

@@ -20,6 +20,10 @@ LABELED = ("images", "paint")  # kinds of sources whose labels are learnt
 OUTSIDE = 0  # number of the set that holds background alone
 
 
+class NoLabelsError(ValueError):
+    """A cohort has no labels to learn from."""
+
+
 @dataclass(frozen=True)
 class Subject:
     """A volume to learn from.
@@ -65,8 +69,8 @@ def load(config: ClassTraining, device: torch.device | str = "cpu") -> Subjects:
     """Reads the cohorts of a configuration.
 
     Raises:
-        FileNotFoundError, ValueError: a cohort is missing, cannot be read, holds nothing to learn from, or names a class that
-            is not there.
+        FileNotFoundError, ValueError: a cohort is missing or cannot be read, or a class is named that is not there.
+        NoLabelsError: a cohort holds nothing to learn from.
     """
     if not config.sources:
         raise ValueError("sources: name a cohort to learn from")
@@ -81,7 +85,9 @@ def load(config: ClassTraining, device: torch.device | str = "cpu") -> Subjects:
         made = {v.name: _subject(v, cohort, source, names, sets) for v in usable}
         mine = tuple(made[v.name] for v in usable if v.split == "train")[: source.cases or None]
         if not mine:
-            raise ValueError(f"{source.cohort}: no volume to train on has what a source of kind {source.kind!r} needs")
+            raise NoLabelsError(
+                f"{source.cohort}: no volume to train on has what a source of kind {source.kind!r} needs"
+            )
         train.append((source.share, mine))
         validation += [made[v.name] for v in usable if v.split == "validation" and source.kind in LABELED]
     table = torch.zeros(len(sets), len(names))
@@ -116,7 +122,7 @@ def _names(config: ClassTraining, read: Sequence[cohorts.Cohort]) -> tuple[str, 
                 named = str(label) if source.classes is None else source.classes.get(label, "")
                 names += [n for n in named.split("|") if n and n not in names]
     if not names:
-        raise ValueError(f"{config.sources[0].cohort}: holds no labels to learn classes from")
+        raise NoLabelsError(f"{config.sources[0].cohort}: holds no labels to learn classes from")
     return ("background", *names)
 
 

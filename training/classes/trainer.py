@@ -7,6 +7,7 @@ nothing had happened. Images are made on the training device (:mod:`training.cla
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,9 +21,9 @@ from tqdm import tqdm
 from DivRegNetLib.io import atomic
 from DivRegNetLib.similarity.classes import ClassNet, ClassNetConfig
 from training.classes import draws
-from training.classes.config import ClassTraining
+from training.classes.config import ClassTraining, Source
 from training.classes.loss import certainty, terms
-from training.classes.subjects import Subject, Subjects
+from training.classes.subjects import NoLabelsError, Subject, Subjects, load
 from training.data.randomness import Random
 from training.report import write_log
 
@@ -237,3 +238,27 @@ def fit(config: ClassTraining, subjects: Subjects, output: Path, *, resume: bool
             atomic.write_atomically(checkpoint, partial(torch.save, trainer.state()))
             write_log(trainer.log, output / LOG)
     return trainer
+
+
+def fit_to_cohort(
+    config: ClassTraining, cohort: Path, output: Path, device: torch.device, *, resume: bool
+) -> dict | None:
+    """What a training on the labels of a prepared cohort came to, see :meth:`ClassTrainer.weights`.
+
+    None where the configuration asks for no class network, or where the cohort has no labels.
+
+    Args:
+        cohort: what is learnt from where the configuration names no sources.
+        output, resume: as in :func:`fit`.
+    """
+    if not config.steps:
+        return None
+    if not config.sources:
+        config = replace(config, sources=[Source(cohort=str(cohort))])
+    try:
+        read = load(config, device)
+    except NoLabelsError as error:
+        print(f"no class network is trained: {error}")
+        return None
+    fit(config, read, output, resume=resume)
+    return torch.load(output / BEST, map_location="cpu", weights_only=True)
