@@ -15,7 +15,7 @@ from DivRegNetLib.registration.pipeline import register
 from training import layers
 from training import train as train_whole
 from training.classes import draws, export, subjects, train
-from training.classes.config import Augmentation, ClassTraining, Painting
+from training.classes.config import CONFIGS, Augmentation, ClassTraining, Painting
 from training.classes.loss import terms
 from training.classes.trainer import BEST, LAST, LOG, fit
 from training.experiments import classes as experiment
@@ -382,3 +382,11 @@ def test_a_model_that_is_fine_tuned_without_labels_keeps_its_class_network(train
     first, second = models.load(card), models.load(str(tmp_path / "models" / "tuned.json"))
     assert second.card.classes == first.card.classes
     assert all(torch.equal(v, second.classnet.state_dict()[k]) for k, v in first.classnet.state_dict().items())
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_bundled_file_can_be_read_and_names_no_class_that_it_does_not_list(file):
+    config = layers.load(ClassTraining, file)
+    named = {n for s in config.sources for classes in (s.classes or {}).values() for n in classes.split("|")}
+    assert config.steps and named <= set(config.names)
+    assert layers.load(ClassTraining, file, preset="quick").steps < config.steps

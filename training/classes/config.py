@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "classes"
 KINDS = ("images", "paint", "nothing", "shapes")
 PRECISIONS = ("auto", "32", "bf16")
 

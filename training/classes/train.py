@@ -1,6 +1,6 @@
 """Trains the class network that a model's registrations are guided by, alone.
 
-    python training/classes/train.py --config training/configs/classes-heads.yaml --output DIR [--resume] [KEY=VALUE ...]
+    python training/classes/train.py --config training/configs/classes/heads.yaml --output DIR [--resume] [KEY=VALUE ...]
     python training/classes/train.py --cohort PREPARED --output DIR
 
 ``python training/train.py --labels ...`` does this as part of a whole training; this command is for label maps that are
@@ -26,7 +26,7 @@ INTERRUPTED = 130
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=CONFIGS / "classes.yaml", help="default: %(default)s")
+    parser.add_argument("--config", type=Path, default=CONFIGS / "cohort.yaml", help="default: %(default)s")
     parser.add_argument("--cohort", type=Path, help="a prepared cohort with labels, in place of the configuration's")
     parser.add_argument("--preset", help="one of those in the configuration, such as quick")
     parser.add_argument("--output", type=Path, required=True, help="checkpoints and log")

@@ -119,7 +119,7 @@ def trained(data: Path, count: int, args: argparse.Namespace) -> models.Model:
     prepare.prepare_cohort(rows, cohort, prepare.Preparation(spacing_mm=1.0, workers=args.workers))
     run, steps = args.output / f"cases-{count}", {"steps": args.steps} if args.steps else {}
     source = {"cohort": str(cohort), "cases": count, "classes": {1: "anterior", 2: "posterior"}}
-    file, name = CONFIGS / "classes.yaml", f"{NAME}-{count}"
+    file, name = CONFIGS / "cohort.yaml", f"{NAME}-{count}"
     config = layers.load(ClassTraining, file, overrides=args.overrides, name=name, sources=[source], **steps)
     fit(config, subjects.load(config, pick_device(args.device)), run, resume=True)
     return models.load(str(export(run, config.name, args.output / "models", {"license": "CC-BY-SA-4.0"})))
@@ -154,7 +154,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("build/classes"))
     parser.add_argument("--workers", type=int, default=0, help="processes of the preparation (default: one per CPU)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of training/configs/classes.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of training/configs/classes/cohort.yaml")
     args = parser.parse_intermixed_args()
     try:
         lines, rows = [], {}
