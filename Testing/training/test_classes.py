@@ -57,7 +57,12 @@ def test_a_label_stands_for_the_classes_that_it_names(two_cohorts):
     ])  # fmt: skip
     read = subjects.load(config)
     assert read.names == ("background", "one", "two", "three")
-    ((_, (a,)), (_, (c,))), (b,) = read.train, read.validation  # a volume without labels is left out
+    (fine_stock, coarse_stock) = read.stocks
+    (a,), (b,), (c,) = (
+        fine_stock.subjects,
+        fine_stock.validation,
+        coarse_stock.subjects,
+    )  # a volume without labels is left out
     assert (a.name, b.name, c.name) == ("a", "b", "c")
 
     def members(subject, label):
@@ -77,7 +82,7 @@ def test_a_label_that_a_volume_lacks_may_be_there_unless_the_source_says_otherwi
     )
     for absent, background in (("unknown", {0, 3}), ("background", {0})):
         read = subjects.load(tiny(folder, sources=[{"cohort": str(folder), "absent": absent}]))
-        b = read.train[0][1][1]
+        b = read.stocks[0].subjects[1]
         assert set(read.sets[b.set_of[0]].nonzero()[:, 0].tolist()) == background
 
 
@@ -87,7 +92,7 @@ def test_of_anatomy_that_is_not_to_be_known_everything_is_background(two_cohorts
     read = subjects.load(
         tiny(fine, sources=[{"cohort": str(fine)}, *({"cohort": str(coarse), "kind": k} for k in kinds)])
     )
-    for _, (c,) in read.train[1:]:
+    for (c,) in (stock.subjects for stock in read.stocks[1:]):
         assert (c.set_of == subjects.OUTSIDE).all() and read.sets[subjects.OUTSIDE].tolist() == [1, 0, 0, 0]
         looks = [draws.look(c, (16, 16, 16), 4.0, "robust", Augmentation(), Painting(), seed) for seed in (1, 2)]
         assert all(look.image.std() > 0 and (look.sets == subjects.OUTSIDE).all() for look in looks)
@@ -97,7 +102,7 @@ def test_of_anatomy_that_is_not_to_be_known_everything_is_background(two_cohorts
 def test_a_class_that_a_coarse_label_names_may_be_where_there_is_no_label(two_cohorts):
     source = {"cohort": str(two_cohorts[1]), "classes": {7: "two|three"}, "elsewhere": ["three"]}
     read = subjects.load(tiny(two_cohorts[1], sources=[source], names=["one", "two", "three"]))
-    c = read.train[0][1][0]
+    (c,) = read.stocks[0].subjects
     assert read.sets[c.set_of[0]].tolist() == [1, 1, 0, 1] and read.sets[c.set_of[7]].tolist() == [0, 0, 1, 1]
 
 
@@ -123,12 +128,12 @@ def test_an_unknown_key_is_named():
 
 def subject(two_cohorts, **values):
     read = subjects.load(tiny(two_cohorts[0], **values))
-    return read.train[0][1][0], read
+    return read.stocks[0].subjects[0], read.stocks[0]
 
 
 def test_unchanged_a_volume_looks_as_it_does_on_disk(two_cohorts):
     a, read = subject(two_cohorts)
-    image, sets = draws.plain(a, read.shape, read.spacing, "robust")
+    image, sets = draws.plain(a, read.shape, read.spacing[0], "robust")
     torch.testing.assert_close(image, normalize(a.images[:1].float(), "robust"), atol=1e-3, rtol=0)
     assert torch.equal(sets, a.set_of[a.labels.long()])
 
@@ -139,7 +144,7 @@ def test_labels_go_where_the_image_goes(two_cohorts):
     a = subjects.Subject(**vars(a) | {"images": a.labels.half() / 4})
     moved = Augmentation(**vars(NONE) | {"degrees": 30, "scale": 0.3, "stretch": 0.2, "shift": 0.2, "elastic": 0.2})
     for seed in range(3):
-        image, sets = draws.look(a, (20, 16, 24), read.spacing, "robust", moved, Painting(), seed)
+        image, sets = draws.look(a, (20, 16, 24), read.spacing[0], "robust", moved, Painting(), seed)
         agree = torch.corrcoef(torch.stack((image.flatten(), sets.flatten().float())))[0, 1]
         assert sets.any() and agree > 0.9
 
@@ -149,7 +154,7 @@ def test_outside_the_field_of_view_the_image_is_0_and_background(two_cohorts):
     a = subjects.Subject(**vars(a) | {"images": torch.ones_like(a.images), "labels": torch.ones_like(a.labels)})
     cropped = Augmentation(**vars(NONE) | {"crop": 1.0, "noise": 0.1})
     for shape, seed in (((32, 32, 32), 1), ((16, 16, 16), 2)):
-        image, sets = draws.look(a, shape, read.spacing, "robust", cropped, Painting(), seed)
+        image, sets = draws.look(a, shape, read.spacing[0], "robust", cropped, Painting(), seed)
         outside = sets == subjects.OUTSIDE
         assert outside.any() and not outside.all() and (image[outside] == 0).all()
 
@@ -165,8 +170,8 @@ def test_a_label_map_is_painted_in_other_contrasts_each_time(tmp_path, write_coh
     folder = write_cohort(tmp_path / "maps", {"a": {"labels": labels, "brain": brain, "contrasts": []}},
                           tissues=["background", "white", "gray", "fluid"])  # fmt: skip
     read = subjects.load(tiny(folder, sources=[{"cohort": str(folder), "kind": "paint"}]))
-    a = read.train[0][1][0]
-    images = [draws.plain(a, read.shape, read.spacing, "balanced", seed).image for seed in range(6)]
+    (a,), stock = read.stocks[0].subjects, read.stocks[0]
+    images = [draws.plain(a, stock.shape, stock.spacing[0], "balanced", seed).image for seed in range(6)]
     means = torch.stack([torch.stack([x[a.labels == n].mean() for n in (1, 2, 3)]) for x in images])
     assert len({tuple(row.argsort().tolist()) for row in means}) > 1
 
@@ -287,7 +292,7 @@ def test_of_few_cases_only_these_are_learnt_from(tmp_path, write_cohort, anatomy
     folder = write_cohort(tmp_path / "cohort", volumes)
     for cases, learnt in ((2, ["a", "b"]), (0, ["a", "b", "c"])):
         read = subjects.load(tiny(folder, sources=[{"cohort": str(folder), "cases": cases}]))
-        assert [s.name for s in read.train[0][1]] == learnt
+        assert [s.name for s in read.stocks[0].subjects] == learnt
 
 
 def test_the_experiment_trains_on_few_cases_and_compares_on_pairs_it_never_saw(tmp_path, anatomy, monkeypatch, capsys):

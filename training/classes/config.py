@@ -14,10 +14,12 @@ class Source:
     """A prepared cohort that the network learns from.
 
     cohort: its folder.
-    kind: ``images`` looks at its images, ``paint`` paints its label maps in random contrasts, ``nothing`` looks at its
+    kind: ``images`` looks at its images, ``paint`` paints its label maps (those without images, if
+        there are any) in random contrasts, ``nothing`` looks at its
         images, of which everything is background: anatomy that the network is not to know. ``shapes`` does the same with
         random shapes in random contrasts on the cohort's grid.
-    share: how often a volume is drawn from it, relative to the other sources.
+    share: how often a step is made with its volumes, relative to the other sources.
+    shape, spacing: of the images that are looked at, where they are not those of the training, see :class:`ClassTraining`.
     classes: label -> name of its class, or names joined by ``|`` where the label covers several of them. A label that is
         not listed is part of what is not labeled. None: every label is a class of its own, called by its number.
     elsewhere: classes that may be also where the volumes have no label, although some of their labels name them.
@@ -28,6 +30,8 @@ class Source:
     cohort: str = ""
     kind: str = "images"
     share: float = 1.0
+    shape: list[int] = field(default_factory=list)
+    spacing: tuple[float, float] = (0.0, 0.0)
     classes: dict[int, str] | None = None
     elsewhere: list[str] = field(default_factory=list)
     cases: int = 0
@@ -99,8 +103,10 @@ class ClassTraining:
     steps: 0: there is no class network.
     names: of the classes but background, in their order; empty: those that the sources name, in the order of their labels.
     sources: what is learnt from.
-    shape: sides (D, H, W) of the images that are looked at, in voxels; empty: those of the first source's cohort.
-    spacing: mm of their voxels, from and to, drawn anew each time; 0: that of the cohort.
+    shape: sides (D, H, W) of the images that are looked at, in voxels; empty: those of the source's cohort. Smaller ones are
+        parts that may lie anywhere.
+    spacing: mm of their voxels, from and to, drawn anew each time; 0: that of the source's cohort.
+    normalization: of the images, a key of :data:`DivRegNetLib.core.intensity.SCHEMES`; "": that of the first source's cohort.
     channels, stride: see :class:`DivRegNetLib.similarity.classes.ClassNetConfig`.
     batch: images per step.
     learning_rate: largest, reached after ``warmup`` steps, falling to a hundredth by a cosine.
@@ -117,6 +123,7 @@ class ClassTraining:
     sources: list[Source] = field(default_factory=list)
     shape: list[int] = field(default_factory=list)
     spacing: tuple[float, float] = (0.0, 0.0)
+    normalization: str = ""
     channels: list[int] = field(default_factory=lambda: [32, 64, 64])
     stride: int = 2
     steps: int = 0

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from DivRegNetLib.core.intensity import LEVELS, QUANTILE_VOXELS
 from training.classes.config import Augmentation, Painting
-from training.classes.subjects import OUTSIDE, Subject
+from training.classes.subjects import LABELS, OUTSIDE, Subject
 from training.data.free_form import bspline_basis, evaluate
 from training.data.randomness import Random
 from training.data.synthesis import CONTRAST_OF_TISSUE
@@ -52,7 +52,7 @@ def look(
     points = _points(subject, shape, spacing, a, numbers, device)
     inside = (points.abs() <= 1).all(-1)[:, None] & _field_of_view(shape, a, numbers).to(device, non_blocking=True)
     labels = _sampled(subject.labels, points, "nearest").long()
-    if subject.images is None and not subject.tissues:
+    if subject.kind == "shapes":
         image = _painted_shapes(points, painting, numbers, noise)
     elif subject.images is None:
         image = _painted(subject, labels, points, painting, numbers, noise)
@@ -126,7 +126,7 @@ def _painted(
     subject: Subject, labels: Tensor, points: Tensor, painting: Painting, numbers: Random, noise: Random
 ) -> Tensor:
     """An image of a label map: a mean and a texture per label."""
-    count = max(len(subject.tissues), 1)
+    count = len(subject.tissues) or LABELS
     means, texture = numbers.uniform(0.03, 1, count), numbers.uniform(0, painting.texture, count)
     if numbers.chance(painting.known_contrast) and subject.tissues:
         table = CONTRAST_OF_TISSUE[numbers.choice(tuple(CONTRAST_OF_TISSUE))]

@@ -53,7 +53,7 @@ def export(run: Path, name: str, folder: Path, about: dict) -> Path:
         FileNotFoundError: nothing was validated yet; ValueError: an unknown key, or a value that cannot be.
     """
     net, kept = load(run)
-    low, high = kept["config"]["spacing"]
+    spacings = {mm for stock in kept["spacing"] for mm in stock}
     values = {
         "name": name,
         "version": "1.0",
@@ -61,7 +61,7 @@ def export(run: Path, name: str, folder: Path, about: dict) -> Path:
         "modalities": ["any"],
         "anatomy": "not stated",
         "skull": "not applicable",
-        "spacing_mm": float(kept["spacing"] if low == 0 else low if low == high else 0),
+        "spacing_mm": spacings.pop() if len(spacings) == 1 else 0.0,
         "normalization": kept["normalization"],
         "methods": ["variational"],
         "variational": DEFAULT.as_dict(),

@@ -33,11 +33,12 @@ class Subject:
     labels: (1, 1, D, H, W) uint8.
     set_of: (256,) long: label -> number of the set of classes that it stands for.
     brain: (1, 1, D, H, W) uint8, 1 inside the skull, or None.
-    tissues: label -> ``white``, ``gray``, ``fluid`` or ``other``, of what is painted.
+    tissues: label -> ``white``, ``gray``, ``fluid`` or ``other``, where that is known.
     spacing: mm.
     """
 
     name: str
+    kind: str
     images: Tensor | None
     labels: Tensor
     set_of: Tensor
@@ -47,21 +48,34 @@ class Subject:
 
 
 @dataclass(frozen=True)
+class Stock:
+    """What a source has to learn from.
+
+    subjects: to train on; ``validation``: to judge by.
+    shape: (D, H, W) of the images that are looked at, in voxels.
+    spacing: mm of their voxels, from and to.
+    """
+
+    share: float
+    subjects: tuple[Subject, ...]
+    validation: tuple[Subject, ...]
+    shape: tuple[int, int, int]
+    spacing: tuple[float, float]
+
+
+@dataclass(frozen=True)
 class Subjects:
     """All that a training reads.
 
     names: of the classes, background first.
     sets: (sets, classes) float, 1 where a set holds a class; the first holds background alone.
-    train: for each source, its share and its subjects.
-    validation: subjects to judge by.
+    stocks: one for each source.
+    normalization: a key of :data:`DivRegNetLib.core.intensity.SCHEMES`.
     """
 
     names: tuple[str, ...]
     sets: Tensor
-    train: tuple[tuple[float, tuple[Subject, ...]], ...]
-    validation: tuple[Subject, ...]
-    shape: tuple[int, int, int]
-    spacing: float
+    stocks: tuple[Stock, ...]
     normalization: str
 
 
@@ -77,38 +91,36 @@ def load(config: ClassTraining, device: torch.device | str = "cpu") -> Subjects:
     read = [cohorts.load(Path(source.cohort), device) for source in config.sources]
     names = _names(config, read)
     sets: dict[frozenset[int], int] = {frozenset((0,)): OUTSIDE}
-    train, validation = [], []
+    stocks = []
     for source, cohort in zip(config.sources, read, strict=True):
-        usable = [v for v in cohort.volumes if _fits(v, source.kind)]
-        if source.kind == "shapes":
-            usable = [_shapes(cohort, device)]
+        usable = _usable(cohort, source.kind, device)
         made = {v.name: _subject(v, cohort, source, names, sets) for v in usable}
-        mine = tuple(made[v.name] for v in usable if v.split == "train")[: source.cases or None]
-        if not mine:
+        train = tuple(made[v.name] for v in usable if v.split == "train")[: source.cases or None]
+        if not train:
             raise NoLabelsError(
                 f"{source.cohort}: no volume to train on has what a source of kind {source.kind!r} needs"
             )
-        train.append((source.share, mine))
-        validation += [made[v.name] for v in usable if v.split == "validation" and source.kind in LABELED]
+        held = tuple(made[v.name] for v in usable if v.split == "validation" and source.kind in LABELED)
+        shape = tuple(source.shape or config.shape) or cohort.shape
+        pairs = zip(source.spacing, config.spacing, strict=True)
+        stocks.append(Stock(source.share, train, held, shape, tuple(a or b or cohort.spacing for a, b in pairs)))
     table = torch.zeros(len(sets), len(names))
     for members, number in sets.items():
         table[number, list(members)] = 1
-    shape = tuple(config.shape) or read[0].shape
-    return Subjects(
-        names, table.to(device), tuple(train), tuple(validation), shape, read[0].spacing, read[0].normalization
-    )
+    return Subjects(names, table.to(device), tuple(stocks), config.normalization or read[0].normalization)
 
 
-def _shapes(cohort: cohorts.Cohort, device: torch.device | str) -> cohorts.Volume:
-    """Stands for random shapes, which are made anew each time, on a cohort's grid."""
-    return cohorts.Volume("shapes", "shapes", "both", "train", (), None, torch.zeros(1, 1, *cohort.shape, dtype=torch.uint8,
-                          device=device), None)  # fmt: skip
-
-
-def _fits(volume: cohorts.Volume, kind: str) -> bool:
+def _usable(cohort: cohorts.Cohort, kind: str, device: torch.device | str) -> list[cohorts.Volume]:
+    """The volumes of a cohort that a source of a kind uses."""
+    if kind == "shapes":  # made anew each time, on the cohort's grid
+        nothing = torch.zeros(1, 1, *cohort.shape, dtype=torch.uint8, device=device)
+        return [cohorts.Volume("shapes", "shapes", "both", "train", (), None, nothing, None)]
     if kind == "nothing":
-        return volume.images is not None
-    return volume.labels is not None and (kind == "paint" or volume.images is not None)
+        return [v for v in cohort.volumes if v.images is not None]
+    labeled = [v for v in cohort.volumes if v.labels is not None]
+    if kind == "images":
+        return [v for v in labeled if v.images is not None]
+    return [v for v in labeled if v.images is None] or labeled
 
 
 def _names(config: ClassTraining, read: Sequence[cohorts.Cohort]) -> tuple[str, ...]:
@@ -171,10 +183,11 @@ def _subject(
             set_of[label] = number(members) if members else rest
     return Subject(
         volume.name,
+        source.kind,
         None if source.kind == "paint" else volume.images,
         labels,
         torch.from_numpy(set_of).to(device),
         volume.brain,
-        () if source.kind == "shapes" else cohort.tissues,
+        cohort.tissues,
         cohort.spacing,
     )

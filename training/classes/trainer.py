@@ -23,7 +23,7 @@ from DivRegNetLib.similarity.classes import ClassNet, ClassNetConfig
 from training.classes import draws
 from training.classes.config import ClassTraining, Source
 from training.classes.loss import certainty, terms
-from training.classes.subjects import NoLabelsError, Subject, Subjects, load
+from training.classes.subjects import NoLabelsError, Stock, Subjects, load
 from training.data.randomness import Random
 from training.report import write_log
 
@@ -71,9 +71,9 @@ class ClassTrainer:
             "net": self.ema.module.state_dict(),
             "classnet": self.ema.module.config.as_dict(),
             "names": list(subjects.names),
-            "spacing": subjects.spacing,
+            "spacing": [list(stock.spacing) for stock in subjects.stocks],
             "normalization": subjects.normalization,
-            "volumes": sum(len(s) for _, s in subjects.train),
+            "volumes": sum(len(stock.subjects) for stock in subjects.stocks),
             "config": self.config.as_dict(),
             "step": self.step_number,
         }
@@ -98,24 +98,27 @@ class ClassTrainer:
         """Images (N, 1, D, H, W) of the present step, and how much of a voxel of the network's output each set of classes
         covers (N, S, d, h, w)."""
         config, looks = self.config, []
-        shape = self._padded(self.subjects.shape)
-        low, high = (math.log(mm or self.subjects.spacing) for mm in config.spacing)
-        for i in range(config.batch):
-            seed = 2 * ((config.seed * 1_000_003 + self.step_number) * 1009 + i)
-            random = Random(seed + 1)  # another one than the image's, or subjects and rotations would go together
-            subject, spacing = self._chosen(random), math.exp(random.number(low, high))
-            normalization = self.subjects.normalization
-            looks.append(draws.look(subject, shape, spacing, normalization, config.augmentation, config.painting, seed))
+        seed = (config.seed * 1_000_003 + self.step_number) * 1009
+        stock = self._chosen(Random(seed))
+        shape, (low, high) = self._padded(stock.shape), map(math.log, stock.spacing)
+        for i in range(1, config.batch + 1):
+            # Another seed than the image's, or subjects and rotations would go together.
+            random = Random(2 * (seed + i) + 1)
+            subject, spacing = random.choice(stock.subjects), math.exp(random.number(low, high))
+            normalization, painting = self.subjects.normalization, config.painting
+            looks.append(
+                draws.look(subject, shape, spacing, normalization, config.augmentation, painting, 2 * (seed + i))
+            )
         image, sets = (torch.cat(x) for x in zip(*looks, strict=True))
         return image, self._fractions(sets)
 
-    def _chosen(self, random: Random) -> Subject:
-        """A subject to look at: a source by its share, and any of its subjects."""
-        at = random.number(0, sum(share for share, _ in self.subjects.train))
-        for share, subjects in self.subjects.train:  # noqa: B007
-            if (at := at - share) < 0:
+    def _chosen(self, random: Random) -> Stock:
+        """What a step learns from: a source by its share."""
+        at = random.number(0, sum(stock.share for stock in self.subjects.stocks))
+        for stock in self.subjects.stocks:
+            if (at := at - stock.share) < 0:
                 break
-        return random.choice(subjects)
+        return stock
 
     def _padded(self, shape: Sequence[int]) -> tuple[int, ...]:
         return tuple(-(-math.ceil(n) // self.multiple) * self.multiple for n in shape)
@@ -154,8 +157,10 @@ class ClassTrainer:
     def validate(self) -> dict[str, float]:
         """Dice of each class over the validation subjects as they are, by the averaged network; and the mean of these."""
         hits = torch.zeros(3, len(self.subjects.names), dtype=torch.float64)
-        spacing = math.exp(sum(math.log(s or self.subjects.spacing) for s in self.config.spacing) / 2)
-        for number, subject in enumerate(self.subjects.validation):
+        held = [
+            (subject, math.prod(stock.spacing) ** 0.5) for stock in self.subjects.stocks for subject in stock.validation
+        ]
+        for number, (subject, spacing) in enumerate(held):
             shape = self._padded([n * subject.spacing / spacing for n in subject.labels.shape[2:]])
             image, sets = draws.plain(subject, shape, spacing, self.subjects.normalization, number)
             probable = self.ema.module.probabilities(image)
