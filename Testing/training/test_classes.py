@@ -262,8 +262,13 @@ def test_the_command_trains_and_says_what_came_of_it(two_cohorts, tmp_path, monk
     assert "step 2" in capsys.readouterr().out
     assert train.main() == 2
     assert "--resume" in capsys.readouterr().err
-    monkeypatch.setattr("sys.argv", ["train.py", *options, "--resume", *short])
+    monkeypatch.setattr("sys.argv", ["train.py", *options, "--resume", "--minutes", "0.001", *short[1:]])
+    assert train.main() == 0  # the steps are those that it was begun with
+    assert "step 2" in capsys.readouterr().out
+    options[3] = str(tmp_path / "timed")
+    monkeypatch.setattr("sys.argv", ["train.py", *options, "--minutes", "1e-9", *short[1:]])
     assert train.main() == 0
+    assert "step 1," in capsys.readouterr().out
 
 
 def test_a_trained_network_becomes_a_model_that_registers(two_cohorts, tmp_path, monkeypatch, grid, moving_grid, paint):

@@ -19,7 +19,7 @@ from DivRegNetLib.io.output_folder import exclusive
 from training import layers
 from training.classes import subjects
 from training.classes.config import CONFIGS, ClassTraining
-from training.classes.trainer import fit, steps_in
+from training.classes.trainer import fit, steps_begun, steps_in
 
 INTERRUPTED = 130
 
@@ -32,7 +32,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True, help="checkpoints and log")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted training")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--minutes", type=float, help="of training; so many steps as this device makes in them")
+    parser.add_argument("--minutes", type=float, help="of training: as many steps as this device makes in them")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the configuration")
     args = parser.parse_intermixed_args()
     try:
@@ -42,7 +42,7 @@ def main() -> int:
         with exclusive(args.output):
             read = subjects.load(config, device)
             if args.minutes:
-                config = replace(config, steps=steps_in(60 * args.minutes, config, read))
+                config = replace(config, steps=steps_begun(args.output) or steps_in(60 * args.minutes, config, read))
             trainer = fit(config, read, args.output, resume=args.resume)
         print(f"{args.output}: step {trainer.step_number}, best Dice {trainer.best:.4f} of {', '.join(read.names[1:])}")
     except (ValueError, OSError, FloatingPointError, DivRegNetError) as error:

@@ -186,6 +186,12 @@ def _fast_at_half(device: torch.device) -> bool:
     return getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # neither public nor in every version of PyTorch
 
 
+def steps_begun(output: Path) -> int:
+    """The steps of the training that a folder holds, of which a part is made; 0 where it holds none."""
+    file = output / LAST
+    return torch.load(file, map_location="cpu", weights_only=True)["config"]["steps"] if file.exists() else 0
+
+
 def steps_in(seconds: float, config: ClassTraining, subjects: Subjects) -> int:
     """How many steps this device makes in a time, the validations among them left out; tried on a trainer that is dropped."""
     trainer, tried = ClassTrainer(config, subjects), 20
