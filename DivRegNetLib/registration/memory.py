@@ -24,7 +24,10 @@ LIBRARIES = 343e6  # torch (CPU), ITK, numpy and a model
 EXTRA = 170e6  # code loaded later, slabs, patches, pictures, and memory that the allocator keeps
 # Bytes per voxel of the working grid.
 FIELDS = 180  # images, fields, histograms and their copies while the network runs
+SAMPLED = 60  # the part of FIELDS that is there before any network runs
+FLOAT = 4
 PER_CHANNEL = 12  # features of the two finest levels, joined, before and after a convolution
+PER_CLASS = 16  # on the displacement's grid: class probabilities of both images, warped, and their gradients
 INVERSION = 275  # of the field, after the network's memory is free
 REFINEMENT = 60  # at full resolution, where the field is twice as fine
 # Bytes per voxel of the volumes.
@@ -87,8 +90,14 @@ def estimate(
         fields: grids of the displacement field and its inverse; None: those of the volumes.
     """
     grid = working_grid(card, fixed, max(spacing or card.working_spacing(fixed, moving), FINEST_MM))
-    channels = card.regnet.get("channels") or (16, 32)
+    channels = (16, 32) if card.regnet is None else card.regnet.get("channels") or (16, 32)
     network = FIELDS + PER_CHANNEL * sum(channels[:2]) / _stride(card) ** 3 + (REFINEMENT if refine else 0)
+    if card.classnet is not None:  # it runs before the others, and its probabilities are kept
+        finest, classes = _stride(card) ** 3, len(card.classes)
+        voxels = card.classnet.get("stride", 1) ** 3
+        kept = 2 * FLOAT * classes / voxels
+        running = PER_CHANNEL * sum(card.classnet.get("channels", (16, 32))[:2]) / voxels
+        network = kept + max(network + PER_CLASS * classes / finest, SAMPLED + running)
     in_fields = [g.voxels for g in fields or (fixed, moving)]
     host = max(
         SMOOTHING * max(fixed.voxels, moving.voxels),
@@ -209,4 +218,4 @@ def _left_in_group(group: Path) -> float | None:
 
 
 def _stride(card: Card) -> int:
-    return card.regnet.get("stride", 2)
+    return (card.variational if card.regnet is None else card.regnet).get("stride", 2)
