@@ -10,7 +10,6 @@ Conventions, everywhere in this file:
 """
 
 import functools
-import math
 from collections.abc import Callable
 
 import torch

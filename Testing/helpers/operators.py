@@ -8,14 +8,53 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 # Views and allocations, which start no kernel on a GPU.
 NO_KERNEL = frozenset(
-    "_reshape_alias _unsafe_view alias as_strided detach detach_ diagonal empty empty_like empty_permuted empty_strided "
-    "expand lift_fresh new_empty new_empty_strided permute select slice split split_with_sizes squeeze t transpose unbind "
-    "unfold unsqueeze view".split()
+    [
+        "_reshape_alias",
+        "_unsafe_view",
+        "alias",
+        "as_strided",
+        "detach",
+        "detach_",
+        "diagonal",
+        "empty",
+        "empty_like",
+        "empty_permuted",
+        "empty_strided",
+        "expand",
+        "lift_fresh",
+        "new_empty",
+        "new_empty_strided",
+        "permute",
+        "select",
+        "slice",
+        "split",
+        "split_with_sizes",
+        "squeeze",
+        "t",
+        "transpose",
+        "unbind",
+        "unfold",
+        "unsqueeze",
+        "view",
+    ]
 )
 # Their result, or its shape, is needed on the CPU before the program can go on.
 WAITS = frozenset(
-    "_local_scalar_dense _unique2 bincount equal histc is_nonzero item lift_fresh masked_select nonzero "
-    "nonzero_numpy unique_consecutive unique_dim".split()
+    [
+        "_local_scalar_dense",
+        "_unique2",
+        "bincount",
+        "equal",
+        "histc",
+        "is_nonzero",
+        "item",
+        "lift_fresh",
+        "masked_select",
+        "nonzero",
+        "nonzero_numpy",
+        "unique_consecutive",
+        "unique_dim",
+    ]
 )
 
 

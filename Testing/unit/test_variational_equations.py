@@ -105,10 +105,10 @@ def test_the_information_is_that_of_the_displacement_and_rises_from_step_to_step
     moving, fixed, truth = deformed((32, 32, 32), 1.5, seed=10)
     equations, displacement, information = equations_of(fixed, moving, FULL), None, []
     for _ in range(6):
-        information.append(equations.information(displacement).item())
+        information.append(equations.objective(displacement).item())
         displacement, _ = next_step(equations, displacement, DEFAULT.first_smoothness)
     assert information == sorted(information)
-    aligned = equations.information(truth).item()
+    aligned = equations.objective(truth).item()
     assert information[0] < 0.7 * aligned and information[-1] > 0.8 * aligned
 
 

@@ -276,7 +276,7 @@ def test_the_guidance_of_the_swapped_pair_is_its_second_half(seed):
 def objective(fixed, moving, displacement) -> float:
     """What refinement maximizes."""
     coarse = fields.coarsen(displacement, 2, 2)
-    information = Equations(fixed, moving, REFINEMENT, REFINEMENT.levels[-1]).information(coarse)
+    information = Equations(fixed, moving, REFINEMENT, REFINEMENT.levels[-1]).objective(coarse)
     squared = sum(gradient.square().sum() / gradient[0, 0].numel() for gradient in fields.gradients(coarse))
     return information.item() - REFINEMENT.last_smoothness.elastic / 2 * squared.item()
 

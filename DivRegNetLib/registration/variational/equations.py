@@ -12,11 +12,14 @@ Axis order and units as in :mod:`DivRegNetLib.core.fields`. Nothing here is diff
 shape depends on the data.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from DivRegNetLib.core import fields
+from DivRegNetLib.registration.variational.features import FeatureEquations
 from DivRegNetLib.registration.variational.histograms import histogram_rows, to_bins, write_tables
 from DivRegNetLib.registration.variational.schedule import sampling_offsets
 from DivRegNetLib.registration.variational.settings import Level, VariationalSettings
@@ -30,13 +33,21 @@ class Equations:
     """The equations of a pair at one level, for any displacement."""
 
     def __init__(
-        self, fixed: Tensor, moving: Tensor, settings: VariationalSettings, level: Level, valid: Valid | None = None
+        self,
+        fixed: Tensor,
+        moving: Tensor,
+        settings: VariationalSettings,
+        level: Level,
+        valid: Valid | None = None,
+        features: Sequence[FeatureEquations] = (),
     ) -> None:
         """
         Args:
             fixed, moving: (N, 1, D, H, W) in [0, 1], sides multiples of ``level.shrink * settings.stride``.
             valid: where the images were measured, see :func:`eroded`; None: everywhere.
+            features: whose equations are added to those of mutual information.
         """
+        self.features = features
         images = (fixed, moving) if valid is None else (fixed, moving, *(v.to(fixed.dtype) for v in valid))
         if level.shrink > 1:
             images = F.avg_pool3d(torch.cat(images, 1), level.shrink).split(1, 1)
@@ -70,13 +81,18 @@ class Equations:
             moving_gradient = torch.addcmul(moving_gradient, along[:, :, 0], warped[:, 1:2], value=0.5)
             moving_gradient.addcmul_(along[:, :, 1], warped[:, 2:3], value=0.5)
             moving_gradient.addcmul_(along[:, :, 2], warped[:, 3:4], value=0.5)
-        return _normal(moving_gradient, self.fixed_gradient[self._sampled(number)], self._values(cell))
+        normal = _normal(moving_gradient, self.fixed_gradient[self._sampled(number)], self._values(cell))
+        for terms in self.features:
+            normal += terms(displacement)
+        return normal
 
-    def information(self, displacement: Tensor | None) -> Tensor:
-        """(N,): mean pointwise mutual information in nats, of the voxels that step 0 samples and that are counted."""
-        warped, cell = self._sample(displacement, 0)
+    def objective(self, displacement: Tensor | None) -> Tensor:
+        """(N,): mean pointwise mutual information of the voxels that step 0 samples and that are counted, less the energy of
+        the features, in nats."""
+        _, cell = self._sample(displacement, 0)
         counted = (cell != self.layout.cells).flatten(1).sum(1).clamp_min_(1)
-        return self._values(cell)[4].flatten(1).sum(1) / counted
+        information = self._values(cell)[4].flatten(1).sum(1) / counted
+        return information - sum(terms.energy(displacement) for terms in self.features)
 
     def _sampled(self, number: int) -> tuple:
         """Index of the voxels of the images that a step samples."""

@@ -5,7 +5,7 @@ which joint histograms give in closed form for a single pair. :mod:`.equations` 
 :mod:`.solver` into a smooth step; here steps are made from level to level. docs/method.md derives them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from DivRegNetLib.core import fields
 from DivRegNetLib.registration.variational import solver
 from DivRegNetLib.registration.variational.equations import Equations, Valid, eroded
+from DivRegNetLib.registration.variational.features import FeatureEquations, Features
 from DivRegNetLib.registration.variational.schedule import Stage, schedule
 from DivRegNetLib.registration.variational.settings import Smoothness, VariationalSettings
 
@@ -28,6 +29,7 @@ def register(
     start: Tensor | None = None,
     valid: Valid | None = None,
     measured: int | None = None,
+    features: Sequence[Features] = (),
     progress: Progress = lambda fraction: None,
 ) -> Tensor:
     """The displacement after ``settings.steps`` steps.
@@ -38,6 +40,7 @@ def register(
         valid: where the images were measured; None: everywhere.
         measured: voxels that were measured in both images, where that is known; None: they are counted, for which a GPU is
             waited for.
+        features: of both images, whose equations are added to those of mutual information.
         progress: called after every step with the fraction of the steps that are done, up to 1; what it raises ends the
             registration.
     Returns:
@@ -48,17 +51,20 @@ def register(
     fixed, moving = (fields.padded(x, settings.multiple) for x in (fixed, moving))
     valid = None if valid is None else tuple(fields.padded(v, settings.multiple, mode="constant") for v in valid)
     shape = fixed.shape[2:]
+    features = [f.extended(shape) for f in features]
     if start is None and settings.min_gain is not None:
         start = fixed.new_zeros(len(fixed), 3, *(n // settings.stride for n in shape))
     displacement = start
     with torch.autocast(fixed.device.type, enabled=False):  # counting voxels needs more than 16 bits
         stages = schedule(settings, _measured(fixed, valid, settings) if measured is None else measured)
-        valid = None if valid is None else eroded(*valid)
+        inner = None if valid is None else eroded(*valid)
         total, done = sum(len(stage.smoothness) for stage in stages), 0
         for stage in stages:
             coarser = settings.stride * stage.level.shrink
             before = None if displacement is None else fields.resize(displacement, tuple(n // coarser for n in shape))
-            equations = Equations(fixed, moving, settings, stage.level, valid)
+            grid = tuple(n // coarser for n in shape)
+            terms = [FeatureEquations(f, grid, valid, settings.validity_threshold) for f in features]
+            equations = Equations(fixed, moving, settings, stage.level, inner, terms)
             after = _level(equations, stage, before, lambda steps, done=done: progress((done + steps) / total))
             done += len(stage.smoothness)
             if after is not before:
@@ -115,7 +121,7 @@ def _objective(equations: Equations, displacement: Tensor) -> float:
     are sampled each time, so that values can be compared."""
     # fields.diffusion is a mean over the three components, of which the energy is the sum.
     elastic = equations.settings.last_smoothness.elastic / 2 * 3 * fields.diffusion(displacement).item()
-    return equations.information(displacement).mean().item() - elastic
+    return equations.objective(displacement).mean().item() - elastic
 
 
 def _measured(fixed: Tensor, valid: Valid | None, settings: VariationalSettings) -> int:

@@ -19,14 +19,8 @@ from torch import Tensor
 from DivRegNetLib.core import fields
 from DivRegNetLib.registration.variational.settings import Smoothness, VariationalSettings
 
-COMPONENTS = (
-    (0, 0),
-    (1, 1),
-    (2, 2),
-    (0, 1),
-    (0, 2),
-    (1, 2),
-)  # of a symmetric matrix, in the order in which they are kept
+# Components of a symmetric matrix, in the order in which they are kept.
+COMPONENTS = ((0, 0), (1, 1), (2, 2), (0, 1), (0, 2), (1, 2))
 TINY = 1e-30  # keeps divisions by 0 finite
 
 
