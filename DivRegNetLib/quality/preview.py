@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
+from DivRegNetLib.core.composites import displacement_on
 from DivRegNetLib.core.grid import Grid, affine_transform, apply_matrix
 from DivRegNetLib.core.intensity import percentile_window, stretch, subsample
 from DivRegNetLib.io import atomic
@@ -87,7 +88,9 @@ def write_preview(fixed: sitk.Image, moving: sitk.Image, result, path: Path) -> 
     from matplotlib.collections import LineCollection
     from matplotlib.figure import Figure
 
-    displacement = field_displacement(result.transform.GetDisplacementField())
+    def displacement(grid: Grid) -> np.ndarray:
+        return sitk.GetArrayFromImage(displacement_on(result.transform, grid))
+
     planes, spacing = cut_planes(fixed, moving, result.warped, displacement, result.initial)
     height, width = (max(plane.images[0].shape[i] for plane in planes) for i in (0, 1))
     gap = max(width, height) // 12  # takes the titles

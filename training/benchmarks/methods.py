@@ -130,7 +130,9 @@ def convex_adam(settings: dict) -> Register:
 def divregnet(settings: dict) -> Register:
     """DivRegNet without its own alignment, as the pair is aligned."""
     from DivRegNetLib import models
+    from DivRegNetLib.core.composites import displacement_on
     from DivRegNetLib.core.device import pick_device
+    from DivRegNetLib.core.grid import Grid
     from DivRegNetLib.registration import pipeline
 
     model = models.load(settings["model"], pick_device(settings["device"]))
@@ -142,7 +144,9 @@ def divregnet(settings: dict) -> Register:
         result = pipeline.register(
             fixed, moving, spacing=fixed.GetSpacing()[0], refine=settings.get("refine", 0), **options
         )
-        displacement, inverse = (t.GetDisplacementField() for t in (result.transform, result.inverse))
+        displacement, inverse = (
+            displacement_on(t, Grid.of(i)) for t, i in ((result.transform, fixed), (result.inverse, moving))
+        )
         return Registered(displacement, inverse, result.timings["deform"])
 
     return _warmed(register)
