@@ -1,5 +1,6 @@
 """The picture of a registration: fixed, moving, warped, both interleaved, and the deformed grid, in three planes."""
 
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +119,9 @@ def write_preview(fixed: sitk.Image, moving: sitk.Image, result, path: Path) -> 
         axes.text((column + 0.5) * width, gap / 2, title, color="white", fontsize=10, ha="center", va="center")
     for plane, top in zip(planes, corners, strict=True):
         axes.text(1, top, plane.name, color="white", fontsize=8, va="bottom")
-    atomic.write_atomically(path, lambda part: figure.savefig(part, dpi=100, facecolor="black"))
+    picture = io.BytesIO()  # an error in drawing is not an error in writing
+    figure.savefig(picture, dpi=100, facecolor="black")
+    atomic.write_atomically(path, lambda part: part.write_bytes(picture.getvalue()))
 
 
 def _middle(grid: Grid, axis: int) -> Grid:
