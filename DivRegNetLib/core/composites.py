@@ -10,6 +10,8 @@ import SimpleITK as sitk
 
 from DivRegNetLib.core.grid import Grid, affine_transform
 
+LARGEST_GROWTH = 1.25  # of the number of voxels of a large field by its margin
+
 
 def composite(matrix: np.ndarray, field: sitk.Image) -> sitk.CompositeTransform:
     """``T(p) = matrix(p + d(p))``.

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from DivRegNetLib.core import fields
-from DivRegNetLib.core.composites import composite
+from DivRegNetLib.core.composites import LARGEST_GROWTH, composite
 from DivRegNetLib.core.grid import Grid
 
 CHUNK_VOXELS = 250_000
 ROUNDING = 1e-3  # voxels that axes which are meant to be parallel may drift apart
 FADE = 3.0  # times the largest displacement at the border of the image: how far outside it has faded to zero
-LARGEST_GROWTH = 1.25  # of the number of voxels of a large field by its margin
 SMALL_FIELD = 500_000  # voxels up to which a field with its margin may grow without that limit
 FACE_POINTS = 24  # along each edge of the image, where displacements at its border are looked at
 

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from DivRegNetLib.core.points import invert_points
     from DivRegNetLib.io import landmarks, transforms
-    from DivRegNetLib.run.references import not_inverted
+    from DivRegNetLib.run.comparison import not_inverted
 
     if args.output.exists() and not args.overwrite:
         raise InputError(f"{args.output}: exists already; choose another file, or --overwrite")
@@ -71,7 +71,7 @@ def _apply_to_volume(args: argparse.Namespace, transform: "sitk.Transform") -> l
     from DivRegNetLib.core.grid import Grid
     from DivRegNetLib.io import images, segmentations
     from DivRegNetLib.registration.check import check_default
-    from DivRegNetLib.run.references import check_covered
+    from DivRegNetLib.run.comparison import check_covered
 
     if args.reference is None:
         raise InputError("--reference FIXED is needed: the volume whose grid the result is on")

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
     import SimpleITK as sitk
 
     from DivRegNetLib.io.transforms import read_transform
-    from DivRegNetLib.run.references import LabelMaps, LandmarkLists
+    from DivRegNetLib.run.comparison import LabelMaps, LandmarkLists
 
     stages = {"before": sitk.Transform()} | ({"after": read_transform(args.transform)} if args.transform else {})
     scores, notes = {}, []

@@ -27,7 +27,7 @@ from DivRegNetLib.result import Result
 from DivRegNetLib.run.cohort.origin import origin_of
 from DivRegNetLib.run.cohort.pairs import Pair
 from DivRegNetLib.run.cohort.results import QUALITY
-from DivRegNetLib.run.references import LabelMaps, LandmarkLists, not_inverted
+from DivRegNetLib.run.comparison import LabelMaps, LandmarkLists, not_inverted
 
 WARPED_LABELS = ("warped_labels.nii.gz", "warped_labels.seg.nrrd")  # of label maps, and of segmentations with names
 PREVIEW = "preview.png"

@@ -229,7 +229,9 @@ class ResultFiles:
         """
         warped = _load_image(self._folder, "warped", self._geometry["warped"])
         matrices = {"transform": self.initial, "inverse": np.linalg.inv(self.initial)}
-        transforms = (_composite(matrix, self._whole(name), self._whole_grid(name)) for name, matrix in matrices.items())
+        transforms = (
+            _composite(matrix, self._whole(name), self._whole_grid(name)) for name, matrix in matrices.items()
+        )
         return Result(
             warped, *transforms, self.initial, self.quality, self.timings, self.settings, self.warnings, self.card
         )
