@@ -77,7 +77,7 @@ class LandmarkLists:
         return cls(*lists, pair_landmarks(*lists))
 
     def compare(self, stages: Stages) -> dict:
-        """Target registration error at each stage (mean, largest, of each pair), and the labels of the pairs.
+        """Target registration error at each stage: mean, largest, and of each pair.
 
         Raises:
             InputError: a transform says nothing of some of the fixed landmarks.
@@ -90,7 +90,7 @@ class LandmarkLists:
                 raise InputError(NOT_COVERED.format("the fixed landmarks " + ", ".join(labels[:10])))
             each = metrics.landmark_error(self.pairs.fixed, self.pairs.moving, transform)
             errors[name] = {"mean": float(each.mean()), "largest": float(each.max()), "each": each.tolist()}
-        return errors | {"labels": list(self.pairs.labels)}
+        return errors
 
 
 NOT_COVERED = (

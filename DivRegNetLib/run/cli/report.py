@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     fixed, moving = (read_image(path) for path in paths)
     landmarks = []
     if "landmarks_mm" in quality:
-        labels = quality["landmarks_mm"].get("labels", [])
+        labels = quality.get("landmark_labels", [])
         errors = [quality["landmarks_mm"][stage]["each"] for stage in ("before", "after")]
         landmarks = list(zip(labels, *errors, strict=False))
     output = args.output or args.results / "report.html"

@@ -97,6 +97,7 @@ def _register_files(pair: Pair, output: Path, options: Options, model: Model | N
         writers[name] = lambda path: write_segmentation(warped_labels, labels.metadata, path)
     if landmarks:
         report["quality"]["landmarks_mm"] = landmarks.compare(stages)
+        report["quality"]["landmark_labels"] = list(landmarks.pairs.labels)
         inverted = invert_points(result.transform, landmarks.moving.points, result.initial)
         notes += [*landmarks.pairs.notes, *not_inverted(landmarks.moving.labels, inverted)]
         in_fixed = Landmarks(inverted.points, landmarks.moving.labels)
