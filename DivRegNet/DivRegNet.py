@@ -522,7 +522,7 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             complaints = fit.complaints(card, inputs.facts(p.fixedVolume), inputs.facts(p.movingVolume))
             needed = fit.memory_text(card, p.fixedVolume, p.movingVolume, p.workingSpacing, p.refineSteps)
         self.ui.fitLabel.text = "\n".join(complaints)
-        self.ui.fitLabel.visible = bool(complaints)
+        self.ui.fitLabel.visible = bool(complaints) and self._outcome is None  # then there is a verdict instead
         self.ui.memoryLabel.text = needed
 
     # --- purpose
