@@ -14,8 +14,8 @@ import SimpleITK as sitk
 
 from DivRegNetLib.core.grid import affine_matrix
 from DivRegNetLib.errors import InputError
-from DivRegNetLib.models.card import METHODS
-from DivRegNetLib.models.store import DEFAULT
+from DivRegNetLib.models import DEFAULT
+from DivRegNetLib.registration import METHODS
 
 ALIGNMENTS = ("none", "center", "rigid", "affine")
 INTERPOLATIONS = {"linear": sitk.sitkLinear, "nearest": sitk.sitkNearestNeighbor, "bspline": sitk.sitkBSpline3}

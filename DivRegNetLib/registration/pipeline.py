@@ -11,7 +11,7 @@ Data flows one way, each value made by a function of those before it::
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -22,7 +22,7 @@ from torch import Tensor
 from DivRegNetLib import models
 from DivRegNetLib.core import fields, physical_fields, resampling
 from DivRegNetLib.core.grid import Grid, affine_matrix
-from DivRegNetLib.core.intensity import normalize
+from DivRegNetLib.core.intensity import AIR_HU, normalize
 from DivRegNetLib.errors import Cancelled, DivRegNetError, InputError, is_out_of_memory
 from DivRegNetLib.options import INTERPOLATIONS, STAGES, Options, Progress
 from DivRegNetLib.quality import metrics
@@ -34,7 +34,7 @@ from DivRegNetLib.result import Result
 from DivRegNetLib.similarity.kldivnet import patches
 
 MINIMUM_PATCHES = 4  # that a similarity can be estimated from
-AIR_HU, AIR_IN_CT = -1024.0, -900.0  # what is filled in, and what an image that reaches below it is taken for a CT by
+AIR_IN_CT = -900.0  # Hounsfield units; an image that holds lower values is taken for a CT
 # Fraction of the whole that is done when each stage ends, for the progress bar.
 STAGE_END = dict(zip(STAGES, (0.02, 0.35, 0.45, 0.6, 0.75, 0.9, 1.0), strict=True))
 
@@ -197,7 +197,7 @@ def align(inputs: Inputs, options: Options, device: torch.device, *, progress: C
 
 
 def sample(inputs: Inputs, matrix: np.ndarray, resources: Resources, *, progress: Callable[[float], None]) -> Sampled:
-    """Both images and masks on the working grid, normalized.
+    """Both images and masks on the working grid, normalized, and what the model's class network sees in them.
 
     Raises:
         InputError: there an image is flat, or a mask too small.
@@ -214,16 +214,25 @@ def sample(inputs: Inputs, matrix: np.ndarray, resources: Resources, *, progress
     moving_mask = mask_on_grid(inputs.moving_mask, matrix)
     _check_sampled("fixed", fixed, fixed_mask, grid, model)
     _check_sampled("moving", moving, moving_mask, grid, model)
-    return Sampled(grid, Images(fixed, moving, (fixed_valid, moving_valid), fixed_mask, moving_mask), unaligned)
+    images = Images(fixed, moving, fixed_mask, moving_mask, (fixed_valid, moving_valid))
+    if model.classnet is not None:
+        images = methods.with_classes(images, model.classnet)
+    return Sampled(grid, images, unaligned)
 
 
 def deform(sampled: Sampled, resources: Resources, options: Options, *, progress: Callable[[float], None]) -> Tensor:
-    """The displacement that the methods compute, (1, 3, D, H, W) in voxels of the working grid."""
+    """The displacement that the methods compute, (1, 3, D, H, W) in voxels of the working grid.
+
+    Raises:
+        InputError: the option ``method`` asks for a network that the model does not have.
+    """
     if options.method == "none":
         return sampled.images.fixed.new_zeros(1, 3, *sampled.grid.shape)
-    card, model = resources.model.card, resources.model
-    names = getattr(card, "methods", ()) if options.method == "auto" else options.method.split("+")
-    return methods.deform(sampled.images, names, getattr(card, "variational", None), model.regnet, progress)
+    card = resources.model.card
+    names = card.methods if options.method == "auto" else options.method.split("+")
+    if "regnet" in names and resources.model.regnet is None:
+        raise InputError(f"method {options.method!r} needs a RegNet, which model {card.name!r} does not have")
+    return methods.deform(sampled.images, tuple(names), card.variational_settings, resources.model.regnet, progress)
 
 
 def refine(
@@ -232,7 +241,8 @@ def refine(
     """The displacement after the further steps that the options ask for, or as it was where they do not help."""
     if not options.refine or options.method == "none":
         return displacement
-    return methods.refine(sampled.images, displacement, options.refine, progress)
+    settings = replace(resources.model.card.refinement_settings, steps=options.refine)
+    return methods.refine(sampled.images, displacement, settings, progress)
 
 
 def to_physical(

@@ -14,6 +14,7 @@ def card(**changes) -> models.Card:
     values = {
         "name": "test", "version": "1", "summary": "a test", "modalities": ["T1", "T2"], "anatomy": "head",
         "skull": "either", "spacing_mm": 2.0, "normalization": "robust",
+        "methods": ["regnet"], "variational": {}, "refinement": {},
         "regnet": {"channels": [2, 2, 2, 2], "stride": 2}, "kldivnet": None, "training": {"data": "noise"}, "scores": {},
         "license": "Apache-2.0", "sha256": "",
     }  # fmt: skip

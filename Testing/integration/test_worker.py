@@ -1,4 +1,4 @@
-"""Real worker processes: what they report, what they give back, and that nothing of them stays behind."""
+"""Real worker processes: their messages, their results, and that no process and no file of them remains."""
 
 import gc
 import os
@@ -186,9 +186,9 @@ def test_memory_that_is_never_enough_asks_for_a_coarser_spacing_or_the_cpu(pair,
         from DivRegNetLib import models
         from DivRegNetLib.run.worker import child
         from DivRegNetLib.registration.regnet import RegNet
-        def forward(self, fixed, moving, valid=None):
+        def register(self, fixed, moving, start=None, valid=None):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-        RegNet.forward = forward
+        RegNet.register = register
         child.main(folder)
     """)
     with pytest.raises(DeviceError, match=r"the last time at .* mm: choose a coarser spacing, or device cpu"):

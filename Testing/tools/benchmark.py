@@ -20,7 +20,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = ROOT / "Resources" / "SampleData"
-sys.path.insert(0, str(ROOT))
 LARGE = (256, 256, 180)
 MEMORY_CASES = ("64x64x48@2", "96x96x96@2", "160x192x160@1", "256x256x180@1", "320x320x320@1")
 COMMAND_AND_PEAK = """

@@ -14,6 +14,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def load_package(name: str, folder: Path):
+    """A package of the tests' helpers, which are not installed."""
+    spec = importlib.util.spec_from_file_location(
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    package = importlib.util.module_from_spec(spec)
+    sys.modules[name] = package
+    spec.loader.exec_module(package)
+    return package
+
+
 def load_module(app):
     """The module DivRegNet as Slicer loads it, with ``slicer.modules.divregnet``."""
     import slicer
@@ -95,11 +106,10 @@ def main(
         font: size relative to the usual one.
         open_all: with all sections open.
     """
-    sys.path.insert(0, str(ROOT / "Testing" / "helpers"))
     from PySide6.QtCore import Qt
     from PySide6.QtWidgets import QFrame, QScrollArea
-    from slicer_stand_in import running
 
+    running = load_package("slicer_stand_in", ROOT / "Testing" / "helpers" / "slicer_stand_in").running
     with running() as app:
         usual = app.qt.font()
         scaled = app.qt.font()
@@ -136,7 +146,6 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("result", type=Path)
     parser.add_argument("output", type=Path, nargs="?", default=ROOT / "Resources" / "Screenshots" / "panel.png")

@@ -18,10 +18,14 @@ BY_LANDMARKS = {"landmarks": "rigid"} | {f"landmarks-{kind}": kind for kind in K
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("fixed", metavar="FIXED", type=Path, nargs="?", help="volume or DICOM folder")
-    parser.add_argument("moving", metavar="MOVING", type=Path, nargs="?", help="volume or DICOM folder")
-    parser.add_argument("--output", metavar="DIR", type=Path, required=True)
-    parser.add_argument("--pairs", metavar="CSV", type=Path, help="a cohort: table with columns fixed, moving, ...")
+    parser.add_argument("fixed", metavar="FIXED", type=Path, nargs="?", help="fixed volume: a file or a DICOM folder")
+    parser.add_argument(
+        "moving", metavar="MOVING", type=Path, nargs="?", help="moving volume: a file or a DICOM folder"
+    )
+    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder for the results")
+    parser.add_argument(
+        "--pairs", metavar="CSV", type=Path, help="table of a cohort, with the columns fixed, moving, ..."
+    )
     parser.add_argument(
         "--dask",
         metavar="ADDRESS",
@@ -36,9 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for option in table().values():
         add_option(parser, option)
-    parser.add_argument("--fixed-mask", metavar="FILE", type=Path)
-    parser.add_argument("--moving-mask", metavar="FILE", type=Path)
-    parser.add_argument("--overwrite", action="store_true", help="replace results that are there")
+    for side in ("fixed", "moving"):
+        parser.add_argument(
+            f"--{side}-mask",
+            metavar="FILE",
+            type=Path,
+            help=f"volume that is not 0 where the {side} volume is compared",
+        )
+    parser.add_argument("--overwrite", action="store_true", help="replace results in the folder")
     add_comparison_arguments(parser)
 
 

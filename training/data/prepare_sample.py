@@ -1,18 +1,15 @@
-"""Makes the pairs in Resources/SampleData from BrainWeb, AAL and MS07.
+"""Prepares the pairs in Resources/SampleData from BrainWeb, AAL and MS07.
 
-    python training/make_sample_data.py --data DIR
+    python training/data/prepare_sample.py --data DIR
 
-The first pair has a known truth: the fixed volume is BrainWeb's T1, the moving one its T2 after a free-form deformation
-(20 mm control points, N(0, 6 mm)) and a rotation, scanned on a rotated, anisotropic grid. Labels are AAL's, landmarks
-lie in the middle of some of its regions and are carried over by the same deformation. The moving volume of the second
-pair is another person's T2, skull-stripped (MS07); the truth is not known there.
+The true deformation of the first pair is known: the fixed volume is BrainWeb's T1, the moving one its T2 after a free-form
+deformation (control points 20 mm apart, N(0, 6 mm)) and a rotation, sampled on a rotated, anisotropic grid. The labels are
+AAL's. The landmarks are the middles of some AAL regions, and the same deformation carries them to the moving volume. The
+moving volume of the second pair is another person's T2, skull-stripped (MS07), whose true deformation is unknown.
 """
 
 import argparse
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import SimpleITK as sitk
@@ -20,8 +17,8 @@ import SimpleITK as sitk
 from DivRegNetLib.core.grid import Grid, affine_matrix
 from DivRegNetLib.core.points import invert_points
 from DivRegNetLib.io import images, landmarks
-from training.data.phantoms import CONTROL_MM, SD_MM
-from training.data.prepare_head import to_uint8
+from training.data.brainweb import aal, brainweb, to_uint8
+from training.data.free_form import ffd_transform
 
 SEED = 20
 LANDMARK_REGIONS = (1, 2, 9, 10, 31, 32, 37, 38, 43, 44, 71, 72, 77, 78, 81, 82)
@@ -33,17 +30,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("Resources/SampleData"))
     args = parser.parse_args()
     source = args.data / "brain_t1t2pd"
-    t1, t2, aal = (images.read_image(source / f"{n}.nii.gz") for n in ("brainweb_T1", "brainweb_T2", "aal_labels"))
+    t1, t2, regions = brainweb(args.data, "T1"), brainweb(args.data, "T2"), aal(args.data)
     fixed_grid = Grid.of(t1).axis_aligned(1.5)
 
     center = Grid.of(t1).center.tolist()
     rotation = sitk.Euler3DTransform(center, *np.radians([9.0, -7.0, 12.0]).tolist(), [12.0, -9.0, 7.0])
-    deformation = sitk.BSplineTransformInitializer(t1, [int(n * s / CONTROL_MM) for n, s in zip(
-        t1.GetSize(), t1.GetSpacing(), strict=True)], 3)  # fmt: skip
-    random = np.random.default_rng(SEED)
-    deformation.SetParameters(random.normal(0, SD_MM, len(deformation.GetParameters())).tolist())
-    # Moving points -> template points; the composite applies its last transform first.
-    to_template = sitk.CompositeTransform([deformation, rotation.GetInverse()])
+    # Maps moving points to template points; a composite applies its last transform first.
+    to_template = sitk.CompositeTransform([ffd_transform(t1, SEED), rotation.GetInverse()])
     turned = Grid(t1.GetSize(), affine_matrix(rotation) @ Grid.of(t1).matrix)
     spacing = (1.4, 1.6, 3.0)
     size = [int(np.ceil(n * s / m)) for n, s, m in zip(turned.size, turned.spacing, spacing, strict=True)]
@@ -51,8 +44,8 @@ def main() -> None:
 
     here = sitk.Transform()
     for name, image, labels, grid, transform in (
-        ("fixed_T1", t1, aal, fixed_grid, here),
-        ("moving_T2", t2, aal, moving_grid, to_template),
+        ("fixed_T1", t1, regions, fixed_grid, here),
+        ("moving_T2", t2, regions, moving_grid, to_template),
     ):
         smooth = sitk.DiscreteGaussian(sitk.Cast(image, sitk.sitkFloat32), 0.3)
         volume = sitk.Resample(smooth, grid.empty_image(), transform, sitk.sitkLinear, 0.0)
@@ -61,12 +54,12 @@ def main() -> None:
         images.write_image(sitk.Cast(on_grid, sitk.sitkUInt8), args.output / f"{name}_labels.nii.gz")
 
     names = dict(line.split()[:2] for line in (source / "aal.nii.txt").read_text().splitlines() if line.strip())
-    template = sitk.GetArrayFromImage(aal)
+    template = sitk.GetArrayFromImage(regions)
     in_template = []
     for region in LANDMARK_REGIONS:
         voxels = np.argwhere(template == region)
         middle = voxels[np.linalg.norm(voxels - voxels.mean(0), axis=1).argmin()]  # inside it, however curved it is
-        in_template.append(Grid.of(aal).to_physical(middle[::-1]))
+        in_template.append(Grid.of(regions).to_physical(middle[::-1]))
     labels = tuple(names[str(region)] for region in LANDMARK_REGIONS)
     fixed = landmarks.Landmarks(np.array(in_template), labels)
     moving = landmarks.Landmarks(invert_points(to_template, fixed.points), labels)

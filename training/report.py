@@ -1,4 +1,4 @@
-"""What every experiment leaves behind: a table for people (Markdown), for machines (CSV, JSON), and what was run."""
+"""Reports of experiments and the benchmark: a table in Markdown, CSV and JSON, and how it was made."""
 
 import csv
 import io
@@ -6,13 +6,14 @@ import math
 import os
 import platform
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
+import DivRegNetLib
 from DivRegNetLib.io import atomic
-from training.version import version
 
 REQUIRED = ("preset", "seeds", "device", "seconds")
 
@@ -25,14 +26,14 @@ def table(rows: list[dict]) -> str:
 
 
 def write(folder: Path, name: str, rows: list[dict], about: dict) -> None:
-    """Writes NAME.json, NAME.csv (every digit) and NAME.md (four digits), each whole or not at all.
+    """Writes NAME.json, NAME.csv (every digit) and NAME.md (four digits), each atomically.
 
     Args:
-        rows: values by column; a row may lack some.
-        about: what the experiment knows of its run, all of :data:`REQUIRED` (seconds is wall time) and anything else
-            worth telling; :func:`environment` is added. ``note``, where there is one, stands above the table.
+        rows: values by column; a row may lack columns.
+        about: how the experiment was run: all keys of :data:`REQUIRED` (``seconds`` is wall time) and any others;
+            :func:`environment` is added. A ``note`` is printed above the table.
     Raises:
-        ValueError: no rows, or something required is missing.
+        ValueError: there are no rows, or a required key is missing.
         InputError: a file cannot be written.
     """
     if missing := [key for key in REQUIRED if key not in about]:
@@ -53,16 +54,35 @@ def write(folder: Path, name: str, rows: list[dict], about: dict) -> None:
     atomic.write_text("\n\n".join(filter(None, parts)) + "\n", folder / f"{name}.md")
 
 
+def write_log(rows: list[dict], file: Path) -> None:
+    """Writes the log of a training as CSV, atomically; rows may lack columns."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    atomic.write_text(text.getvalue(), file)
+
+
 def environment() -> dict:
-    """Command line, versions and threads of this process; paths from elsewhere by their last name alone."""
+    """Command line, versions and threads of this process; of paths outside the checkout only the last name."""
     words = [f".../{Path(a).name}" if Path(a).is_absolute() or ".." in Path(a).parts else a for a in sys.argv]
     return {
         "command": shlex.join(["python", *words]),
-        "version": version(),
+        "version": commit(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "machine": f"Python {platform.python_version()}, {platform.system()} {platform.machine()}, {os.cpu_count()} cores",
     }
+
+
+def commit() -> str:
+    """The commit of this checkout (with ``-dirty`` where files differ from it); without git the version of the package."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return DivRegNetLib.__version__
 
 
 def _columns(rows: list[dict]) -> list[str]:
@@ -70,6 +90,6 @@ def _columns(rows: list[dict]) -> list[str]:
 
 
 def _without_nan(rows: list[dict]) -> list[dict]:
-    """The rows with all columns; None for what is absent and, as JSON knows no other numbers, for what is not finite."""
+    """The rows with all columns; None for absent values and for NaN and infinity, which JSON does not have."""
     full = [{key: row.get(key) for key in _columns(rows)} for row in rows]
     return [{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()} for row in full]
