@@ -37,7 +37,7 @@ from slicer.util import VTKObservationMixin
 MODULE_FOLDER = Path(__file__).resolve().parent
 POLL_MS = 20  # between two steps of a run, see DivRegNetModule.run.STEP_SECONDS
 COARSER = 1.5  # times the spacing: memory divided by 3.4
-HELP = "https://github.com/DivRegNet/SlicerDivRegNet/blob/main/docs/user-guide.md"
+HELP = "https://github.com/DivRegNet/DivRegNet/blob/main/docs/guide.md"
 LAST = -100.0  # priority of an observer that is called after those of Slicer's own widgets
 
 
@@ -522,7 +522,7 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             complaints = fit.complaints(card, inputs.facts(p.fixedVolume), inputs.facts(p.movingVolume))
             needed = fit.memory_text(card, p.fixedVolume, p.movingVolume, p.workingSpacing, p.refineSteps)
         self.ui.fitLabel.text = "\n".join(complaints)
-        self.ui.fitLabel.visible = bool(complaints)
+        self.ui.fitLabel.visible = bool(complaints) and self._outcome is None  # then there is a verdict instead
         self.ui.memoryLabel.text = needed
 
     # --- purpose

@@ -142,8 +142,10 @@ def running() -> Iterator[Application]:
     scene = slicer.vtkMRMLScene()
     # What observes the scene in Slicer, too: the Markups module gives a new list a display, which is shown.
     logic, markups = slicer.vtkMRMLApplicationLogic(), slicer.vtkSlicerMarkupsLogic()
-    logic.SetMRMLScene(scene)  # selection and interaction nodes
-    markups.SetMRMLScene(scene)
+    sequences = slicer.vtkSlicerSequencesLogic()
+    logics = (logic, markups, sequences)
+    for each in logics:  # the first makes the selection and the interaction node
+        each.SetMRMLScene(scene)
     try:
         sys.modules["qt"], sys.modules["ctk"] = widgets.qt_module(), widgets.ctk_module()
         slicer.app, slicer.mrmlScene = app, scene
@@ -189,8 +191,8 @@ def running() -> Iterator[Application]:
             setattr(slicer, name, value)
         for name, value in util_before.items():
             setattr(slicer.util, name, value)
-        markups.SetMRMLScene(None)
-        logic.SetMRMLScene(None)
+        for each in reversed(logics):
+            each.SetMRMLScene(None)
         app.views = None
         scene.Clear(1)
 
