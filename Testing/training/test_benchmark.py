@@ -326,10 +326,10 @@ def test_a_painted_head_has_the_contrast_and_the_seed_it_is_asked_for(grid):
 
 
 def test_a_preset_that_this_version_does_not_have_is_left_out(monkeypatch):
-    monkeypatch.setitem(
-        methods.METHODS, "DivRegNet, fast", methods.Method(None, "", methods.divregnet, {"preset": "no such"})
-    )
-    assert methods.missing("DivRegNet, fast") == "this version has no option preset no such"
+    unknown = methods.Method(None, "", methods.divregnet, {}, "no such")
+    monkeypatch.setitem(methods.METHODS, "DivRegNet, fast", unknown)
+    assert methods.missing("DivRegNet, fast") == "this version has no preset no such"
+    assert "align" not in methods.METHODS["DivRegNet, thorough"].all_options()
     assert methods.missing("DivRegNet") is None and methods.missing("without network") is None
 
 

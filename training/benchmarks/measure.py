@@ -50,9 +50,9 @@ class Settings:
     def of(self, method: str) -> dict:
         """The settings that a method gets."""
         given: dict = {"device": self.device, "threads": self.threads}
-        options = methods.METHODS[method].options
-        if options is not None:
-            options = options | ({"refine": self.refine} if "refine" in options else {})
+        about = methods.METHODS[method]
+        if about.options is not None:
+            options = about.all_options() | ({"refine": self.refine} if "refine" in about.options else {})
             given |= {"model": self.model, "options": options}
         return given
 

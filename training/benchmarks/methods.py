@@ -25,9 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import SimpleITK as sitk
 
-from DivRegNetLib.options import table
-
-OPTIONS = table()
+from DivRegNetLib.presets import PRESETS
 
 
 class Registered(NamedTuple):
@@ -54,12 +52,18 @@ class Method:
     settings: its settings, described for the report.
     start: ``settings -> register``; None: nothing is run, and the initial alignment is scored.
     options: options of DivRegNet; None for other methods.
+    preset: preset of DivRegNet that the options are laid over.
     """
 
     package: str | None
     settings: str
     start: Callable[[dict], Register] | None = None
     options: dict | None = None
+    preset: str = "general"
+
+    def all_options(self) -> dict:
+        """The options of the preset, replaced by the method's own. The alignment is left out, as pairs are aligned."""
+        return {k: v for k, v in (PRESETS[self.preset].options | (self.options or {})).items() if k != "align"}
 
 
 def syn(settings: dict, metric: str, sampling: int) -> Register:
@@ -262,10 +266,10 @@ METHODS = {
         "smoothing sigmas of 3 and 1 voxels, with which it does not end below its start on IXI012", greedy,
     ),
     "without network": Method(None, "the variational method alone", divregnet, {"method": "variational"}),
-    "DivRegNet, fast": Method(None, "preset fast", divregnet, {"preset": "fast"}),
+    "DivRegNet, fast": Method(None, "preset fast", divregnet, {}, "fast"),
     DEFAULT: Method(None, "all options as they are", divregnet, {}),
     "DivRegNet, refined": Method(None, "as many steps of refinement as --refine says", divregnet, {"refine": REFINE_STEPS}),
-    "DivRegNet, thorough": Method(None, "preset thorough", divregnet, {"preset": "thorough"}),
+    "DivRegNet, thorough": Method(None, "preset thorough", divregnet, {}, "thorough"),
 }  # fmt: skip
 """Name -> method, in the order of the table."""
 
@@ -278,15 +282,11 @@ def version(package: str) -> str | None:
 
 
 def missing(method: str) -> str | None:
-    """Why a method cannot be run, or None: its package is not installed, or this DivRegNet has no such option."""
+    """Why a method cannot be run, or None: its package is not installed, or this DivRegNet has no such preset."""
     about = METHODS[method]
     if about.package is not None and version(about.package) is None:
         return f"{about.package} is not installed; install it with pip install -e '.[benchmark]'"
-    for name, value in (about.options or {}).items():
-        choices = OPTIONS[name].choices if name in OPTIONS else ()
-        if name not in OPTIONS or (choices and value not in choices):
-            return f"this version has no option {name} {value}"
-    return None
+    return None if about.preset in PRESETS else f"this version has no preset {about.preset}"
 
 
 def reset_peak() -> int:
