@@ -246,14 +246,14 @@ METHODS = {
     "initial": Method(None, "the images as they lie in space"),
     "affine": Method(None, "DivRegNet's own affine alignment (none for pairs in one frame); where all methods start"),
     "ANTs SyN": Method(
-        "antspyx", "antsRegistrationSyN.sh without its linear stages, as in ANTsPy: CC of radius 2, gradient step 0.2, flow "
-        "sigma 3, 100 x 70 x 50 x 20 iterations at shrink factors 8, 4, 2 and 1, without levels of more than 8 mm or fewer "
-        "than 8 voxels",
-        partial(syn, metric="CC", sampling=2),
-    ),
-    "ANTs SyN, MI": Method(
-        "antspyx", "the same with Mattes MI of 32 bins, the metric of antsRegistrationSyNQuick.sh",
+        "antspyx", "antsRegistrationSyN.sh without its linear stages, as in ANTsPy, with the metric of "
+        "antsRegistrationSyNQuick.sh, Mattes MI of 32 bins: gradient step 0.2, flow sigma 3, 100 x 70 x 50 x 20 iterations at "
+        "shrink factors 8, 4, 2 and 1, without levels of more than 8 mm or fewer than 8 voxels",
         partial(syn, metric="mattes", sampling=32),
+    ),
+    "ANTs SyN, CC": Method(
+        "antspyx", "the same with the metric of antsRegistrationSyN.sh, cross-correlation of radius 2",
+        partial(syn, metric="CC", sampling=2),
     ),
     "elastix": Method("itk-elastix", ELASTIX_SETTINGS, elastix),
     "ConvexAdam": Method(

@@ -10,7 +10,7 @@ from training.benchmarks.methods import DEFAULT, METHODS, OURS
 SCORES = ("Dice", "ASD mm", "HD95 mm", "error mm", "TRE mm", "folded %", "inverse mm")
 COSTS = ("seconds", "deformation s", "CPU s", "peak MiB", "above start MiB", "GPU MiB")
 HELD_BACK, SEEN, ALL = "held back", "seen", "all pairs"
-RIVALS = ("ANTs SyN", "ANTs SyN, MI", "elastix", "ConvexAdam", "NiftyReg", "greedy")
+RIVALS = ("ANTs SyN", "ANTs SyN, CC", "elastix", "ConvexAdam", "NiftyReg", "greedy")
 AIM_OF_PAIRS = 0.9
 COLORS = dict(zip(METHODS, ("0.75", "0.45", "C0", "#8fbce6", "C1", "C2", "C8", "C4", "C6", "#f2a0a0", "C3", "#8c1a1a", "k"),
                   strict=True))  # fmt: skip
