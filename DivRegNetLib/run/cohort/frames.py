@@ -7,7 +7,7 @@ import SimpleITK as sitk
 
 from DivRegNetLib.errors import InputError
 from DivRegNetLib.io.images import read_image, write_image
-from DivRegNetLib.io.itk_messages import silenced
+from DivRegNetLib.io.itk import file_access
 from DivRegNetLib.run.cohort.pairs import Pair
 
 FRAMES, WARPED = "frames", "warped.nii.gz"
@@ -19,7 +19,7 @@ def is_4d(path: Path) -> bool:
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:
-        with silenced():
+        with file_access():
             reader.ReadImageInformation()
     except RuntimeError:
         return False
