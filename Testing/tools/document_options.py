@@ -2,8 +2,9 @@
 
     python Testing/tools/document_options.py
 
-A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->``; NAME is a command of ``divregnet``, or
-``options`` or ``presets`` for the tables of :mod:`DivRegNetLib.options` and :mod:`DivRegNetLib.presets`. A test compares the file with what this program would write.
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->``. NAME is a command of ``divregnet``, or
+``options`` or ``presets`` for the tables of :mod:`DivRegNetLib.options` and :mod:`DivRegNetLib.presets`. A test compares the
+file with what this program would write.
 """
 
 import argparse
