@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--preset",
         choices=PRESETS,
         default="general",
-        help="options for a purpose; those given beside it come first. "
+        help="named options for a purpose; options given as well take precedence. "
         + " ".join(f"{p.name}: {p.help}" for p in PRESETS.values()),
     )
     for option in table().values():

@@ -12,7 +12,9 @@ DESCRIPTION = "Write the results of a registration as one HTML page with picture
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("results", metavar="DIR", type=Path, help="folder that divregnet register wrote")
-    parser.add_argument("--output", metavar="FILE", type=Path, help="default: report.html in that folder")
+    parser.add_argument(
+        "--output", metavar="FILE", type=Path, help="file that is written; default: report.html in that folder"
+    )
     for side in ("fixed", "moving"):
         parser.add_argument(
             f"--{side}", metavar="FILE", type=Path, help=f"the {side} volume, if it was moved elsewhere"
