@@ -35,8 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--preset",
         choices=PRESETS,
         default="general",
-        help="options for a purpose; those given beside it come first. "
-        + " ".join(f"{p.name}: {p.help}" for p in PRESETS.values()),
+        help="Options for a purpose. Those given beside it come first.",
     )
     for option in table().values():
         add_option(parser, option)
