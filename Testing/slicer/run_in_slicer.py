@@ -51,6 +51,8 @@ class Heartbeat:
 class Walk:
     """The steps, in the order of their definition. They share the widget and the sample data."""
 
+    spacing = 0.0  # mm of the working grid; 0: the model's
+
     def __init__(self, folder: Path, heartbeat: Heartbeat) -> None:
         self.folder, self.heartbeat = folder, heartbeat
         self.widget = None
@@ -75,7 +77,7 @@ class Walk:
         self.data = samples.load(Path(slicer.modules.divregnet.path).parent)
         p = self.widget._parameterNode
         p.fixedVolume, p.movingVolume = self.data[:2]
-        p.device = "cpu"
+        p.device, p.workingSpacing = "cpu", self.spacing
 
     def register(self) -> None:
         assert self.widget.ui.registerButton.enabled, self.widget.ui.registerButton.toolTip
@@ -290,7 +292,7 @@ class Walk:
 
 def steps() -> list[str]:
     """The names of the steps."""
-    help_ = {"wait", "load", "register", "of_kind", "composites", "parameters"}
+    help_ = {"spacing", "wait", "load", "register", "of_kind", "composites", "parameters"}
     return [name for name in vars(Walk) if not name.startswith("_") and name not in help_]
 
 
