@@ -59,6 +59,16 @@ def _is_elsewhere(action: argparse.Action, command: str) -> bool:
     return bool(flags & set(action.option_strings))
 
 
+def _presets() -> str:
+    from DivRegNetLib.presets import PRESETS
+
+    rows = []
+    for preset in PRESETS.values():
+        options = ", ".join(f"`--{name} {value}`" for name, value in preset.options.items()) or "the defaults"
+        rows.append(f"| `{preset.name}` | {preset.label} | {options} | {preset.help} |\n")
+    return "| `--preset` | in the panel | options | meaning |\n|---|---|---|---|\n" + "".join(rows)
+
+
 def _row(action: argparse.Action) -> tuple[str, str]:
     value = "" if action.nargs == 0 else action.metavar or "|".join(map(str, action.choices or [action.dest.upper()]))
     name = f"{action.option_strings[-1]} {value}" if action.option_strings else value

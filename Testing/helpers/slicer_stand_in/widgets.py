@@ -17,6 +17,8 @@ class PythonQt:
     def __getattribute__(self, name: str):
         if name == "connect":  # PySide6 hands out its own QObject.connect before any other
             return types.MethodType(PythonQt.connect, self)
+        if name in ("minimumSizeHint", "sizeHint") or (name == "text" and isinstance(self, QtWidgets.QProgressBar)):
+            return super().__getattribute__(name)  # virtual: Qt asks here for an override, and would come back for ever
         if not name.startswith("_") and super().__getattribute__("metaObject")().indexOfProperty(name) >= 0:
             return super().__getattribute__("property")(name)
         return super().__getattribute__(name)
