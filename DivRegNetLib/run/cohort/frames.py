@@ -8,6 +8,7 @@ import SimpleITK as sitk
 from DivRegNetLib.errors import InputError
 from DivRegNetLib.io.images import read_image, write_image
 from DivRegNetLib.io.itk import file_access
+from DivRegNetLib.io.paths import check_file
 from DivRegNetLib.run.cohort.pairs import Pair
 
 FRAMES, WARPED = "frames", "warped.nii.gz"
@@ -17,11 +18,12 @@ FRAMES, WARPED = "frames", "warped.nii.gz"
 def is_4d(path: Path) -> bool:
     """Whether a file holds several volumes; False where that cannot be told."""
     reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
     try:
+        check_file(path)  # ITK would wait for a pipe without end
         with file_access():
+            reader.SetFileName(str(path))
             reader.ReadImageInformation()
-    except RuntimeError:
+    except (InputError, RuntimeError, TypeError):
         return False
     return reader.GetDimension() == 4 and reader.GetSize()[3] > 1
 
