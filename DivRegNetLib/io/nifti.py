@@ -44,18 +44,16 @@ HEADER = np.dtype([
 ])  # fmt: skip
 
 
-def check_complete(path: Path) -> np.void | None:
-    """The header of a NIfTI file; of Analyze and other formats None.
+def read_header(path: Path) -> np.void | None:
+    """The header of a NIfTI or Analyze file; None for other formats, and where it cannot be read.
 
     Raises:
-        InputError: the header cannot be true, or voxels are missing or not finite, which ITK reads as zeros without a
-            warning.
+        InputError: the header cannot be true.
     """
     if not path.name.lower().endswith(SUFFIXES):
         return None
-    header_file, voxel_file = _pair(path)
     try:
-        with _open(header_file) as file:
+        with _open(_pair(path)[0]) as file:
             block = file.read(HEADER.itemsize)
         header = next(
             h for h in (np.frombuffer(block, HEADER.newbyteorder(o))[0] for o in "<>") if h["sizeof_hdr"] == 348
@@ -63,6 +61,20 @@ def check_complete(path: Path) -> np.void | None:
     except (StopIteration, ValueError, OSError, EOFError, zlib.error):
         return None  # not NIfTI: reading the image gives the reason
     _check_header(path, header)
+    return header
+
+
+def check_complete(path: Path) -> np.void | None:
+    """The header of a NIfTI file; of Analyze and other formats None.
+
+    Raises:
+        InputError: the header cannot be true, or voxels are missing or not finite, which ITK reads as zeros without a
+            warning.
+    """
+    header = read_header(path)
+    if header is None:
+        return None
+    header_file, voxel_file = _pair(path)
     dimensions = max(int(header["dim"][0]), 1)
     expected = math.prod(max(int(n), 1) for n in header["dim"][1 : dimensions + 1]) * BITS[int(header["datatype"])] // 8
     start = int(header["vox_offset"])
