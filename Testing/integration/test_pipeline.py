@@ -8,7 +8,7 @@ import SimpleITK as sitk
 import torch
 
 from DivRegNetLib import models
-from DivRegNetLib.core.composites import field_of
+from DivRegNetLib.core.composites import displacement_on, field_of
 from DivRegNetLib.core.grid import Grid, affine_matrix, affine_transform
 from DivRegNetLib.errors import Cancelled, DeviceError, InputError, ModelError
 from DivRegNetLib.io.images import read_image
@@ -260,7 +260,7 @@ def test_what_a_class_network_sees_takes_part_in_the_registration(tiny_model, gr
     def displacement(classnet) -> np.ndarray:
         model = replace(plain, card=card, regnet=None, classnet=classnet)
         found = register(*images, model=model, device="cpu", align="none", refine=8)
-        return sitk.GetArrayFromImage(field_of(found.transform))
+        return sitk.GetArrayFromImage(displacement_on(found.transform, grid))
 
     seeing = displacement(network)
     assert np.isfinite(seeing).all()
