@@ -3,7 +3,8 @@
     python Testing/tools/document_options.py
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->``; NAME is a command of ``divregnet``, or
-``options`` for the table of :mod:`DivRegNetLib.options`, or ``presets`` for those of :mod:`DivRegNetLib.presets`. A test compares the file with what this program would write.
+``options`` for the table of :mod:`DivRegNetLib.options`, or ``presets`` for those of :mod:`DivRegNetLib.presets`. A test
+compares the file with what this program would write.
 """
 
 import argparse
