@@ -284,10 +284,13 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.initializeParameterNode()
 
     def _narrowSelectors(self) -> None:
-        """Long names of nodes and models must not make the panel wide: selectors shorten them."""
+        """Long names of nodes must not make the panel wide: selectors shorten them, as the other lists do by the .ui file."""
+        from DivRegNetModule.connectors import boxes_in
+
         for widget in list(vars(self.ui).values()):
-            if isinstance(widget, (slicer.qMRMLNodeComboBox, slicer.qMRMLCheckableNodeComboBox, qt.QComboBox)):
-                widget.sizeAdjustPolicy = qt.QComboBox.AdjustToMinimumContentsLengthWithIcon
+            if isinstance(widget, (slicer.qMRMLNodeComboBox, slicer.qMRMLCheckableNodeComboBox)):
+                for box in boxes_in(widget):
+                    box.setSizeAdjustPolicy(qt.QComboBox.AdjustToMinimumContentsLengthWithIcon)
 
     def cleanup(self) -> None:
         """The module is unloaded or the application closes: ends the run and removes all observers."""

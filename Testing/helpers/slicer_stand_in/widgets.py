@@ -181,14 +181,8 @@ class qMRMLNodeComboBox(PythonQt, QtWidgets.QWidget):
         self._none = text
         self._fill()
 
-    def _set_policy(self, policy) -> None:
-        self._box.setSizeAdjustPolicy(policy)
-
     nodeTypes = Property("QStringList", lambda self: self._types, _set_types)
     noneDisplay = Property(str, lambda self: self._none, _set_none)
-    sizeAdjustPolicy = Property(
-        QtWidgets.QComboBox.SizeAdjustPolicy, lambda self: self._box.sizeAdjustPolicy(), _set_policy
-    )
 
     def sortFilterProxyModel(self) -> _SortFilterProxyModel:
         return self._proxy
@@ -309,9 +303,6 @@ class qMRMLCheckableNodeComboBox(qMRMLNodeComboBox):
 
     def _new_box(self) -> QtWidgets.QComboBox:
         return _CheckableBox(self)
-
-    def comboBox(self) -> QtWidgets.QComboBox:
-        return self._box
 
     def names(self) -> str:
         checked = [i for i in self._ids if i in self.__dict__.get("_checked", ())]
