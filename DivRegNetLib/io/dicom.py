@@ -169,8 +169,8 @@ def _arrange(path: Path, slices: list[Slice], what: str, header: "Dataset | None
     if deviation.max() > 0.1 * length:
         worst = int(deviation.argmax())
         raise InputError(
-            f"{path}: {what}s are missing or not evenly apart: most are {length:.3g} mm from the next, but {what} "
-            f"{worst + 1} is {np.linalg.norm(steps[worst]):.3g} mm; complete the series"
+            f"{path}: {what}s are missing or not evenly apart: most are {length:.3g} mm from the next, but {what}s "
+            f"{worst + 1} and {worst + 2} are {np.linalg.norm(steps[worst]):.3g} mm apart; complete the series"
         )
     matrix = np.eye(4)
     between_rows, between_columns = slices[0].spacing

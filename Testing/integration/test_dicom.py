@@ -125,7 +125,7 @@ def test_two_echoes_in_one_object_are_told_apart_and_refused(truth, tmp_path):
 
 def test_missing_frames_are_refused_with_the_gap(truth, tmp_path):
     folder = enhanced(tmp_path / "gap", truth, [k for k in range(12) if k not in (5, 6)])
-    refused(folder, r"frames are missing .*: most are 4.96 mm from the next, but frame 5 is 14.9 mm")
+    refused(folder, r"frames are missing .*: most are 4.96 mm from the next, but frames 5 and 6 are 14.9 mm apart")
 
 
 def rescale(slope, intercept) -> Sequence:
