@@ -351,7 +351,10 @@ def test_missing_slices_are_noticed(image, tmp_path):
     write_slices(tmp_path / "dicom", image)
     for k in (4, 5):
         (tmp_path / f"dicom/1-{k:03d}.dcm").unlink()
-    refused(tmp_path / "dicom", "slices are missing .*: most are 3 mm from the next, but slices 4 and 5 are 9 mm apart; complete")
+    refused(
+        tmp_path / "dicom",
+        "slices are missing .*: most are 3 mm from the next, but slices 4 and 5 are 9 mm apart; complete",
+    )
 
 
 def test_a_localizer_is_refused(image, tmp_path):
