@@ -42,8 +42,9 @@ def read_image(path: str | Path) -> sitk.Image:
 
 def check_right_angles(image: sitk.Image, name: str) -> None:
     """Raises InputError unless the axes of an image are orthogonal, without which NIfTI cannot store its geometry."""
-    direction = np.reshape(image.GetDirection(), (3, 3))
-    if np.abs(direction.T @ direction - np.eye(3)).max() > 1e-4:
+    axes = image.GetDimension()
+    direction = np.reshape(image.GetDirection(), (axes, axes))
+    if np.abs(direction.T @ direction - np.eye(axes)).max() > 1e-4:
         raise InputError(
             f"{name}: the axes are not at right angles, as of a CT with tilted gantry, and results on this grid could "
             "not be saved as NIfTI; resample it to right angles, or use it as the moving image"

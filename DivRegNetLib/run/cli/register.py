@@ -10,7 +10,7 @@ from DivRegNetLib.presets import PRESETS, preset
 from DivRegNetLib.registration.landmark_alignment import KINDS, align_landmarks
 from DivRegNetLib.run.cli.evaluate import add_comparison_arguments
 from DivRegNetLib.run.cli.output import ProgressBar, show
-from DivRegNetLib.run.cohort import TABLE, Pair, read_pairs, register_pairs
+from DivRegNetLib.run.cohort import TABLE, Pair, frames, read_pairs, register_pairs
 
 DESCRIPTION = "Register the moving to the fixed volume."
 BY_LANDMARKS = {"landmarks": "rigid"} | {f"landmarks-{kind}": kind for kind in KINDS}
@@ -35,8 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--preset",
         choices=PRESETS,
         default="general",
-        help="named options for a purpose; options given as well take precedence. "
-        + " ".join(f"{p.name}: {p.help}" for p in PRESETS.values()),
+        help="named options for a purpose; options given as well take precedence",
     )
     for option in table().values():
         add_option(parser, option)
@@ -81,13 +80,31 @@ def run(args: argparse.Namespace) -> None:
 
         names = (f"{side}{what}" for what in ("", "_mask", "_labels", "_landmarks") for side in ("fixed", "moving"))
         pair = Pair(**{name: getattr(args, name) for name in names})
+        if frames.is_4d(pair.moving):
+            _register_frames(args, pair, options)
+            return
         with ProgressBar(quiet=args.json) as progress:
             report = register_files(pair, args.output, options, overwrite=args.overwrite, progress=progress)
         show(args, report, _summary(report, args.output))
         return
+    _register_all(args, read_pairs(args.pairs), options)
+
+
+def _register_frames(args: argparse.Namespace, pair: Pair, options: Options) -> None:
+    """Registers each frame of a moving 4D file, and joins the warped frames."""
+    pairs = frames.split(pair, args.output)
+    _register_all(args, pairs, options)
+    frames.join_warped(list(pairs), args.output)
+
+
+def _register_all(args: argparse.Namespace, pairs: dict[str, Pair], options: Options) -> None:
+    """Registers pairs into folders of their names, and a table.
+
+    Raises:
+        InputError: some of them failed.
+    """
     from tqdm import tqdm
 
-    pairs = read_pairs(args.pairs)
     with tqdm(total=len(pairs), desc="pairs", unit="pair", disable=args.json or None) as bar:
         rows = register_pairs(
             pairs, args.output, options, overwrite=args.overwrite, dask=args.dask, finished=bar.update
