@@ -1,5 +1,6 @@
 """The picture of a registration: fixed, moving, warped, both interleaved, and the deformed grid, in three planes."""
 
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
+from DivRegNetLib.core.composites import displacement_on
 from DivRegNetLib.core.grid import Grid, affine_transform, apply_matrix
 from DivRegNetLib.core.intensity import percentile_window, stretch, subsample
 from DivRegNetLib.io import atomic
@@ -87,7 +89,9 @@ def write_preview(fixed: sitk.Image, moving: sitk.Image, result, path: Path) -> 
     from matplotlib.collections import LineCollection
     from matplotlib.figure import Figure
 
-    displacement = field_displacement(result.transform.GetDisplacementField())
+    def displacement(grid: Grid) -> np.ndarray:
+        return sitk.GetArrayFromImage(displacement_on(result.transform, grid))
+
     planes, spacing = cut_planes(fixed, moving, result.warped, displacement, result.initial)
     height, width = (max(plane.images[0].shape[i] for plane in planes) for i in (0, 1))
     gap = max(width, height) // 12  # takes the titles
@@ -115,7 +119,9 @@ def write_preview(fixed: sitk.Image, moving: sitk.Image, result, path: Path) -> 
         axes.text((column + 0.5) * width, gap / 2, title, color="white", fontsize=10, ha="center", va="center")
     for plane, top in zip(planes, corners, strict=True):
         axes.text(1, top, plane.name, color="white", fontsize=8, va="bottom")
-    atomic.write_atomically(path, lambda part: figure.savefig(part, dpi=100, facecolor="black"))
+    picture = io.BytesIO()  # an error in drawing is not an error in writing
+    figure.savefig(picture, dpi=100, facecolor="black")
+    atomic.write_atomically(path, lambda part: part.write_bytes(picture.getvalue()))
 
 
 def _middle(grid: Grid, axis: int) -> Grid:

@@ -23,6 +23,7 @@ from DivRegNetLib import models
 from DivRegNetLib.core import fields, physical_fields, resampling
 from DivRegNetLib.core.grid import Grid, affine_matrix
 from DivRegNetLib.core.intensity import AIR_HU, normalize
+from DivRegNetLib.core.torch_state import default_state
 from DivRegNetLib.errors import Cancelled, DivRegNetError, InputError, is_out_of_memory
 from DivRegNetLib.options import INTERPOLATIONS, STAGES, Options, Progress
 from DivRegNetLib.quality import metrics
@@ -39,6 +40,7 @@ AIR_IN_CT = -900.0  # Hounsfield units; an image that holds lower values is take
 STAGE_END = dict(zip(STAGES, (0.02, 0.35, 0.45, 0.6, 0.75, 0.9, 1.0), strict=True))
 
 
+@default_state()
 def register(
     fixed: sitk.Image,
     moving: sitk.Image,
@@ -120,8 +122,8 @@ class Fields:
 
     displacement: Tensor
     inverse_displacement: Tensor
-    transform: sitk.DisplacementFieldTransform
-    inverse: sitk.DisplacementFieldTransform
+    transform: sitk.CompositeTransform
+    inverse: sitk.CompositeTransform
 
 
 def _deform_and_warp(
@@ -164,7 +166,8 @@ def check(
     options: Options,
 ) -> Inputs:
     """Raises InputError for an image, a mask or a default value that cannot be used."""
-    fixed, moving = check_image(fixed, "fixed"), check_image(moving, "moving")
+    # Copies share their voxels until the caller changes the originals: what is checked is what is registered.
+    fixed, moving = (sitk.Image(check_image(image, name)) for image, name in ((fixed, "fixed"), (moving, "moving")))
     masks = check_mask(fixed_mask, fixed, "fixed"), check_mask(moving_mask, moving, "moving")
     if options.default_value is not None:
         check_default(options.default_value, moving)
