@@ -302,7 +302,7 @@ def _check_other_command(words: list[str], line: str) -> None:
         known = _options_of(script)
         assert not [w for w in given if w.startswith("--") and w not in known], line
         if script.name == "train.py":
-            _check_training(given, line)
+            _check_training(script, given)
 
 
 @functools.cache
@@ -323,14 +323,17 @@ def _options_of(script: Path) -> frozenset[str]:
     return frozenset(options)
 
 
-def _check_training(given: list[str], line: str) -> None:
-    """Asserts that the configuration accepts the overrides and the preset of a command."""
-    from training import config
+def _check_training(script: Path, given: list[str]) -> None:
+    """Asserts that the configuration of a program accepts the overrides and the preset of a command."""
+    from training import layers
+    from training.classes.config import ClassTraining
+    from training.config import Config
 
+    kind = ClassTraining if script.parent.name == "classes" else Config
     overrides = [w for w in given if re.fullmatch(r"[a-z_.]+=.*", w)]
     preset = given[given.index("--preset") + 1] if "--preset" in given else None
-    file = ROOT / given[given.index("--config") + 1] if "--config" in given else config.CONFIGS / "retrain.yaml"
-    config.load(file, preset=preset, overrides=overrides)
+    file = given[given.index("--config") + 1] if "--config" in given else "training/configs/retrain.yaml"
+    layers.load(kind, ROOT / file, preset=preset, overrides=overrides)
 
 
 def _results(name: str) -> list[dict]:

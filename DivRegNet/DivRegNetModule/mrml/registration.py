@@ -140,7 +140,7 @@ def content_of_result(result: "Result", scalar_type: int, *, inverse: bool) -> C
     return Content(
         finish(vtk_image_steps(sitk.GetArrayViewFromImage(result.warped), scalar_type)),
         Grid.of(result.warped).ras_matrix,
-        transforms.grid_transform(result.transform),
+        transforms.grid_transform(result.transform, Grid.of(result.warped)),
         transforms.grid_transform(result.inverse) if inverse else None,
         result.quality,
         _attributes(result),

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--preset",
         choices=PRESETS,
         default="general",
-        help="Options for a purpose. Those given beside it come first.",
+        help="named options for a purpose; options given as well take precedence",
     )
     for option in table().values():
         add_option(parser, option)
@@ -127,10 +127,10 @@ def _alignment(args: argparse.Namespace):
     if args.pairs is not None or args.fixed_landmarks is None or args.moving_landmarks is None:
         raise InputError(f"--align {args.align} needs --fixed-landmarks and --moving-landmarks of one pair")
     from DivRegNetLib.core.grid import affine_transform
-    from DivRegNetLib.io.landmarks import read_landmarks
+    from DivRegNetLib.run.comparison import LandmarkLists
 
-    fixed, moving = (read_landmarks(path).points for path in (args.fixed_landmarks, args.moving_landmarks))
-    return affine_transform(align_landmarks(fixed, moving, BY_LANDMARKS[args.align]))
+    pairs = LandmarkLists.read(args.fixed_landmarks, args.moving_landmarks).pairs
+    return affine_transform(align_landmarks(pairs.fixed, pairs.moving, BY_LANDMARKS[args.align]))
 
 
 def _summary(report: dict, output: Path) -> str:

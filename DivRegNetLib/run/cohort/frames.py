@@ -6,8 +6,11 @@ from pathlib import Path
 import SimpleITK as sitk
 
 from DivRegNetLib.errors import InputError
+from DivRegNetLib.io import nifti
+from DivRegNetLib.io.damage import reason_why_incomplete
 from DivRegNetLib.io.images import read_image, write_image
-from DivRegNetLib.io.itk_messages import silenced
+from DivRegNetLib.io.itk import file_access
+from DivRegNetLib.io.paths import check_file
 from DivRegNetLib.run.cohort.pairs import Pair
 
 FRAMES, WARPED = "frames", "warped.nii.gz"
@@ -15,13 +18,18 @@ FRAMES, WARPED = "frames", "warped.nii.gz"
 
 
 def is_4d(path: Path) -> bool:
-    """Whether a file holds several volumes; False where that cannot be told."""
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
+    """Whether a file holds several volumes; False where that cannot be told, of which reading it gives the reason."""
     try:
-        with silenced():
+        check_file(path)  # ITK would wait for a pipe without end
+        if (header := nifti.read_header(path)) is not None:
+            return bool(header["dim"][0] == 4 and header["dim"][4] > 1)
+        if reason_why_incomplete(path):
+            return False
+        reader = sitk.ImageFileReader()
+        reader.SetFileName(str(path))
+        with file_access():
             reader.ReadImageInformation()
-    except RuntimeError:
+    except (InputError, RuntimeError, TypeError, UnicodeError):
         return False
     return reader.GetDimension() == 4 and reader.GetSize()[3] > 1
 
