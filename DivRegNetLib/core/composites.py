@@ -1,8 +1,8 @@
 """The transforms of a registration: composites of a displacement field and the initial alignment, ``T(p) = A(p + d(p))``.
 
-The field d covers a little more than the image and fades to zero there, so that the initial alignment A goes on beyond the
-image, in every program: ITK takes the displacement outside a field to be zero, VTK and Slicer take that at its border, which
-is zero as well. No torch here.
+The field d covers a little more than the image and fades to zero in that margin, so that the initial alignment A continues
+beyond the image in every program: outside a field, ITK assumes a displacement of zero, and VTK and Slicer use the one at the
+border, which is zero as well. No torch here.
 """
 
 import numpy as np
@@ -27,7 +27,7 @@ def composite(matrix: np.ndarray, field: sitk.Image) -> sitk.CompositeTransform:
 
 
 def field_of(transform: sitk.Transform) -> sitk.Image:
-    """The field d of a :func:`composite`, which begins and ends a little outside the image."""
+    """The field d of a :func:`composite`, which extends a little beyond the image."""
     parts = sitk.CompositeTransform(transform)
     return sitk.DisplacementFieldTransform(parts.GetNthTransform(1)).GetDisplacementField()
 

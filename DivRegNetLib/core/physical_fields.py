@@ -16,17 +16,17 @@ from DivRegNetLib.core.composites import LARGEST_GROWTH, composite
 from DivRegNetLib.core.grid import Grid
 
 CHUNK_VOXELS = 250_000
-ROUNDING = 1e-3  # voxels that axes which are meant to be parallel may drift apart
-FADE = 3.0  # times the largest displacement at the border of the image: how far outside it has faded to zero
-SMALL_FIELD = 500_000  # voxels up to which a field with its margin may grow without that limit
-FACE_POINTS = 24  # along each edge of the image, where displacements at its border are looked at
+ROUNDING = 1e-3  # voxels by which axes may deviate from parallel to count as parallel
+FADE = 3.0  # width of the margin in which the field fades to zero, in lengths of the largest displacement at the border
+SMALL_FIELD = 500_000  # voxels up to which LARGEST_GROWTH does not limit the margin
+FACE_POINTS = 24  # sample points along each edge of the image, for the largest displacement at its border
 
 
 def forward_transform(displacement: Tensor, grid: Grid, initial: np.ndarray, fixed: Grid) -> sitk.CompositeTransform:
     """``T(p) = initial(p + u(p))``, which maps fixed points to moving points (LPS, mm), with a field on the fixed grid.
 
     Args:
-        displacement: u, (1, 3, D, H, W) on the CPU, in voxels of ``grid``; beyond the grid its border values go on.
+        displacement: u, (1, 3, D, H, W) on the CPU, in voxels of ``grid``; beyond the grid its border values continue.
         grid: working grid, in fixed space.
         initial: (4, 4) LPS, maps fixed points to moving points.
     """
@@ -43,8 +43,8 @@ def inverse_transform(
     """The inverse of :func:`forward_transform`: maps moving points to fixed points (LPS, mm), with a field on the moving grid.
 
     Starts from ``inverse``, the inverse of ``displacement`` on the working grid, and solves ``p + u(p) = initial^-1(q)``
-    for every moving voxel q by fixed-point iteration, so that no resolution is lost to the working grid: one is enough for
-    a hundredth of a voxel of the working grid, and rarely a tenth.
+    for every moving voxel q by fixed-point iteration, so that the working grid does not limit the resolution. One iteration
+    brings the error to a hundredth of a voxel of the working grid, in rare cases to a tenth.
     """
     back = np.linalg.inv(initial)
 
@@ -53,10 +53,10 @@ def inverse_transform(
         start = _sampler(inverse, to_working, padded)
 
         def sampled(slab: slice) -> Tensor:
-            at, found = _points(to_working, padded, slab), start(slab)
+            at, v = _points(to_working, padded, slab), start(slab)
             for _ in range(iterations):
-                found = -fields.sample(displacement, at + found)
-            return found
+                v = -fields.sample(displacement, at + v)
+            return v
 
         return sampled
 
@@ -64,24 +64,27 @@ def inverse_transform(
 
 
 def _sampler(field: Tensor, to_working: np.ndarray, grid: Grid) -> Callable[[slice], Tensor]:
-    """Some slices of a grid -> a field there, (1, 3, d, h, w); beyond the working grid its border values go on.
+    """A function from some slices of a grid to the field there, (1, 3, d, h, w); beyond the working grid its border values
+    continue.
 
     Args:
         field: (1, 3, D, H, W) on the working grid.
         to_working: (4, 4), voxels of ``grid`` -> voxels of the working grid.
     """
-    along = np.abs(to_working[:3, :3]).argmax(1)  # each axis of the working grid -> the grid's that it follows
+    along = np.abs(to_working[:3, :3]).argmax(
+        1
+    )  # the axis of the grid that each axis of the working grid is nearest to
 
     def sampled(slab: slice) -> Tensor:
         return fields.sample(field, _points(to_working, grid, slab))
 
     def sampled_along_axes(slab: slice) -> Tensor:
-        found = field
-        for axis in np.argsort(-along):  # the one that the slab is cut from first
+        values = field
+        for axis in np.argsort(-along):  # first the axis that the slab is cut from
             at = np.arange(grid.size[along[axis]])[slab if along[axis] == 2 else slice(None)]
             at = to_working[axis, along[axis]] * at + to_working[axis, 3]
-            found = fields.sample_along(found, 4 - axis, torch.from_numpy(at))
-        return found.permute(0, 1, *(4 - np.argsort(along)[::-1]))
+            values = fields.sample_along(values, 4 - axis, torch.from_numpy(at))
+        return values.permute(0, 1, *(4 - np.argsort(along)[::-1]))
 
     others = np.abs(to_working[:3, :3]).sum(1) - np.abs(to_working[range(3), along])
     straight = sorted(along) == [0, 1, 2] and (others * max(grid.size)).max() < ROUNDING
@@ -89,12 +92,12 @@ def _sampler(field: Tensor, to_working: np.ndarray, grid: Grid) -> Callable[[sli
 
 
 def _points(to_working: np.ndarray, grid: Grid, slab: slice) -> Tensor:
-    """Where the voxels of some slices of a grid are, (1, 3, d, h, w) in voxels of the working grid."""
+    """Positions of the voxels of some slices of a grid, (1, 3, d, h, w) in voxels of the working grid."""
     return torch.stack(_mapped(to_working, grid, slab))[None].to(torch.float32)
 
 
 def _mapped(matrix: np.ndarray, grid: Grid, slab: slice) -> list[Tensor]:
-    """x, y and z, each (d, h, w) in double precision, that a (4, 4) map gives the voxels of some slices of a grid."""
+    """The voxels of some slices of a grid through a (4, 4) map: x, y and z, each (d, h, w) in double precision."""
     k, j, i = (torch.arange(n, dtype=torch.float64) for n in grid.shape)
     j, k = j[:, None], k[slab, None, None]
     return [a * i + b * j + c * k + d for a, b, c, d in matrix[:3].tolist()]
@@ -122,12 +125,14 @@ def _faded_field(grid: Grid, to_mm: np.ndarray, sampled_on: Callable[[Grid], Cal
         in_space = torch.tensordot(in_mm, sampled(slab)[0], 1).to(torch.float64)
         in_space *= z[slab, None, None] * y[:, None] * x
         values = in_space.permute(1, 2, 3, 0).contiguous().numpy()
-        field[:, :, slab] = sitk.GetImageFromArray(values, isVector=True)  # in place: the field is there once
+        field[:, :, slab] = sitk.GetImageFromArray(
+            values, isVector=True
+        )  # in place, so that the field is in memory once
     return padded.stamp(field)
 
 
 def _largest_at_border(grid: Grid, in_mm: Tensor, sampled_on: Callable[[Grid], Callable[[slice], Tensor]]) -> float:
-    """Length (mm) of about the largest displacement on the six sides of a grid."""
+    """Approximate length (mm) of the largest displacement on the six sides of a grid."""
     every = np.maximum((np.array(grid.size) - 1) / (FACE_POINTS - 1), 1)
     size = np.floor((np.array(grid.size) - 1) / every + 1e-6).astype(int) + 1
     every = np.where(size > 1, (np.array(grid.size) - 1) / np.maximum(size - 1, 1), 1)

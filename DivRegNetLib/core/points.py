@@ -1,4 +1,4 @@
-"""Points through transforms, forward and backward, and where a transform is known at all."""
+"""Points through transforms, forward and backward, and where a transform is defined."""
 
 from dataclasses import dataclass
 
@@ -7,10 +7,10 @@ import SimpleITK as sitk
 
 from DivRegNetLib.core.grid import Grid, apply_matrix
 
-TOLERANCE_MM = 0.01  # of a point that is mapped back and forth
-STEPS, HALVINGS = 50, 12  # of Newton's method, and of one of its steps
-COARSE_NODES = 24  # along each axis, among which a start is looked for
-CONTINUOUS = 0.5  # voxels: a displacement at the border of its field that is as good as none
+TOLERANCE_MM = 0.01  # largest error of a point that is mapped backward and forward
+STEPS, HALVINGS = 50, 12  # of Newton's method; of the length of one step
+COARSE_NODES = 24  # voxels along each axis that are tried as starts
+CONTINUOUS = 0.5  # voxels: smaller displacements at the border of a field count as zero
 
 
 def map_points(transform: sitk.Transform, points: np.ndarray) -> np.ndarray:
@@ -23,7 +23,7 @@ class Inverted:
     """Points that were mapped backward.
 
     points: (n, 3) LPS mm; NaN where there is no such point.
-    reasons: for each of those, by its number, why.
+    reasons: number of each point that could not be mapped -> why.
     """
 
     points: np.ndarray
@@ -38,7 +38,7 @@ def invert_points(transform: sitk.Transform, points: np.ndarray, linear: np.ndar
 
     Args:
         transform: maps fixed points to moving points, LPS mm.
-        points: (n, 3) moving points; NaN for undefined ones, which stay so.
+        points: (n, 3) moving points; NaN for undefined points, which stay undefined.
         linear: (4, 4) an approximation of the transform, such as the initial alignment; None: fitted to the field.
     """
     points = np.asarray(points, float).reshape(-1, 3)
@@ -70,10 +70,10 @@ def invert_points(transform: sitk.Transform, points: np.ndarray, linear: np.ndar
 
 
 def is_known(transform: sitk.Transform, points: np.ndarray) -> np.ndarray:
-    """Whether a transform says anything about points (n, 3), LPS mm; (n,) bool.
+    """Whether a transform is defined at points (n, 3), LPS mm; (n,) bool.
 
-    Outside a displacement field ITK leaves points where they are. That continues the transform only if the field ends in
-    displacements of zero; a field that ends otherwise, as one that includes an affine alignment, covers its grid alone.
+    Outside a displacement field ITK does not move points. This continues the transform only if the displacements are zero at
+    the border of the field. Any other field, such as one that includes an affine alignment, is defined on its grid only.
     """
     field = _only_field(transform)
     if field is None or _ends_in_zero(field):
@@ -83,7 +83,7 @@ def is_known(transform: sitk.Transform, points: np.ndarray) -> np.ndarray:
 
 
 def _only_field(transform: sitk.Transform) -> sitk.Image | None:
-    """The field of a transform that is a displacement field and nothing else."""
+    """The field of a transform that consists of a displacement field only; None for any other transform."""
     if transform.GetTransformEnum() == sitk.sitkComposite:
         parts = sitk.CompositeTransform(transform)
         return _only_field(parts.GetNthTransform(0)) if parts.GetNumberOfTransforms() == 1 else None
@@ -125,7 +125,7 @@ def _fit(points: np.ndarray, images: np.ndarray) -> np.ndarray:
 
 
 def _newton(transform: sitk.Transform, target: np.ndarray, start: np.ndarray) -> np.ndarray | None:
-    """The point that is mapped to the target, by Newton's method with step halving; None where it does not get there."""
+    """The point that is mapped to the target, by Newton's method with step halving; None if it does not converge."""
 
     def forward(point: np.ndarray) -> np.ndarray:
         return np.array(transform.TransformPoint(point.tolist()))

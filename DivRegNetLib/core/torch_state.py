@@ -1,4 +1,4 @@
-"""torch as this library needs it, inside programs that have set it differently."""
+"""The settings of torch that this library needs, inside programs that have other settings."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ DEVICE_TYPES = ("cpu", "cuda")  # for which autocast may be on
 @contextlib.contextmanager
 def default_state() -> Iterator[None]:
     """Single precision, the CPU as default device, no autocast, gradients on, no inference mode and no demand for
-    deterministic algorithms; afterwards everything is as the program has set it.
+    deterministic algorithms. Afterwards the settings of the program are restored.
 
     The default data type and that demand belong to the process: threads that compute at the same time see them change, if
     the program has set them to something else.

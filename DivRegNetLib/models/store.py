@@ -1,4 +1,4 @@
-"""Models on disk: weights as safetensors, and a card (JSON) beside them that says what they are for.
+"""Models on disk: weights as safetensors, and beside them a card (JSON) that describes them.
 
 A model is two files, ``NAME.safetensors`` and ``NAME.json``, in ``Resources/Models`` or in a folder of the user's own: those
 that the environment variable ``DIVREGNET_MODELS`` names (separated as in PATH), else ``.divregnet/models`` in the home
@@ -31,7 +31,7 @@ DEFAULT = "general"
 ENVIRONMENT = "DIVREGNET_MODELS"
 LARGEST_WEIGHTS_BYTES = 500_000_000
 SUFFIX = ".safetensors"
-ATTEMPTS = 3  # to read a card and weights that belong together
+ATTEMPTS = 3  # to read a card and the weights that belong to it
 ABANDONED_SECONDS = 3600.0  # age of weights that no card refers to, after which they are removed
 
 
@@ -45,7 +45,7 @@ class Model:
     classnet: "ClassNet | None" = None
 
     def on(self, device: "torch.device") -> "Model":
-        """The same model with its networks on a device: copies, unless they are there already. This one stays as it is."""
+        """The same model with its networks on a device: copies, unless they are there already. This model is not changed."""
 
         def placed(network):
             if network is None or all(p.device == device for p in network.parameters()):
@@ -56,7 +56,7 @@ class Model:
 
 
 def bundled_folder() -> Path:
-    """Where the models that ship are: beside the library in a checkout and in a wheel, or in Slicer's extension."""
+    """The folder of the bundled models: beside the library in a checkout, in a wheel or in Slicer's extension."""
     here = Path(__file__).resolve().parents[1]
     candidates = (here / "Resources" / "Models", here.parent / "Resources" / "Models")
     return next((c for c in candidates if c.is_dir()), candidates[-1])
@@ -90,19 +90,19 @@ def folders() -> list[Path]:
 
 
 def card_files() -> dict[str, Path]:
-    """Name -> card file of every model found; the first folder wins. Cards are not read."""
-    found: dict[str, Path] = {}
+    """Name -> card file of every model; where a name occurs in several folders, the first folder counts. Cards are not read."""
+    files: dict[str, Path] = {}
     for folder in folders():
         for file in sorted(folder.glob("*.json")) if folder.is_dir() else []:
-            found.setdefault(file.stem, file)
-    return found
+            files.setdefault(file.stem, file)
+    return files
 
 
 def find(name: str | Path) -> Path:
     """The card file of a model, by its name or by the path of its card.
 
     Raises:
-        ModelError: there is none of that name; lists those there are.
+        ModelError: there is no model of that name; the message lists the models.
     """
     known, name = card_files(), str(name)
     if name in known:

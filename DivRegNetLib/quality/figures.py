@@ -1,4 +1,4 @@
-"""matplotlib as this project needs it, whatever the user's environment and settings files say."""
+"""matplotlib with its default settings, independent of the user's environment and settings files."""
 
 import contextlib
 import os
@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def default_style() -> Iterator[None]:
-    """Draws with matplotlib's defaults. The variable MPLBACKEND, which may name a backend that only a notebook has, and the
-    user's matplotlibrc, which may ask for LaTeX, do not count."""
+    """Draws with matplotlib's defaults. Ignores the variable MPLBACKEND, which may name a backend that only a notebook has, and
+    the user's matplotlibrc, which may ask for LaTeX."""
     with _without_variable("MPLBACKEND") if "matplotlib" not in sys.modules else contextlib.nullcontext():
         import matplotlib.style
     with matplotlib.style.context("default"):

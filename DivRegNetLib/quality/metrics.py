@@ -1,6 +1,7 @@
-"""How good is a registration: overlap and surface distances of labels, landmark error, the field itself, similarity.
+"""Measures of a registration: overlap and surface distances of labels, landmark error, folding, inverse consistency,
+similarity.
 
-Distances are in mm. numpy and SimpleITK alone, but for what needs a network.
+Distances are in mm. Only functions of tensors import torch.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from DivRegNetLib.similarity.kldivnet import KLDivNet
 
-PATCHES = 4096  # that S is estimated from
+PATCHES = 4096  # from which S is estimated
 LARGEST_LOOKUP = 1 << 20  # difference of labels up to which a table is looked up instead of sorting all voxels
 LARGEST_TABLE = 250_000  # distances between two small surfaces that are computed one by one
 
@@ -163,7 +164,7 @@ def landmark_error(fixed: np.ndarray, moving: np.ndarray, transform: sitk.Transf
 
     Args:
         fixed, moving: (n, 3) LPS mm, in the same order.
-        transform: fixed -> moving points; None: identity, the error before registration.
+        transform: maps fixed points to moving points; None: identity, which gives the error before registration.
     Raises:
         InputError: the numbers of landmarks differ.
     """
@@ -174,7 +175,8 @@ def landmark_error(fixed: np.ndarray, moving: np.ndarray, transform: sitk.Transf
 
 
 def jacobian_statistics(displacement: "Tensor") -> dict[str, float]:
-    """Folding of ``x -> x + u(x)``: per cent of voxels with det J <= 0, and the SD of log det J over the others.
+    """Folding of ``x -> x + u(x)``: percentage of voxels with det J <= 0, and the standard deviation of log det J over the
+    others.
 
     Args:
         displacement: (1, 3, D, H, W) in voxels.
@@ -192,8 +194,8 @@ def jacobian_statistics(displacement: "Tensor") -> dict[str, float]:
 def inverse_consistency(displacement: "Tensor", inverse: "Tensor", spacing: float) -> dict[str, float]:
     """``mean`` and ``largest`` distance (mm) from x to ``inverse(forward(x))``.
 
-    Of every second voxel along each axis; those that the deformation carries out of the grid have no inverse there and do
-    not count.
+    Every second voxel along each axis is used, without voxels that the deformation moves out of the grid, where the inverse
+    is not defined.
 
     Args:
         displacement, inverse: (1, 3, D, H, W) in voxels of ``spacing`` mm.
@@ -203,8 +205,8 @@ def inverse_consistency(displacement: "Tensor", inverse: "Tensor", spacing: floa
     displacement, shape = displacement[..., ::2, ::2, ::2], displacement.shape[2:]
     points = 2 * fields.identity(displacement.shape[2:], like=displacement) + displacement
     limits = points.new_tensor(shape[::-1]).view(1, 3, 1, 1, 1) - 1
-    stays = ((points >= 0) & (points <= limits)).all(1)
-    error = (fields.length(displacement + fields.sample(inverse, points))[:, 0] * spacing)[stays]
+    inside = ((points >= 0) & (points <= limits)).all(1)
+    error = (fields.length(displacement + fields.sample(inverse, points))[:, 0] * spacing)[inside]
     return {"mean": error.mean().item(), "largest": error.max().item() if error.numel() else float("nan")}
 
 
@@ -221,12 +223,12 @@ def quality(
     """The quality card of a registration, measured on the working grid.
 
     Args:
-        fixed, unaligned, aligned: (1, 1, D, H, W) normalized: fixed image, moving image as it came, and after the
-            initial alignment (the same where there was none).
+        fixed, unaligned, aligned: (1, 1, D, H, W) normalized: the fixed image, and the moving image
+            before and after the initial alignment (the same tensor where there was none).
         displacement, inverse: (1, 3, D, H, W) in voxels; forward after the initial alignment, and its inverse.
         spacing: mm of the isotropic working grid.
-        kldivnet: for S; without one S is None.
-        mask: (1, 1, D, H, W) bool: where similarity counts.
+        kldivnet: the network that estimates S; without one, S is None.
+        mask: (1, 1, D, H, W) bool: the voxels that similarities are computed from.
     Returns:
         ``nmi`` and ``similarity`` (S, nats), each ``{"before", "aligned", "after"}``; ``folded_percent``,
         ``log_jacobian_sd``; ``largest_displacement_mm`` and ``mean_displacement_mm`` of the deformation without the
@@ -237,7 +239,7 @@ def quality(
     from DivRegNetLib.core import fields
     from DivRegNetLib.similarity.mutual_information import nmi
 
-    def seen(image: "Tensor") -> np.ndarray:
+    def masked(image: "Tensor") -> np.ndarray:
         return (image if mask is None else image[mask]).cpu().numpy()
 
     def similarity(moving: "Tensor") -> float:
@@ -252,19 +254,19 @@ def quality(
             "after": measure(warped),
         }
 
-    reference, warped = seen(fixed), fields.warp(aligned, displacement)
-    found: dict = {"nmi": stages(lambda moving: nmi(reference, seen(moving)))}
-    found["similarity"] = None if kldivnet is None else stages(similarity)
-    found |= jacobian_statistics(displacement)
+    reference, warped = masked(fixed), fields.warp(aligned, displacement)
+    card: dict = {"nmi": stages(lambda moving: nmi(reference, masked(moving)))}
+    card["similarity"] = None if kldivnet is None else stages(similarity)
+    card |= jacobian_statistics(displacement)
     length = fields.length(displacement) * spacing
-    found["largest_displacement_mm"] = length.max().item()
-    found["mean_displacement_mm"] = length.mean().item()
-    found["inverse_consistency_mm"] = inverse_consistency(displacement, inverse, spacing)
-    return _without_nan(found)
+    card["largest_displacement_mm"] = length.max().item()
+    card["mean_displacement_mm"] = length.mean().item()
+    card["inverse_consistency_mm"] = inverse_consistency(displacement, inverse, spacing)
+    return _without_nan(card)
 
 
 def _without_nan(value):
-    """JSON has no NaN: None instead, in dictionaries of any depth."""
+    """NaN, which JSON does not have, replaced by None in dictionaries of any depth."""
     if isinstance(value, dict):
         return {k: _without_nan(v) for k, v in value.items()}
     return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -62,7 +62,7 @@ def cut_planes(
         across, up = (a for a in range(3) if a != axis)
         cut, size = _middle(grid, axis), (grid.size[across], grid.size[up])
         f, m, w = (_cut(i, t, cut, axis, window) for (i, t), window in zip(shown, windows, strict=True))
-        # What the deformation does beyond the initial alignment, seen in the fixed space.
+        # The deformation without the initial alignment, in fixed space.
         points = cut.to_physical(np.stack(np.indices(cut.shape)[::-1], -1)) + displacement(cut)
         index = np.take(grid.to_index(apply_matrix(back, points)), 0, axis=2 - axis)[..., [across, up]]
         index[(index < 0).any(-1) | (index > np.array(size) - 1).any(-1)] = np.nan
@@ -125,7 +125,7 @@ def write_preview(fixed: sitk.Image, moving: sitk.Image, result, path: Path) -> 
 
 
 def _middle(grid: Grid, axis: int) -> Grid:
-    """The one slice across the middle of an axis: volumes would need a hundred times the memory."""
+    """The slice through the middle of an axis; whole volumes would need a hundred times the memory."""
     first, size = np.zeros(3), list(grid.size)
     first[axis], size[axis] = size[axis] // 2, 1
     matrix = grid.matrix.copy()
@@ -142,7 +142,7 @@ def _cut(image: sitk.Image, transform: sitk.Transform, cut: Grid, axis: int, win
 def checkerboard(
     one: np.ndarray, other: np.ndarray, squares: int = 8, *, side: int | None = None, first: int = 0
 ) -> np.ndarray:
-    """Two arrays of one shape (any number of axes) in alternate blocks: where they match, edges go on across blocks.
+    """Two arrays of one shape (any number of axes) in alternate blocks: where they match, edges continue across blocks.
 
     Args:
         squares: blocks along the longest side.

@@ -55,7 +55,7 @@ def register(
 
     Args:
         fixed, moving: 3D scalar images, each on a grid of its own.
-        fixed_mask, moving_mask: non-zero where the image is to be looked at, on any grid.
+        fixed_mask, moving_mask: non-zero where the image is compared, on any grid.
         progress: called with the stage and the fraction that is done; returning False cancels.
         model: name, path of a card, or a :class:`~DivRegNetLib.models.Model` already loaded, which is not changed.
         options: fields of :class:`~DivRegNetLib.options.Options`.
@@ -83,7 +83,7 @@ def register(
             return _deform_and_warp(inputs, matrix, resources, options, stages)
         except OutOfMemory as error:
             stage = error.stage
-        # Here the exception is gone, and with it what the attempt held in memory.
+        # The exception, and with it the memory of the attempt, is released here.
         memory.give_back()
         resources = resources.smaller(stage)
 
@@ -103,7 +103,7 @@ class Sampled:
     """Both images on the working grid.
 
     grid: isotropic, in fixed space.
-    images: what the methods get.
+    images: the input of the methods.
     unaligned: (1, 1, D, H, W) the moving image without the initial alignment.
     """
 
@@ -203,7 +203,7 @@ def sample(inputs: Inputs, matrix: np.ndarray, resources: Resources, *, progress
     """Both images and masks on the working grid, normalized, and what the model's class network sees in them.
 
     Raises:
-        InputError: there an image is flat, or a mask too small.
+        InputError: on the working grid an image is constant, or a mask too small.
     """
     grid, model, unmoved = resources.working, resources.model, np.eye(4)
     on_grid = partial(_on_working_grid, grid=grid, scheme=model.card.normalization, device=resources.device)
@@ -242,7 +242,7 @@ def deform(sampled: Sampled, resources: Resources, options: Options, *, progress
 def refine(
     sampled: Sampled, displacement: Tensor, resources: Resources, options: Options, *, progress: Callable[[float], None]
 ) -> Tensor:
-    """The displacement after the further steps that the options ask for, or as it was where they do not help."""
+    """The displacement after refinement, if the options ask for it and it improves the objective."""
     if not options.refine or options.method == "none":
         return displacement
     settings = replace(resources.model.card.refinement_settings, steps=options.refine)
@@ -266,7 +266,7 @@ def to_physical(
 
 
 def default_value(options: Options, moving: sitk.Image) -> float:
-    """What the warped volume holds outside the moving one: as asked, else air for a CT, else 0."""
+    """The value of the warped volume outside the moving one: that of the options, or air for a CT, or 0."""
     if options.default_value is not None:
         return options.default_value
     return AIR_HU if float(sitk.GetArrayViewFromImage(moving).min()) <= AIR_IN_CT else 0.0
@@ -276,7 +276,7 @@ def warp(inputs: Inputs, transform: sitk.Transform, options: Options, default: f
     """The moving volume on the fixed grid.
 
     Raises:
-        InputError: nothing of it is left there.
+        InputError: the warped volume is constant.
     """
     interpolator = INTERPOLATIONS[options.interpolation]
     warped = resampling.resample(inputs.moving, inputs.fixed, transform, interpolator, default)
@@ -324,7 +324,7 @@ def _on_working_grid(
 def _mask_on_working_grid(
     mask: sitk.Image | None, matrix: np.ndarray, *, grid: Grid, device: torch.device
 ) -> Tensor | None:
-    """A mask through a (4, 4) LPS map, (1, 1, D, H, W) bool on the device; None stays None."""
+    """A mask through a (4, 4) LPS map, (1, 1, D, H, W) bool on the device; None for None."""
     return None if mask is None else _tensor(resampling.resample_mask(mask, grid, matrix), device) > 0.5
 
 
@@ -377,7 +377,7 @@ class Stages:
         self._progress, self._reported = progress, 0.0
 
     def run(self, stage: str, function: Callable, *arguments, progress: bool = False):
-        """What ``function(*arguments)`` returns.
+        """Runs ``function(*arguments)`` and returns its result.
 
         Args:
             progress: the function has a keyword ``progress``, which it calls with the fraction of the stage that is done.

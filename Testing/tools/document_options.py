@@ -2,9 +2,9 @@
 
     python Testing/tools/document_options.py
 
-A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->``. NAME is a command of ``divregnet``, or
-``options`` or ``presets`` for the tables of :mod:`DivRegNetLib.options` and :mod:`DivRegNetLib.presets`. A test compares the
-file with what this program would write.
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->``; NAME is a command of ``divregnet``, or
+``options`` for the table of :mod:`DivRegNetLib.options`, or ``presets`` for those of :mod:`DivRegNetLib.presets`. A test
+compares the file with what this program would write.
 """
 
 import argparse
@@ -73,9 +73,6 @@ def _row(action: argparse.Action) -> tuple[str, str]:
     value = "" if action.nargs == 0 else action.metavar or "|".join(map(str, action.choices or [action.dest.upper()]))
     name = f"{action.option_strings[-1]} {value}" if action.option_strings else value
     meaning = f"{action.help[0].upper()}{action.help[1:]}"
-    if action.dest == "preset":  # the table of presets says the rest
-        meaning = meaning.partition(f" {next(iter(action.choices))}: ")[0]
-        name = f"{action.option_strings[-1]} NAME"
     meaning += "" if meaning.endswith(".") else "."
     if action.required and action.option_strings:
         meaning += " Required."
@@ -93,16 +90,6 @@ def _options() -> str:
     for option in table().values():
         default = option.default_help or f"`{option.default}`"
         lines.append(f"| `{option.flag}` | {_values(option)} | {default} | {option.help} |")
-    return "\n".join(lines) + "\n"
-
-
-def _presets() -> str:
-    from DivRegNetLib.presets import PRESETS
-
-    lines = ["| preset | in Slicer | sets | when to choose it |", "|---|---|---|---|"]
-    for preset in PRESETS.values():
-        options = " ".join(f"`--{name.replace('_', '-')} {value}`" for name, value in preset.options.items())
-        lines.append(f"| `{preset.name}` | {preset.label} | {options} | {preset.help} |")
     return "\n".join(lines) + "\n"
 
 

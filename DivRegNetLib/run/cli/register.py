@@ -35,8 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--preset",
         choices=PRESETS,
         default="general",
-        help="named options for a purpose; options given as well take precedence. "
-        + " ".join(f"{p.name}: {p.help}" for p in PRESETS.values()),
+        help="named options for a purpose; options given as well take precedence",
     )
     for option in table().values():
         add_option(parser, option)
