@@ -1,4 +1,4 @@
-"""DivRegNet for 3D Slicer: the classes that Slicer looks for. What they do is in DivRegNetModule and DivRegNetLib."""
+"""DivRegNet for 3D Slicer: the classes that Slicer looks for. The work is done by DivRegNetModule and DivRegNetLib."""
 
 import enum
 import importlib
@@ -36,11 +36,11 @@ COARSER = 1.5  # times the spacing: memory divided by 3.4
 
 
 def _find_packages() -> None:
-    """Imports DivRegNetModule from beside this file; DivRegNetLib from there too (an installed extension), or from the
-    folder above (a checkout whose module folder was given to Slicer), or else from where pip has put it."""
+    """Imports DivRegNetLib from beside this file (an installed extension), from the folder above (a checkout whose module
+    folder was given to Slicer), or else from where pip has put it; and DivRegNetModule, which needs it, from beside."""
     for name, folders in (
-        ("DivRegNetModule", [MODULE_FOLDER]),
         ("DivRegNetLib", [MODULE_FOLDER, MODULE_FOLDER.parent]),
+        ("DivRegNetModule", [MODULE_FOLDER]),
     ):
         folder = next((str(f) for f in folders if (f / name / "__init__.py").is_file()), None)
         if folder:
@@ -56,7 +56,7 @@ _find_packages()
 
 
 class DivRegNet(ScriptedLoadableModule):
-    """What Slicer shows of the module before it is opened."""
+    """The module's title, category, help and acknowledgment."""
 
     def __init__(self, parent) -> None:
         ScriptedLoadableModule.__init__(self, parent)
@@ -102,7 +102,7 @@ class Alignment(enum.Enum):
 
 
 class Interpolation(enum.Enum):
-    """Of the warped volume; values as in DivRegNetLib.options.INTERPOLATIONS."""
+    """Interpolation of the warped volume; values as in DivRegNetLib.options.INTERPOLATIONS."""
 
     LINEAR = "linear"
     NEAREST = "nearest"
@@ -200,7 +200,7 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.initializeParameterNode()
 
     def cleanup(self) -> None:
-        """The module is unloaded or the application closes: nothing may stay behind."""
+        """The module is unloaded or the application closes: ends the run and removes all observers."""
         self._stop()
         self._forgetOutcome()
         self.setParameterNode(None)
@@ -211,7 +211,7 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.initializeParameterNode()
 
     def exit(self) -> None:
-        """Another module is opened: a run goes on, the panel no longer follows the parameters."""
+        """Another module is opened: a run continues, but the panel no longer follows the parameters."""
         self.ui.flickerButton.setChecked(False)
         self._disconnectParameterNode()
 
@@ -237,7 +237,7 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     # --- parameters
 
     def initializeParameterNode(self) -> None:
-        """A parameter node, with the first two volumes of the scene chosen if nothing is."""
+        """Follows the parameter node of the scene, and chooses the first two volumes if none are chosen."""
         self.setParameterNode(self.logic.getParameterNode())
         p = self._parameterNode
         if not p.fixedVolume and not p.movingVolume:
@@ -266,23 +266,23 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
                 self.removeObserver(self._parameterNode, vtk.vtkCommand.ModifiedEvent, self._refresh)
 
     def _offerChoices(self) -> None:
-        """Models and devices that there are now."""
+        """Offers the models and devices that are available now."""
         from DivRegNetModule import devices, inputs
 
         from DivRegNetLib.models import DEFAULT
 
-        found = inputs.models()
-        self._connectors["model"].offer(found or [(_("{name} (not found)").format(name=DEFAULT), DEFAULT)])
+        models = inputs.models()
+        self._connectors["model"].offer(models or [(_("{name} (not found)").format(name=DEFAULT), DEFAULT)])
         self._connectors["device"].offer(devices.devices())
 
     def _refresh(self, caller=None, event=None) -> None:
-        """The panel after any change of parameters or of the run."""
+        """Updates the panel after any change of the parameters or of the run."""
         from DivRegNetModule import inputs
 
         p, running = self._parameterNode, self._run is not None
         reason = inputs.why_not(p)
         self.ui.registerButton.enabled = not running and not reason
-        self.ui.registerButton.toolTip = reason or _("Registers the moving to the fixed volume.")
+        self.ui.registerButton.toolTip = reason or _("Registers the moving volume to the fixed volume.")
         self.ui.cancelButton.enabled = running
         self.ui.progressBar.visible = running
         if p is None:
@@ -298,10 +298,10 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self._describe()
 
     def _offerSegments(self, parameter: str, combo, node) -> None:
-        """The segments of a mask that is a segmentation; the first is chosen where none of them is."""
-        from DivRegNetModule import inputs
+        """Offers the segments of a mask that is a segmentation, and chooses the first if none of them is chosen."""
+        from DivRegNetModule import mrml
 
-        segments = inputs.segments(node)
+        segments = mrml.segments(node)
         combo.visible = combo.enabled = bool(segments)
         ids = [segment for _name, segment in segments]
         chosen = self._parameterNode.getValue(parameter)
@@ -314,10 +314,11 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self._connectors[parameter].offer(segments)
 
     def _describe(self) -> None:
-        """The model's card, what does not fit it, and the memory."""
+        """Shows the model's card, how the volumes differ from it, and the memory."""
         from DivRegNetModule import fit, inputs
+        from DivRegNetModule.mrml.geometry import local_grid
 
-        from DivRegNetLib.run import memory
+        from DivRegNetLib.registration import memory
 
         p = self._parameterNode
         self.ui.cardLabel.text, self.ui.cardLabel.toolTip = inputs.card_lines(p.model)
@@ -325,9 +326,9 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         complaints, needed = [], _("Choose two volumes first.")
         if card and not inputs.why_not(p):
             complaints = fit.complaints(card, inputs.facts(p.fixedVolume), inputs.facts(p.movingVolume))
-            grids = (inputs.grid(volume) for volume in (p.fixedVolume, p.movingVolume))
+            grids = (local_grid(volume) for volume in (p.fixedVolume, p.movingVolume))
             estimate = memory.estimate(card, *grids, spacing=p.workingSpacing or None, refine=p.refineSteps)
-            needed = _("about {device} on the device, {host} in main memory ({size} voxels)").format(
+            needed = _("About {device} on the device and {host} in main memory ({size} voxels)").format(
                 device=memory.text(estimate.device),
                 host=memory.text(estimate.host),
                 size=" x ".join(map(str, estimate.working)),
@@ -361,7 +362,7 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self._refresh()
 
     def onPoll(self) -> None:
-        """Called by a timer while a run is under way."""
+        """Called by a timer while a registration runs."""
         from DivRegNetLib.errors import DivRegNetError
 
         run = self._run
@@ -406,7 +407,7 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.onRegister()
 
     def _stop(self) -> None:
-        """Ends a run that is under way; the scene was not touched."""
+        """Ends a running registration; the scene was not touched."""
         self._timer.stop()
         run, self._run = self._run, None
         if run is not None:
@@ -444,13 +445,14 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         from DivRegNetModule import verdict
         from DivRegNetModule.comparison import Comparison
 
+        from DivRegNetLib.quality.verdict import judge
+
         self._forgetOutcome()
         self._outcome = outcome
         registration = outcome.registration
         self._comparison = Comparison(outcome.fixed, registration.warped_node, registration.transform_node)
         self._comparison.blend()
-        judgment = verdict.judge(outcome.quality)
-        self.ui.verdictLabel.text = verdict.as_html(judgment)
+        self.ui.verdictLabel.text = verdict.as_html(judge(outcome.quality))
         device = registration.result.settings.get("device", "")
         self.ui.qualityLabel.text = verdict.table(verdict.rows(outcome.quality, outcome.seconds, device))
         self.ui.resultCollapsibleButton.visible = True
@@ -489,18 +491,18 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self._forgetOutcome()
         comparison.restore()
         outcome.undo()
-        self._say(_("The outputs of the last registration were taken back."))
+        self._say(_("The outputs of the last registration were removed."))
 
 
 def stageName(stage: str) -> str:
-    """A stage of DivRegNetLib.options.STAGES in words."""
+    """A stage of DivRegNetLib.options.STAGES as a progress text."""
     names = {
         "check": _("Checking the images"),
-        "affine": _("Initial alignment"),
+        "align": _("Initial alignment"),
         "sample": _("Sampling"),
-        "predict": _("Predicting the deformation"),
+        "deform": _("Computing the deformation"),
         "refine": _("Refining"),
-        "physical": _("Displacements in mm"),
+        "fields": _("Computing displacements in mm"),
         "outputs": _("Warping and measuring"),
     }
     return names.get(stage, stage) + " (%p %)"
@@ -532,7 +534,7 @@ class DivRegNetLogic(ScriptedLoadableModuleLogic):
             fixedVolume, movingVolume: vtkMRMLScalarVolumeNode of the scene; their parent transforms count.
             warpedVolume, transform: nodes that take the outputs; None makes new ones.
             inverse: None: no inverse; True: a new node; or a node that takes it.
-            alsoApplyTo: segmentations, markups, models, volumes that go with the moving volume; copies are deformed.
+            alsoApplyTo: segmentations, markups, models, volumes that belong to the moving volume; copies are deformed.
             segmentations, landmarks: (fixed, moving) nodes to measure Dice and landmark error with.
             progress: called with stage and fraction (0 to 1); returning False cancels.
             options: of DivRegNetModule.mrml.images_from_nodes: fixed_mask, moving_mask, align, model, device, refine, ...
@@ -541,7 +543,7 @@ class DivRegNetLogic(ScriptedLoadableModuleLogic):
             ``carried``, the copies; ``quality``; ``undo()``.
         Raises:
             NotReady: PyTorch is not installed.
-            InputError, ModelError, DeviceError, WorkerDied, Cancelled: as they say; the scene is as it was.
+            InputError, ModelError, DeviceError, WorkerDied, Cancelled: the message says why; the scene is as it was.
         """
         from DivRegNetModule import first_use
         from DivRegNetModule.run import Request, Run

@@ -13,6 +13,7 @@ from DivRegNetLib import models
 from DivRegNetLib.core import fields
 from DivRegNetLib.core.grid import Grid, apply_matrix
 from DivRegNetLib.registration.regnet import RegNet, RegNetConfig
+from DivRegNetLib.registration.variational import DEFAULT, REFINEMENT
 from DivRegNetLib.similarity.kldivnet import KLDivNet, KLDivNetConfig
 
 settings.register_profile("divregnet", deadline=None, derandomize=True, max_examples=30)
@@ -148,6 +149,9 @@ def tiny_model(tmp_path, monkeypatch) -> str:
         skull="not applicable",
         spacing_mm=6.0,
         normalization="robust",
+        methods=["regnet"],
+        variational=DEFAULT.as_dict(),
+        refinement=REFINEMENT.as_dict(),
         regnet=regnet.config.as_dict(),
         kldivnet=kldivnet.config.as_dict(),
         training={"data": "none"},

@@ -1,41 +1,20 @@
-"""Looking at a result: half-faded layers, flicker, checkerboard and deformation grid, each leaving nothing behind."""
+"""Comparing fixed and warped volume in the slice views: blended, in turn, as a checkerboard, with a deformation grid."""
 
 import numpy as np
 import qt
 import slicer
 
+from DivRegNetLib.core.intensity import percentile_window, stretch
+from DivRegNetLib.quality.preview import checkerboard
 from DivRegNetModule import _
 
 FLICKER_MS = 500
-SQUARES = 8  # along the longest side
 GRID_LINES = 20  # across the longest side
 HALF = 0.5
 
 
-def checkerboard(one: np.ndarray, other: np.ndarray, squares: int = SQUARES) -> np.ndarray:
-    """Two arrays (D, H, W) of equal shape in alternate blocks, each stretched from its 1st-99th percentile to [0, 1].
-
-    Args:
-        squares: blocks along the longest side; blocks have the same number of voxels along each axis.
-    Returns:
-        (D, H, W) float32.
-    Raises:
-        ValueError: the shapes differ.
-    """
-    if one.shape != other.shape:
-        raise ValueError(f"a checkerboard needs arrays of one shape, got {one.shape} and {other.shape}")
-    side = max(-(-max(one.shape) // squares), 1)
-    parity = sum(np.ix_(*(np.arange(n) // side for n in one.shape))) % 2
-    return np.where(parity == 0, _stretch(one), _stretch(other)).astype(np.float32)
-
-
-def _stretch(array: np.ndarray) -> np.ndarray:
-    low, high = np.percentile(array, [1, 99])
-    return np.clip((array - low) / max(high - low, 1e-6), 0, 1)
-
-
 class Comparison:
-    """What is shown of one registration. At most one of flicker and checkerboard is on; ``clear`` turns all off.
+    """How one registration is shown. At most one of flicker and checkerboard is on; ``clear`` turns all of them off.
 
     Args:
         fixed, warped: volume nodes on one grid.
@@ -57,7 +36,7 @@ class Comparison:
 
     def needs(self, node) -> bool:
         """Whether the comparison makes no sense without this node."""
-        return any(node is mine for mine in (self.fixed, self.warped))
+        return node is self.fixed or node is self.warped
 
     def restore(self) -> None:
         """Slice views as they were when this object was made."""
@@ -93,12 +72,13 @@ class Comparison:
         slicer.util.setSliceViewerLayers(foregroundOpacity=1.0 if self._shown else 0.0)
 
     def checkerboard(self, on: bool) -> None:
-        """Fixed and warped in alternate blocks, as a volume that is not saved and goes when turned off."""
+        """Fixed and warped in alternate blocks: a volume that is not saved, and is removed when this is turned off."""
         if on:
             if self._gone(self.fixed, self.warped):
                 return
             self.flicker(False)
-            array = checkerboard(slicer.util.arrayFromVolume(self.fixed), slicer.util.arrayFromVolume(self.warped))
+            arrays = (slicer.util.arrayFromVolume(node) for node in (self.fixed, self.warped))
+            array = checkerboard(*(stretch(a, percentile_window(a, 1, 99)) for a in arrays)).astype(np.float32)
             board = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLScalarVolumeNode", _("Fixed-warped checkerboard"))
             board.SetSaveWithScene(False)
             board.CopyOrientation(self.warped)
@@ -142,7 +122,7 @@ class Comparison:
             self._grid_state = None
 
     def clear(self) -> None:
-        """Turns everything off; safe when nodes are gone."""
+        """Turns everything off; also where nodes were removed."""
         self.flicker(False)
         self.checkerboard(False)
         self.grid(False)

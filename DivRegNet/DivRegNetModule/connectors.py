@@ -13,13 +13,13 @@ PROPERTY = "DivRegNetParameterName"
 
 def connectors(ui) -> dict:
     """Parameter name -> connector, for every control of ``slicer.util.childWidgetVariables`` that has the property."""
-    found = {}
+    made = {}
     for widget in list(vars(ui).values()):
         name = widget.property(PROPERTY)
         if name:
             kind = CheckedNodes if isinstance(widget, slicer.qMRMLCheckableNodeComboBox) else Choices
-            found[str(name)] = kind(widget)
-    return found
+            made[str(name)] = kind(widget)
+    return made
 
 
 class Choices(GuiConnector):

@@ -1,4 +1,4 @@
-"""On what can be computed: for the list in the panel, found without importing torch into Slicer."""
+"""The computation devices that the panel offers, without importing torch into Slicer."""
 
 import shutil
 import subprocess
@@ -12,18 +12,18 @@ SECONDS = 3.0
 
 
 def devices() -> list[tuple[str, str]]:
-    """(text, name of the device) for each device, the automatic choice first. GPUs once a torch that uses them is there."""
-    found = [(_("Automatic (GPU if there is one)"), "auto"), (_("CPU"), "cpu")]
+    """(text, name of the device) for each device, the automatic choice first. GPUs are listed if torch can use them."""
+    offered = [(_("Automatic (GPU if there is one)"), "auto"), (_("CPU"), "cpu")]
     version = torch_version()
     if version and not version.endswith("+cpu"):
         for index, name, free in _nvidia():
             text = _("{name}, {free:.1f} GB free (GPU {index})").format(name=name, free=free / 1024, index=index)
-            found.append((text, f"cuda:{index}"))
-    return found
+            offered.append((text, f"cuda:{index}"))
+    return offered
 
 
 def _nvidia() -> list[tuple[int, str, float]]:
-    """(index, name, free MiB) of each NVIDIA card, as the driver's own tool says; empty where there is none."""
+    """(index, name, free MiB) of each NVIDIA card, as ``nvidia-smi`` reports them; empty where there is none."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return []
@@ -41,9 +41,9 @@ def parse(answer: str) -> list[tuple[int, str, float]]:
     Raises:
         ValueError: a line of another form.
     """
-    found = []
+    cards = []
     for line in answer.strip().splitlines():
         index, rest = line.split(",", 1)
         name, free = rest.rsplit(",", 1)
-        found.append((int(index), name.strip(), float(free)))
-    return found
+        cards.append((int(index), name.strip(), float(free)))
+    return cards

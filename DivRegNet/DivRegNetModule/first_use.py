@@ -1,7 +1,7 @@
-"""PyTorch and the few packages the registration needs: are they there, and if not, ask and install.
+"""PyTorch and the few packages that the registration needs: whether they are installed, and asking to install them.
 
-Nothing here runs before Register is pressed. PyTorch comes through Slicer's PyTorch extension, which finds the build for
-the graphics driver; the rest through pip. What comes with Slicer (SimpleITK, numpy, vtk) is never touched.
+Nothing here runs before Register is pressed. PyTorch is installed by Slicer's PyTorch extension, which finds the build
+for the graphics driver; the rest by pip. Packages that come with Slicer (SimpleITK, numpy, vtk) are never changed.
 """
 
 import importlib
@@ -16,7 +16,7 @@ from DivRegNetModule import _
 TORCH = ">=2.5"
 TORCH_MINIMUM = (2, 5)
 PACKAGES = {"safetensors": "safetensors>=0.4.3"}
-"""Module to import -> requirement, of what is installed by pip."""
+"""Name of the module that is imported -> requirement that pip installs."""
 
 
 class NotReady(RuntimeError):
@@ -35,21 +35,21 @@ def torch_version() -> str:
 
 
 def missing() -> list[str]:
-    """What is not there, or too old: requirements in pip's form; empty if registration can run."""
-    found = []
+    """Requirements, in pip's form, that are not installed or too old; empty if registration can run."""
+    needed = []
     version = torch_version()
     try:
         recent = tuple(int(part) for part in version.split("+")[0].split(".")[:2]) >= TORCH_MINIMUM
     except ValueError:
         recent = bool(version)  # a development build
     if not recent:
-        found.append(f"torch{TORCH}")
-    found += [need for name, need in PACKAGES.items() if importlib.util.find_spec(name) is None]
-    return found
+        needed.append(f"torch{TORCH}")
+    needed += [need for name, need in PACKAGES.items() if importlib.util.find_spec(name) is None]
+    return needed
 
 
 def ensure() -> None:
-    """Asks for what is missing, and installs it.
+    """Asks whether to install what is missing, and installs it.
 
     Raises:
         NotReady: declined, offline, a restart is needed, or Slicer runs in testing mode, where nothing is installed.

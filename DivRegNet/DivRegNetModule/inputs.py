@@ -1,13 +1,9 @@
-"""From the panel's parameters to a request, and from volume nodes to what can be said of them beforehand."""
+"""From the panel's parameters to a request, and what is said of models and volumes before it."""
 
 from textwrap import shorten
 
-import numpy as np
 import slicer
-import slicer.util
-import vtk
 
-from DivRegNetLib.core.grid import LPS_FROM_RAS, Grid
 from DivRegNetLib.errors import ModelError
 from DivRegNetLib.models import DEFAULT, Card, card_files, find, read_card
 from DivRegNetModule import _
@@ -76,11 +72,9 @@ def why_not(parameters) -> str:
 
 def models() -> list[tuple[str, str]]:
     """(text, name) of every model found, the default one first."""
-    found = []
-    for name in sorted(card_files(), key=lambda name: (name != DEFAULT, name)):
-        summary = getattr(card(name), "summary", _("the card cannot be read"))
-        found.append((f"{name}: {summary}", name))
-    return found
+    names = sorted(card_files(), key=lambda name: (name != DEFAULT, name))
+    summaries = (getattr(card(name), "summary", _("the card cannot be read")) for name in names)
+    return [(f"{name}: {summary}", name) for name, summary in zip(names, summaries, strict=True)]
 
 
 def card(name: str) -> Card | None:
@@ -126,19 +120,3 @@ def facts(node) -> VolumeFacts:
     item = hierarchy.GetItemByDataNode(node) if hierarchy else 0
     modality = hierarchy.GetItemAttribute(item, DICOM_MODALITY) if item else ""
     return VolumeFacts(node.GetName(), image.GetDimensions(), node.GetSpacing(), low, high, modality or "")
-
-
-def grid(node) -> Grid:
-    """The grid of a volume node (LPS), without its parent transforms."""
-    matrix = vtk.vtkMatrix4x4()
-    node.GetIJKToRASMatrix(matrix)
-    return Grid(node.GetImageData().GetDimensions(), LPS_FROM_RAS @ np.array(slicer.util.arrayFromVTKMatrix(matrix)))
-
-
-def segments(node) -> list[tuple[str, str]]:
-    """(name, id) of the segments of a segmentation node; empty for anything else."""
-    if node is None or not node.IsA("vtkMRMLSegmentationNode"):
-        return []
-    segmentation = node.GetSegmentation()
-    ids = [segmentation.GetNthSegmentID(i) for i in range(segmentation.GetNumberOfSegments())]
-    return [(segmentation.GetSegment(i).GetName(), i) for i in ids]

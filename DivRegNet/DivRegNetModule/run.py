@@ -1,15 +1,13 @@
-"""One registration of nodes: the request, the worker while it runs, the nodes it gives, and taking these back."""
+"""One registration of nodes: the request, the worker while it runs, the nodes it makes, and undoing these."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import slicer
-import slicer.util
 
 from DivRegNetLib.run.worker import Event, Worker
 from DivRegNetModule import mrml, reference
+from DivRegNetModule.mrml.scene import Changes, all_or_nothing
 
 
 @dataclass
@@ -40,7 +38,7 @@ class Request:
 
     def needs(self, node) -> bool:
         """Whether the run cannot go on without this node."""
-        return any(node is mine for mine in (self.fixed, self.moving, *self.outputs.values()))
+        return any(node is needed for needed in (self.fixed, self.moving, *self.outputs.values()))
 
 
 @dataclass
@@ -51,6 +49,7 @@ class Outcome:
     quality: the card, with ``dice`` and ``landmark_error_mm`` where they could be measured.
     notes: sentences for the user.
     seconds: from start to end.
+    changes: to the scene.
     """
 
     fixed: object
@@ -59,24 +58,11 @@ class Outcome:
     quality: dict
     notes: list[str]
     seconds: float
-    _added: list = field(default_factory=list, repr=False)
-    _backups: list = field(default_factory=list, repr=False)
+    changes: Changes = field(repr=False)
 
     def undo(self) -> None:
         """Removes the nodes that the run made, and gives those it filled their former content."""
-        scene = slicer.mrmlScene
-        for node, backup in self._backups:
-            if scene.IsNodePresent(node):
-                with slicer.util.NodeModify(node):
-                    node.CopyContent(backup)
-                    node.CopyReferences(backup)
-        for node in self._added:
-            if scene.IsNodePresent(node):
-                shown = node.GetNumberOfDisplayNodes() if node.IsA("vtkMRMLDisplayableNode") else 0
-                for display in [node.GetNthDisplayNode(i) for i in range(shown)]:  # those made later, too
-                    if display is not None:
-                        scene.RemoveNode(display)
-                scene.RemoveNode(node)
+        self.changes.undo()
 
 
 class Run:
@@ -98,7 +84,7 @@ class Run:
         self._started = 0.0
 
     def start(self) -> None:
-        """Raises WorkerDied if there is no process to be had."""
+        """Raises WorkerDied if no process can be started."""
         self._started = time.monotonic()
         self._worker.start()
 
@@ -121,7 +107,7 @@ class Run:
             InputError, ModelError, DeviceError, Cancelled, WorkerDied: what the registration or the nodes gave.
         """
         request, result = self.request, self._worker.result()
-        with _undone_if_raised(request) as (added, backups):
+        with all_or_nothing(slicer.mrmlScene, request.outputs.values()) as changes:
             registration = mrml.nodes_from_result(result, request.fixed, request.moving, **request.outputs)
             also = [node for node in request.also if slicer.mrmlScene.IsNodePresent(node)]
             carried = mrml.apply_to(registration.transform_node, also, reference_node=request.fixed) if also else []
@@ -132,35 +118,5 @@ class Run:
                         quality |= measure(*pair, result)
                     except ValueError as error:  # what cannot be measured is no reason to lose the registration
                         notes.append(str(error))
-        return Outcome(
-            request.fixed, registration, carried, quality, notes, time.monotonic() - self._started, added, backups
-        )
-
-
-@contextmanager
-def _undone_if_raised(request: Request) -> Iterator[tuple[list, list]]:
-    """Lists of the nodes that the body adds to the scene, and of (node, backup) of those it fills; undoes both if it
-    raises. Both are filled when the body ends."""
-    scene = slicer.mrmlScene
-    before = {node.GetID() for node in _nodes(scene)}
-    added, backups = [], []
-    for node in request.outputs.values():
-        if node is not None and node is not True:
-            backup = node.CreateNodeInstance()
-            backup.CopyContent(node)
-            backup.CopyReferences(node)
-            backups.append((node, backup))
-
-    def new() -> list:
-        return [node for node in _nodes(scene) if node.GetID() not in before]
-
-    try:
-        yield added, backups
-    except BaseException:
-        Outcome(None, None, [], {}, [], 0.0, new(), backups).undo()
-        raise
-    added += new()
-
-
-def _nodes(scene) -> list:
-    return [scene.GetNthNode(i) for i in range(scene.GetNumberOfNodes())]
+        seconds = time.monotonic() - self._started
+        return Outcome(request.fixed, registration, carried, quality, notes, seconds, changes)

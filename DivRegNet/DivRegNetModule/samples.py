@@ -1,4 +1,4 @@
-"""The sample pairs that come with the extension, in Slicer's Sample Data module. They load offline."""
+"""The sample pairs that come with the extension, for Slicer's Sample Data module. They load offline."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def folder(module_folder: Path) -> Path:
 
 
 def register(module_folder: Path) -> None:
-    """Adds the pairs whose files are there to the Sample Data module; more than once does no harm."""
+    """Adds the pairs whose files are there to the Sample Data module."""
     import SampleData
 
     logic = SampleData.SampleDataLogic

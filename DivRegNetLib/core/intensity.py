@@ -1,14 +1,34 @@
-"""Intensity normalization: what a network was trained on is what it must be given."""
+"""Intensities: windows for showing images, and the normalization that a network was trained with."""
+
+from typing import TYPE_CHECKING
 
 import numpy as np
 import SimpleITK as sitk
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 QUANTILE_VOXELS = 200_000
 LEVELS = 256  # of brightness that are told apart where they are counted
 AIR_HU = -1024.0
 PADDING_HU = -1500.0  # what scanners fill up with is this low, -2000 or -3024 for instance, and stands alone
+
+
+def subsample(values: np.ndarray) -> np.ndarray:
+    """Some of the values of an array, (n,), evenly spread: enough for its percentiles, and quickly sorted."""
+    flat = values.ravel()
+    return flat[:: max(len(flat) // QUANTILE_VOXELS, 1)]
+
+
+def percentile_window(values: np.ndarray, low: float, high: float) -> tuple[float, float]:
+    """The intensities at two percentiles of some values, between which an image is shown or compared."""
+    return tuple(np.percentile(values, [low, high]))
+
+
+def stretch(values: np.ndarray, window: tuple[float, float]) -> np.ndarray:
+    """Intensities from 0 (at the lower end of a window and below) to 1 (at its upper end and above)."""
+    low, high = window
+    return np.clip((values - low) / max(high - low, 1e-6), 0, 1)
 
 
 def without_padding(image: sitk.Image) -> sitk.Image:
@@ -25,28 +45,32 @@ def without_padding(image: sitk.Image) -> sitk.Image:
     return filled
 
 
-def _limits(values: Tensor) -> tuple[Tensor, Tensor]:
+def _limits(values: "Tensor") -> "tuple[Tensor, Tensor]":
     """Where the darkest 0.5 % of the values end, and the brightest 0.5 % of the foreground (those above their mean) begin."""
     foreground = values[values > values.mean()]
     return _quantile(values, 0.005), _quantile(foreground if len(foreground) else values, 0.995)
 
 
-def _quantile(values: Tensor, share: float) -> Tensor:
+def _quantile(values: "Tensor", share: float) -> "Tensor":
     return values.kthvalue(1 + round(share * (len(values) - 1))).values
 
 
-def _between(image: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def _between(image: "Tensor", low: "Tensor", high: "Tensor") -> "Tensor":
+    import torch
+
     return ((image - low) / (high - low).clamp_min(torch.finfo(image.dtype).tiny)).clamp(0, 1)
 
 
-def _robust(image: Tensor, values: Tensor) -> Tensor:
+def _robust(image: "Tensor", values: "Tensor") -> "Tensor":
     """What is darkest in the values -> 0, what is brightest in their foreground -> 1, clipped."""
     return _between(image, *_limits(values))
 
 
-def _balanced(image: Tensor, values: Tensor) -> Tensor:
+def _balanced(image: "Tensor", values: "Tensor") -> "Tensor":
     """As ``robust``, then a quarter of the way towards every brightness being equally common (but for those that more than
     5 % of the values have, such as air's): a CT's soft tissues then differ by more than a bin of a histogram."""
+    import torch
+
     limits = _limits(values)
     at, of_values = (_between(x, *limits).mul_(LEVELS) for x in (image, values))
     common = torch.bincount(of_values.int().clamp_(max=LEVELS - 1), minlength=LEVELS).double()
@@ -61,7 +85,7 @@ SCHEMES = {"robust": _robust, "balanced": _balanced}
 """Name in a model card -> function of an image (1, 1, D, H, W) and of some of its values (n,), to the image's shape."""
 
 
-def normalize(image: Tensor, scheme: str, seen: Tensor | None = None) -> Tensor:
+def normalize(image: "Tensor", scheme: str, seen: "Tensor | None" = None) -> "Tensor":
     """An image (1, 1, D, H, W) float as a network of this normalization expects it.
 
     Args:

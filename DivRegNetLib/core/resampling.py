@@ -8,7 +8,7 @@ import torch
 
 from DivRegNetLib.core import fields
 from DivRegNetLib.core.grid import Grid, affine_transform
-from DivRegNetLib.core.intensity import without_padding
+from DivRegNetLib.core.intensity import subsample, without_padding
 
 LEAST_SIGMA = 0.1  # voxels, below which smoothing does nothing
 FINEST = 8.0  # voxels of an image to a voxel of the grid along one axis, beyond which they are averaged in blocks first
@@ -33,8 +33,7 @@ def resample_smooth(image: sitk.Image, grid: Grid, *matrices: np.ndarray) -> lis
         values = torch.from_numpy(sitk.GetArrayFromImage(image))[None, None]
         del image  # large
         image = own.image(fields.smooth(values, *sigma)[0, 0].numpy())
-    values = sitk.GetArrayViewFromImage(image).ravel()
-    background = float(np.quantile(values[:: max(len(values) // 200_000, 1)], 0.005))
+    background = float(np.quantile(subsample(sitk.GetArrayViewFromImage(image)), 0.005))
     reference = grid.empty_image()
     return [sitk.Resample(image, reference, affine_transform(m), sitk.sitkLinear, background) for m in matrices]
 

@@ -1,4 +1,4 @@
-"""Landmarks: Slicer's markups, its older fiducial lists, and CSV tables. Every error names the file."""
+"""Landmark files: Slicer's markups, its older fiducial lists, and CSV tables. Every error names the file."""
 
 import csv
 import io
@@ -10,8 +10,10 @@ import numpy as np
 import SimpleITK as sitk
 
 from DivRegNetLib.core.grid import LPS_FROM_RAS
+from DivRegNetLib.core.points import map_points
 from DivRegNetLib.errors import InputError
-from DivRegNetLib.io.atomic import check_ending, check_file, write_json, write_text
+from DivRegNetLib.io.atomic import write_json, write_text
+from DivRegNetLib.io.paths import check_ending, check_file
 
 LANDMARK_SUFFIXES = (".json", ".csv", ".fcsv")
 WRITTEN_LANDMARKS = (".json", ".csv")
@@ -20,10 +22,10 @@ LARGEST_LANDMARKS_BYTES = 100_000_000
 
 @dataclass(frozen=True)
 class Landmarks:
-    """Points with names.
+    """Labeled points.
 
     points: (n, 3) LPS, mm.
-    labels: n names.
+    labels: n strings.
     """
 
     points: np.ndarray
@@ -31,7 +33,7 @@ class Landmarks:
 
 
 def read_landmarks(path: str | Path) -> Landmarks:
-    """Landmarks from Slicer's ``.mrk.json`` or ``.fcsv``, or from CSV with a header of x, y, z (LPS), l, p, s or r, a, s.
+    """Reads Slicer's ``.mrk.json`` or ``.fcsv``, or CSV with a header of x, y, z (LPS), l, p, s or r, a, s.
 
     Raises:
         InputError: names the file and what is wrong.
@@ -125,9 +127,8 @@ def write_landmarks(landmarks: Landmarks, path: Path) -> None:
 
 
 def map_landmarks(landmarks: Landmarks, transform: sitk.Transform) -> Landmarks:
-    """Every point through a transform (LPS, mm)."""
-    points = [transform.TransformPoint(p) for p in landmarks.points.tolist()]
-    return replace(landmarks, points=np.array(points))
+    """Landmarks through a transform (LPS, mm)."""
+    return replace(landmarks, points=map_points(transform, landmarks.points))
 
 
 def is_landmarks(path: str | Path) -> bool:

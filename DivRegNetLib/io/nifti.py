@@ -1,4 +1,4 @@
-"""What ITK does not say about NIfTI files: voxels that are missing or not finite, and two places of one volume."""
+"""Faults of NIfTI files that ITK does not report: missing or non-finite voxels, and two contradictory geometries."""
 
 import contextlib
 import gzip
@@ -14,15 +14,15 @@ from DivRegNetLib.core.grid import LPS_FROM_RAS, Grid
 from DivRegNetLib.errors import InputError
 
 SUFFIXES = (".nii", ".nii.gz", ".hdr", ".img", ".img.gz")
-FLOATS = {16: "f4", 64: "f8"}  # by their code in the header
-MM = {1: 1000.0, 3: 0.001}  # in a unit of length other than mm, by its code
+FLOATS = {16: "f4", 64: "f8"}  # data types, by their code in the header
+MM = {1: 1000.0, 3: 0.001}  # millimeters in the other units of length, by their code
 
 
-def check_whole(path: Path) -> dict[str, str]:
-    """The fields of a NIfTI header by ITK's names; of other files none.
+def check_complete(path: Path) -> dict[str, str]:
+    """The fields of a NIfTI header by ITK's names; of other formats none.
 
     Raises:
-        InputError: the voxels end early, or some are not finite: ITK reads zeros there without a word.
+        InputError: voxels are missing or not finite, which ITK reads as zeros without a warning.
     """
     if not path.name.lower().endswith(SUFFIXES):
         return {}
@@ -35,9 +35,9 @@ def check_whole(path: Path) -> dict[str, str]:
         expected = voxels * int(header["bitpix"]) // 8
         start, kind = int(float(header["vox_offset"])), int(header["datatype"])
     except (RuntimeError, TypeError, UnicodeError, KeyError, ValueError, OverflowError):
-        return {}  # no NIfTI, or a header that makes no sense: reading it says why
+        return {}  # not NIfTI, or an invalid header: reading the image gives the reason
     header_file, voxel_file = _pair(path)
-    length = broken = 0
+    length = not_finite = 0
     with contextlib.suppress(OSError, EOFError, zlib.error):
         little = int.from_bytes(next(_blocks(header_file))[:4], "little") in (348, 540)
         number = FLOATS.get(kind) and np.dtype(FLOATS[kind]).newbyteorder("<" if little else ">")
@@ -46,18 +46,18 @@ def check_whole(path: Path) -> dict[str, str]:
             length += len(block)
             if number is not None:
                 values = np.frombuffer(block, number, len(block) // number.itemsize)
-                broken += values.size - int(np.isfinite(values).sum())
+                not_finite += values.size - int(np.isfinite(values).sum())
             if length >= expected:
                 break
     if length < expected:
         raise InputError(f"{path}: the file is cut short or damaged; fetch it again")
-    if broken:
-        raise InputError(f"{path}: holds {broken} voxels that are NaN or infinite; replace them")
+    if not_finite:
+        raise InputError(f"{path}: holds {not_finite} voxels that are NaN or infinite; replace them")
     return header
 
 
 def _pair(path: Path) -> tuple[Path, Path]:
-    """The files of header and voxels."""
+    """The files that hold the header and the voxels."""
     name = path.name
     if name.lower().endswith((".nii", ".nii.gz")):
         return path, path
@@ -68,19 +68,19 @@ def _pair(path: Path) -> tuple[Path, Path]:
 
 
 def _blocks(path: Path, start: int = 0) -> Iterator[bytes]:
-    """A file, unpacked where it is packed by gzip, from a byte on, a few MB at a time."""
+    """The content of a file from a byte on, decompressed if necessary, a few MB at a time."""
     with path.open("rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"
-    with gzip.open(path) if packed else path.open("rb") as file:
+        compressed = file.read(2) == b"\x1f\x8b"
+    with gzip.open(path) if compressed else path.open("rb") as file:
         file.seek(start)
         while block := file.read(1 << 22):
             yield block
 
 
-def check_place(path: Path, image: sitk.Image, header: dict[str, str]) -> None:
-    """Raises InputError where ITK does not put a NIfTI volume where its sform says, which is where others see it.
+def check_geometry(path: Path, image: sitk.Image, header: dict[str, str]) -> None:
+    """Raises InputError where ITK's geometry of a NIfTI volume is not that of the sform, which other programs use.
 
-    ITK takes the qform instead of an sform that is sheared or does not fit the voxel sizes.
+    ITK uses the qform instead of an sform that is sheared or does not fit the voxel sizes.
     """
     if int(header.get("sform_code", 0)) <= 0 or image.GetDimension() != 3:
         return
@@ -88,12 +88,12 @@ def check_place(path: Path, image: sitk.Image, header: dict[str, str]) -> None:
     try:
         sform[:3] = [[float(v) for v in header[f"srow_{axis}"].split()] for axis in "xyz"]
         sform[:3] *= MM.get(int(header["xyzt_units"]) & 7, 1.0)
-        said, seen = Grid(image.GetSize(), LPS_FROM_RAS @ sform), Grid.of(image)
+        by_sform, by_itk = Grid(image.GetSize(), LPS_FROM_RAS @ sform), Grid.of(image)
     except (KeyError, ValueError):
-        return  # an sform of zeros, which is none, or a place that is not finite
-    apart = np.linalg.norm(said.corners() - seen.corners(), axis=1).max()
-    if apart > 0.1 * min(seen.spacing) + 1e-5 * np.abs(seen.corners()).max():
+        return  # an sform of zeros, which counts as none, or one that is not finite
+    difference = np.linalg.norm(by_sform.corners() - by_itk.corners(), axis=1).max()
+    if difference > 0.1 * min(by_itk.spacing) + 1e-5 * np.abs(by_itk.corners()).max():
         raise InputError(
-            f"{path}: its sform is sheared or does not fit its voxel sizes, and its qform says otherwise by up to "
-            f"{apart:.3g} mm; resample it to axes at right angles, or save it as NRRD"
+            f"{path}: its sform is sheared or does not fit its voxel sizes, and its qform differs by up to "
+            f"{difference:.3g} mm; resample it to axes at right angles, or save it as NRRD"
         )

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from DivRegNetLib.errors import ModelError
+from DivRegNetLib.registration import METHODS
+from DivRegNetLib.registration.variational.settings import DEFAULT, REFINEMENT, VariationalSettings
 
 if TYPE_CHECKING:
     from DivRegNetLib.core.grid import Grid
 
-FORMAT = 1
+FORMAT = 2
 LARGEST_CARD_BYTES = 1_000_000
 WORKING_VOXELS = 900_000  # of a grid that follows the field of view: 2 mm for a head
 FINEST_MM = 0.1
@@ -29,6 +31,9 @@ class Card:
     skull: ``whole``, ``stripped``, ``either`` or ``not applicable``.
     spacing_mm: of the isotropic grid it works on, along the LPS axes; 0: see :meth:`working_spacing`.
     normalization: a key of :data:`DivRegNetLib.core.intensity.SCHEMES`.
+    methods: names of :data:`DivRegNetLib.registration.METHODS`, in the order in which they run.
+    variational: fields of :class:`DivRegNetLib.registration.variational.VariationalSettings` of that method.
+    refinement: the same, of the steps that the option ``refine`` asks for.
     regnet: fields of :class:`DivRegNetLib.registration.regnet.RegNetConfig`.
     kldivnet: fields of :class:`DivRegNetLib.similarity.kldivnet.KLDivNetConfig`; None if the file has no similarity network.
     training: data, its license, command, configuration.
@@ -47,6 +52,9 @@ class Card:
     skull: str
     spacing_mm: float
     normalization: str
+    methods: list
+    variational: dict
+    refinement: dict
     regnet: dict
     kldivnet: dict | None
     training: dict
@@ -56,6 +64,14 @@ class Card:
     good_for: str = ""
     limits: str = ""
     format: int = FORMAT
+
+    @property
+    def variational_settings(self) -> VariationalSettings:
+        return VariationalSettings.from_dict(self.variational)
+
+    @property
+    def refinement_settings(self) -> VariationalSettings:
+        return VariationalSettings.from_dict(self.refinement)
 
     def working_spacing(self, fixed: "Grid", moving: "Grid") -> float:
         """Spacing in mm of the grid on which a pair is registered.
@@ -77,7 +93,7 @@ def read_card(file: Path) -> Card:
 
     Raises:
         ModelError: names the file and what is wrong: unreadable, a missing or unknown key, a wrong type, a value out of
-            range, another format version.
+            range, an unknown format version.
     """
     try:
         if file.exists() and not file.is_file():  # a pipe would be waited on
@@ -91,6 +107,7 @@ def read_card(file: Path) -> Card:
         raise ModelError(f"{file}: the model card cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise ModelError(f"{file}: a model card is a JSON object")
+    values = _upgraded(values)
     if values.get("format") != FORMAT:
         raise ModelError(
             f"{file}: the card has format {values.get('format')!r}, this version of DivRegNet reads {FORMAT}; "
@@ -112,4 +129,28 @@ def read_card(file: Path) -> Card:
         raise ModelError(f"{file}: the card is of model {values['name']!r:.80}, its file must have that name")
     if values["spacing_mm"] != 0 and not 0.05 <= values["spacing_mm"] <= 50:
         raise ModelError(f"{file}: spacing_mm must be between 0.05 and 50, or 0, got {values['spacing_mm']}")
+    for key in ("variational", "refinement"):
+        try:
+            VariationalSettings.from_dict(values[key])
+        except ValueError as error:
+            raise ModelError(f"{file}: {key} in the model card: {error}") from error
+    if not values["methods"] or any(name not in METHODS for name in values["methods"]):
+        raise ModelError(f"{file}: 'methods' in the model card: one or more of {', '.join(METHODS)}")
     return Card(**values)
+
+
+def _upgraded(values: dict) -> dict:
+    """A card of format 1 as one of format 2; others stay as they are."""
+    if values.get("format") != 1 or not isinstance(values.get("regnet"), dict):
+        return values
+    values = {{"normalisation": "normalization", "licence": "license"}.get(k, k): v for k, v in values.items()}
+    regnet = dict(values["regnet"])
+    steps = regnet.pop("newton", 0)
+    stride = regnet.get("stride", DEFAULT.stride)
+    return values | {
+        "format": 2,
+        "methods": ["regnet"] if steps == 0 else ["variational", "regnet"],
+        "variational": DEFAULT.as_dict() | {"stride": stride} | ({} if steps == 0 else {"steps": steps}),
+        "refinement": REFINEMENT.as_dict(),
+        "regnet": regnet | {"guided": steps != 0},
+    }

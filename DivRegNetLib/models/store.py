@@ -5,6 +5,7 @@ that the environment variable ``DIVREGNET_MODELS`` names (separated as in PATH),
 folder. Cards can be read without torch.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from DivRegNetLib.errors import ModelError
+from DivRegNetLib.io.atomic import staging_folder
 from DivRegNetLib.models.card import FORMAT, Card, read_card
 
 if TYPE_CHECKING:
@@ -33,6 +35,16 @@ class Model:
     card: Card
     regnet: "RegNet"
     kldivnet: "KLDivNet | None"
+
+    def on(self, device: "torch.device") -> "Model":
+        """The same model with its networks on a device: copies, unless they are there already. This one stays as it is."""
+
+        def placed(network):
+            if network is None or all(p.device == device for p in network.parameters()):
+                return network
+            return copy.deepcopy(network).to(device)
+
+        return Model(self.card, placed(self.regnet), placed(self.kldivnet))
 
 
 def bundled_folder() -> Path:
@@ -115,7 +127,7 @@ def load(name: str | Path, device: "torch.device | str" = "cpu") -> Model:
         )
     try:
         tensors = load_file(weights)
-        regnet = RegNet(RegNetConfig(**card.regnet))
+        regnet = RegNet(RegNetConfig(**card.regnet), card.variational_settings)
         kldivnet = None if card.kldivnet is None else KLDivNet(KLDivNetConfig(**card.kldivnet))
         networks = {"regnet": regnet} | ({} if kldivnet is None else {"kldivnet": kldivnet})
         for prefix, network in networks.items():
@@ -135,21 +147,21 @@ def load(name: str | Path, device: "torch.device | str" = "cpu") -> Model:
 
 
 def save(folder: Path, card: Card, regnet: "RegNet", kldivnet: "KLDivNet | None") -> Path:
-    """Writes weights and card, each whole or not at all; the card's sha256 is filled in. Returns the card's file."""
+    """Writes weights and card, each atomically; the card's sha256 is filled in. Returns the card's file."""
     from safetensors.torch import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for prefix, network in (("regnet", regnet), ("kldivnet", kldivnet)):
         if network is not None:
             tensors |= {f"{prefix}.{k}": v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
     weights, file = folder / f"{card.name}.safetensors", folder / f"{card.name}.json"
-    part = weights.with_name(weights.name + ".part")
-    save_file(tensors, part)
-    part.chmod(0o644)  # safetensors makes it readable for its owner alone
-    values = asdict(card) | {"sha256": checksum(part), "format": FORMAT}
-    card_part = file.with_name(file.name + ".part")
-    card_part.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, weights)
-    os.replace(card_part, file)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with staging_folder(folder) as staging:
+        save_file(tensors, staging / weights.name)
+        (staging / weights.name).chmod(0o644)  # safetensors makes it readable for its owner alone
+        values = asdict(card) | {"sha256": checksum(staging / weights.name), "format": FORMAT}
+        (staging / file.name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        for target in (weights, file):
+            os.replace(staging / target.name, target)
     return file

@@ -6,10 +6,11 @@ import numpy as np
 import SimpleITK as sitk
 
 from DivRegNetLib.core.grid import Grid, affine_transform, apply_matrix
+from DivRegNetLib.core.intensity import percentile_window, stretch, subsample
 from DivRegNetLib.io import atomic
 
 GRID_MM = 10.0
-TILES = 6
+SQUARES = 6  # of a checkerboard, along the longer side
 INCHES = 15.6  # width of the picture
 COLUMNS = ("fixed", "moving, initially aligned", "warped", "fixed | moving", "fixed | warped", "deformation")
 PLANES = (("axial", 2), ("coronal", 1), ("sagittal", 0))
@@ -19,7 +20,7 @@ def write_preview(fixed: sitk.Image, moving: sitk.Image, result, path: Path) -> 
     """Renders the middle of the fixed image, along the LPS axes and in physical aspect ratio, as PNG.
 
     Args:
-        result: of :func:`DivRegNetLib.registration.pipeline.register`.
+        result: of :func:`DivRegNetLib.register`.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.collections import LineCollection
@@ -35,7 +36,7 @@ def write_preview(fixed: sitk.Image, moving: sitk.Image, result, path: Path) -> 
         (moving, affine_transform(result.initial)),
         (result.warped, sitk.Transform()),
     ]
-    ranges = [_range(image) for image, _ in shown]
+    windows = [percentile_window(subsample(sitk.GetArrayViewFromImage(image)), 1, 99.5) for image, _ in shown]
     planes = [(plane, axis, *(a for a in range(3) if a != axis)) for plane, axis in PLANES]
     width, height = (max(grid.size[p[i]] for p in planes) for i in (2, 3))
     gap = max(width, height) // 12  # takes the titles
@@ -44,7 +45,7 @@ def write_preview(fixed: sitk.Image, moving: sitk.Image, result, path: Path) -> 
     lines, corners = [], []
     for row, (_, axis, across, up) in enumerate(planes):
         cut, size = _middle(grid, axis), (grid.size[across], grid.size[up])
-        f, start, w = (_cut(i, t, cut, axis, limits) for (i, t), limits in zip(shown, ranges, strict=True))
+        f, start, w = (_cut(i, t, cut, axis, window) for (i, t), window in zip(shown, windows, strict=True))
         # What the deformation does beyond the initial alignment, seen in the fixed space.
         field = sitk.Resample(result.transform.GetDisplacementField(), cut.empty_image(), sitk.Transform())
         points = cut.to_physical(np.stack(np.indices(cut.shape)[::-1], -1)) + sitk.GetArrayViewFromImage(field)
@@ -54,7 +55,7 @@ def write_preview(fixed: sitk.Image, moving: sitk.Image, result, path: Path) -> 
             f, start, w = (image[::-1] for image in (f, start, w))
             index[..., 1] = size[1] - 1 - index[..., 1]
         top = row * (height + gap) + gap + (height - size[1]) // 2
-        images = (f, start, w, _checkerboard(f, start), _checkerboard(f, w), f)
+        images = (f, start, w, checkerboard(f, start, SQUARES), checkerboard(f, w, SQUARES), f)
         for column, image in enumerate(images):
             left = column * width + (width - size[0]) // 2
             canvas[top : top + size[1], left : left + size[0]] = image
@@ -73,7 +74,7 @@ def write_preview(fixed: sitk.Image, moving: sitk.Image, result, path: Path) -> 
         axes.text((column + 0.5) * width, gap / 2, title, color="white", fontsize=10, ha="center", va="center")
     for (plane, *_), top in zip(planes, corners, strict=True):
         axes.text(1, top, plane, color="white", fontsize=8, va="bottom")
-    atomic.write_whole(path, lambda part: figure.savefig(part, dpi=100, facecolor="black"))
+    atomic.write_atomically(path, lambda part: figure.savefig(part, dpi=100, facecolor="black"))
 
 
 def _middle(grid: Grid, axis: int) -> Grid:
@@ -85,21 +86,22 @@ def _middle(grid: Grid, axis: int) -> Grid:
     return Grid(tuple(size), matrix)
 
 
-def _cut(image: sitk.Image, transform: sitk.Transform, cut: Grid, axis: int, limits: tuple[float, float]) -> np.ndarray:
-    """An image on a slice through a transform, (rows, columns) from 0 to 1 between the limits."""
+def _cut(image: sitk.Image, transform: sitk.Transform, cut: Grid, axis: int, window: tuple[float, float]) -> np.ndarray:
+    """An image on a slice through a transform, (rows, columns) from 0 to 1 between the ends of a window."""
     values = sitk.Resample(image, cut.empty_image(), transform, sitk.sitkLinear, 0.0, sitk.sitkFloat32)
-    low, high = limits
-    return np.clip((np.take(sitk.GetArrayFromImage(values), 0, axis=2 - axis) - low) / max(high - low, 1e-6), 0, 1)
+    return stretch(np.take(sitk.GetArrayFromImage(values), 0, axis=2 - axis), window)
 
 
-def _range(image: sitk.Image) -> tuple[float, float]:
-    """Intensities that are shown black and white."""
-    values = sitk.GetArrayViewFromImage(image).ravel()
-    return tuple(np.percentile(values[:: max(len(values) // 200_000, 1)], [1, 99.5]).tolist())
+def checkerboard(one: np.ndarray, other: np.ndarray, squares: int = 8) -> np.ndarray:
+    """Two arrays of one shape (any number of axes) in alternate blocks: where they match, edges go on across blocks.
 
-
-def _checkerboard(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Two images (rows, columns) interleaved in squares, about ``TILES`` along the longer side."""
-    side = max(max(a.shape) // TILES, 1)
-    odd = sum(i // side for i in np.indices(a.shape)) % 2
-    return np.where(odd == 1, b, a)
+    Args:
+        squares: blocks along the longest side; blocks have the same number of elements along each axis.
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if one.shape != other.shape:
+        raise ValueError(f"a checkerboard needs arrays of one shape, got {one.shape} and {other.shape}")
+    side = max(-(-max(one.shape) // squares), 1)
+    parity = sum(np.ix_(*(np.arange(n) // side for n in one.shape))) % 2
+    return np.where(parity == 0, one, other)

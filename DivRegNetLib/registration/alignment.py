@@ -16,7 +16,7 @@ from torch import Tensor
 
 from DivRegNetLib.core import fields
 from DivRegNetLib.core.grid import Grid, apply_matrix
-from DivRegNetLib.core.intensity import without_padding
+from DivRegNetLib.core.intensity import percentile_window, without_padding
 from DivRegNetLib.options import ALIGNMENTS
 from DivRegNetLib.similarity.mutual_information import parzen_mi
 
@@ -208,7 +208,7 @@ def _shrink(image: sitk.Image, mask: sitk.Image | None, spacing: float) -> tuple
         on_image = sitk.Resample(mask, image, sitk.Transform(), sitk.sitkNearestNeighbor, 0) != 0
         whole = sitk.GetArrayFromImage(sitk.BinShrink(sitk.Cast(on_image, sitk.sitkFloat32), factors)) > 0.99
         inside = whole if whole.any() else inside  # a mask thinner than a block says nothing at this resolution
-    low, high = np.percentile(array[inside], [0.5, 99.8])
+    low, high = percentile_window(array[inside], 0.5, 99.8)
     if high <= low:
         low, high = float(array[inside].min()), float(array[inside].max())
     if high <= low:

@@ -16,7 +16,7 @@ import SimpleITK as sitk
 from DivRegNetLib.core.grid import Grid
 from DivRegNetLib.errors import InputError
 from DivRegNetLib.io import atomic, images, landmarks, transforms
-from DivRegNetLib.io.claim import PART
+from DivRegNetLib.io.atomic import STAGING
 from DivRegNetLib.run.cli import main
 
 NOBODY = 65534
@@ -171,7 +171,7 @@ DAMAGED = {
     "cut, then packed": (written("bad.nii.gz", lambda g: gzip.compress(packed(g)[:3000])), "cut short"),
     "nii cut": (written("bad.nii", lambda g: packed(g)[:-1]), "cut short"),
     "img cut": (pair_cut_short, "cut short"),
-    "nrrd cut": (converted("bad.nrrd", 0.5), "cannot be read as an image .*; is it whole"),
+    "nrrd cut": (converted("bad.nrrd", 0.5), "cannot be read as an image .*; is it complete"),
     "packed nrrd cut": (converted("bad.nrrd", 0.5, True), "cannot be read as an image"),
     "mha cut": (converted("bad.mha", 0.5), "cannot be read as an image"),
     "packed mha cut": (converted("bad.mha", 0.5, True), "cannot be read as an image"),
@@ -199,7 +199,7 @@ DAMAGED = {
     "zero bytes": (written("bad.nii.gz", lambda g: b""), "the file is empty"),
     "noise": (written("bad.nii.gz", lambda g: bytes(range(256)) * 20), "cannot be read as an image"),
     "a folder": (folder_named_like_a_file, "holds no DICOM series"),
-    "a link to nothing": (link_to("nowhere"), "is a link to .*nowhere, which is not there"),
+    "a link to nothing": (link_to("nowhere"), "is a link to .*nowhere, which does not exist"),
     "a link to itself": (link_to("link.nii.gz"), "cannot be opened"),
     "a pipe": (pipe, "not a regular file"),
     "a device": (lambda folder, good: Path("/dev/zero"), "not a regular file"),
@@ -363,7 +363,7 @@ def test_a_localizer_is_refused(image, tmp_path):
 def test_several_volumes_in_one_series_are_refused(image, tmp_path):
     write_slices(tmp_path / "dicom", image[:, :, :4])
     write_slices(tmp_path / "dicom", image[:, :, :4], first=4)
-    refused(tmp_path / "dicom", "several slices lie in one place|not evenly apart")
+    refused(tmp_path / "dicom", "several slices have the same position|not evenly apart")
 
 
 # --- labels and landmarks
@@ -419,7 +419,7 @@ def test_landmarks_of_different_number_are_refused_before_the_work(good, tmp_pat
     assert main(["register", str(good), str(good), *marks, "--output", str(tmp_path / "out"), "--device", "cpu"]) == 2
     said = capsys.readouterr().err
     assert "2 fixed landmarks but 1 moving ones" in said
-    assert "affine" not in said, "the work had begun"
+    assert "align" not in said, "the work had begun"
 
 
 def test_landmarks_outside_the_images_stay_where_no_displacement_is_known(image, tmp_path):
@@ -566,9 +566,7 @@ def test_without_permission_the_file_is_named(shut):
 
 
 def test_what_a_killed_writer_left_goes_with_the_next_writing_and_a_living_one_is_let_alone(tmp_path):
-    wait = (
-        "atomic.write_whole(p[0], lambda part: (part.write_text('x'), print('writing', flush=True), sys.stdin.read()))"
-    )
+    wait = "atomic.write_atomically(p[0], lambda part: (part.write_text('x'), print('writing', flush=True), sys.stdin.read()))"
     code = f"import sys; from pathlib import Path; from DivRegNetLib.io import atomic; p = [Path(sys.argv[1])]; {wait}"
     writers = [
         subprocess.Popen(
@@ -583,7 +581,7 @@ def test_what_a_killed_writer_left_goes_with_the_next_writing_and_a_living_one_i
     os.kill(writers[0].pid, signal.SIGKILL)
     writers[0].wait()
     atomic.write_text("mine", tmp_path / "mine.txt")
-    assert len([name for name in os.listdir(tmp_path) if name.startswith(PART)]) == 1
+    assert len([name for name in os.listdir(tmp_path) if name.startswith(STAGING)]) == 1
     writers[1].communicate(b"")
     assert writers[1].returncode == 0
     assert sorted(os.listdir(tmp_path)) == ["living.txt", "mine.txt"]
@@ -596,7 +594,7 @@ def test_a_link_that_is_called_like_a_part_is_not_followed(tmp_path):
     (mine / "kept.txt").write_text("kept")
     output = tmp_path / "out"
     output.mkdir()
-    (output / f"{PART}link").symlink_to(mine)
+    (output / f"{STAGING}link").symlink_to(mine)
     atomic.write_text("new", output / "new.txt")
     assert (mine / "kept.txt").read_text() == "kept"
 

@@ -147,7 +147,7 @@ def test_landmarks_are_the_same_in_every_file_format_and_coordinate_system(point
 def test_a_volume_goes_from_file_to_node_to_file_unchanged(grid, kind):
     pytest.importorskip("slicer")
     import slicer
-    from DivRegNetModule import mrml
+    from DivRegNetModule.mrml.volumes import volume_image
     from mrml_scenes import add_volume
 
     image = noise(grid, kind)
@@ -155,7 +155,7 @@ def test_a_volume_goes_from_file_to_node_to_file_unchanged(grid, kind):
         path = Path(folder) / "a.nrrd"
         images.write_image(image, path)
         node = add_volume(slicer.vtkMRMLScene(), images.read_image(path), "node")
-        images.write_image(mrml._volume_image(node), path)
+        images.write_image(volume_image(node), path)
         back = images.read_image(path)
     assert Grid.of(back) == grid
     assert back.GetPixelID() == image.GetPixelID()
@@ -165,12 +165,12 @@ def test_a_volume_goes_from_file_to_node_to_file_unchanged(grid, kind):
 @given(grids(least=3, most=8, shear=0.0), numbers(-3, 3, 3))
 def test_a_displacement_leads_to_the_same_point_in_vtk_and_itk(grid, slope):
     pytest.importorskip("slicer")
-    from DivRegNetModule import mrml
+    from DivRegNetModule.mrml.transforms import grid_transform
 
     k, j, i = np.indices(grid.shape)
     field = np.stack([slope[0] * i + 1, slope[1] * j - 2, slope[2] * k + 3], -1).astype(float)
     transform = sitk.DisplacementFieldTransform(grid.image(field))
-    vtk_transform = mrml._grid_transform(transform)
+    vtk_transform = grid_transform(transform)
     for index in ((1, 1, 1), tuple(n - 2 for n in grid.size), tuple((n - 1) / 2 for n in grid.size)):
         point = grid.to_physical(index)
         lps = np.array(transform.TransformPoint(point.tolist()))

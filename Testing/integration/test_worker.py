@@ -161,7 +161,7 @@ def test_what_the_pipeline_raises_comes_back_as_it_was(pair, tiny_model, folders
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"refine": -1}, "refine is a number of steps"),
+        ({"refine": -1}, "refine is a whole number of at least 0"),
         ({"color": "red"}, "unknown option"),
         ({"progress": print}, "unknown option"),
         ({"fixed_mask": "mask.nii"}, "fixed_mask must be a SimpleITK image"),
@@ -184,12 +184,12 @@ def test_memory_that_is_never_enough_asks_for_a_coarser_spacing_or_the_cpu(pair,
     python = script("""
         import torch
         from DivRegNetLib import models
-        from DivRegNetLib.run import worker
+        from DivRegNetLib.run.worker import child
         from DivRegNetLib.registration.regnet import RegNet
-        def forward(self, fixed, moving, valid=None):
+        def register(self, fixed, moving, start=None, valid=None):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-        RegNet.forward = forward
-        worker.main(folder)
+        RegNet.register = register
+        child.main(folder)
     """)
     with pytest.raises(DeviceError, match=r"the last time at .* mm: choose a coarser spacing, or device cpu"):
         Worker(*pair, **OPTIONS, python=python).start().result(PATIENCE)
@@ -203,11 +203,11 @@ def test_a_computer_without_memory_gets_a_coarser_resolution_and_is_told(pair, t
         import resource
         import torch, numpy, SimpleITK
         import DivRegNetLib.registration.pipeline
-        from DivRegNetLib.run import worker
+        from DivRegNetLib.run.worker import child
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + 250 * 2**20
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        worker.main(folder)
+        child.main(folder)
     """)
     result = Worker(*pair, **(OPTIONS | {"spacing": 0.9}), python=python).start().result(PATIENCE)
     assert result.settings["spacing"] > 0.9
@@ -245,18 +245,18 @@ def test_the_last_words_of_a_crash_are_kept(pair, tiny_model, script, folders):
 def test_a_missing_package_and_an_unforeseen_error_are_told(pair, tiny_model, script):
     python = script("""
         sys.modules["torch"] = None
-        from DivRegNetLib.run import worker
-        worker.main(folder)
+        from DivRegNetLib.run.worker import child
+        child.main(folder)
     """)
     with pytest.raises(WorkerDied, match=r"a Python package is missing or damaged: .*torch"):
         Worker(*pair, **OPTIONS, python=python).start().result(PATIENCE)
     python = script("""
         import DivRegNetLib.registration.pipeline
-        from DivRegNetLib.run import worker
+        from DivRegNetLib.run.worker import child
         def register(*_, **__):
             raise ZeroDivisionError("somewhere deep")
         DivRegNetLib.registration.pipeline.register = register
-        worker.main(folder)
+        child.main(folder)
     """)
     with pytest.raises(WorkerDied, match="ZeroDivisionError: somewhere deep") as raised:
         Worker(*pair, **OPTIONS, python=python).start().result(PATIENCE)
@@ -285,13 +285,13 @@ def test_garbage_on_the_pipe_is_log_and_changes_nothing(pair, tiny_model, script
     python = script(r"""
         out = sys.stdout.buffer
         for line in (b"\xff\xfe\x00\x80", b"{", b"[" * 100000, b"null", b'{"divregnet": "progress"}', b"x" * 3000000,
-                     b'{"divregnet": "progress", "stage": "predict", "fraction": NaN}',
-                     b'{"divregnet": "progress", "stage": "predict", "fraction": 7}',
+                     b'{"divregnet": "progress", "stage": "deform", "fraction": NaN}',
+                     b'{"divregnet": "progress", "stage": "deform", "fraction": 7}',
                      b'{"divregnet": "error", "kind": 3, "message": null}', b'{"divregnet": "finished"}', b"", b"hello"):
             out.write(line + b"\n")
         out.flush()
         os.write(2, b"\xc3\x28 worse\n")
-        from DivRegNetLib.run import worker
+        from DivRegNetLib.run.worker import child
         import DivRegNetLib.registration.pipeline
         register = DivRegNetLib.registration.pipeline.register
         def talkative(*arguments, **options):
@@ -299,7 +299,7 @@ def test_garbage_on_the_pipe_is_log_and_changes_nothing(pair, tiny_model, script
             os.write(1, b'{"divregnet": "error", "kind": "InputError", "message": "from C"}\n')
             return register(*arguments, **options)
         DivRegNetLib.registration.pipeline.register = talkative
-        worker.main(folder)
+        child.main(folder)
     """)
     worker = Worker(*pair, **OPTIONS, python=python).start()
     events = finish(worker)

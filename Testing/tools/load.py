@@ -21,13 +21,11 @@ from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
+from faults import blob, quick_model
+
+from DivRegNetLib.run import cohort
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
-
-from faults import blob, quick_model  # noqa: E402
-
-from DivRegNetLib.run import cohort  # noqa: E402
 
 SETTLED = 20  # pairs after which nothing may grow any more
 GROWTH_MIB = 30.0

@@ -13,6 +13,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def load_package(name: str, folder: Path):
+    """A package of the tests' helpers, which are not installed."""
+    spec = importlib.util.spec_from_file_location(
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    package = importlib.util.module_from_spec(spec)
+    sys.modules[name] = package
+    spec.loader.exec_module(package)
+    return package
+
+
 def load_module(app):
     """The module DivRegNet as Slicer loads it, with ``slicer.modules.divregnet``."""
     import slicer
@@ -54,9 +65,7 @@ def add_volume(name: str, size=(192, 224, 160), spacing=(1.0, 1.0, 1.2), kind="v
 
 
 def main(result: Path, output: Path) -> None:
-    sys.path.insert(0, str(ROOT / "Testing" / "helpers"))
-    from slicer_stand_in import running
-
+    running = load_package("slicer_stand_in", ROOT / "Testing" / "helpers" / "slicer_stand_in").running
     report = json.loads((result / "quality.json").read_text(encoding="utf-8"))
     quality = report["quality"]
     quality["dice"] = {stage: labels["mean"]["dice"] for stage, labels in quality["labels"].items()}
@@ -66,6 +75,7 @@ def main(result: Path, output: Path) -> None:
 
         from DivRegNetLib import models
         from DivRegNetLib.io import images
+        from DivRegNetLib.quality.verdict import judge
 
         module = load_module(app)
         from DivRegNetModule import verdict
@@ -80,7 +90,7 @@ def main(result: Path, output: Path) -> None:
         p = widget._parameterNode
         p.fixedVolume, p.movingVolume = volumes
         p.alsoApplyTo, p.model = [labels], models.DEFAULT
-        widget.ui.verdictLabel.text = verdict.as_html(verdict.judge(quality))
+        widget.ui.verdictLabel.text = verdict.as_html(judge(quality))
         rows = verdict.rows(quality, sum(report["seconds"].values()), report["settings"]["device"])
         widget.ui.qualityLabel.text = verdict.table(rows)
         widget.ui.resultCollapsibleButton.visible = True
@@ -96,7 +106,6 @@ def main(result: Path, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     main(
         Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else ROOT / "Resources" / "Screenshots" / "panel.png"
     )

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from DivRegNetLib.errors import ModelError
 from DivRegNetLib.models import card as cards
 from DivRegNetLib.models import store
 from DivRegNetLib.registration.regnet import RegNetConfig
+from DivRegNetLib.registration.variational import DEFAULT, REFINEMENT
 from DivRegNetLib.similarity.kldivnet import KLDivNetConfig
 
 
@@ -121,13 +123,43 @@ def test_a_model_that_ships_can_be_loaded(file):
     assert loaded.card.training
 
 
+# Cards of format 1
+
+
+def old_card(file: Path, newton: int, **changes) -> None:
+    """Makes a card one of format 1."""
+    values = json.loads(file.read_text())
+    regnet = {k: v for k, v in values["regnet"].items() if k != "guided"} | {"newton": newton}
+    edit(file, format=1, methods=..., variational=..., refinement=..., regnet=regnet, **changes)
+
+
+@pytest.mark.parametrize("newton", [0, 7])
+def test_a_card_of_format_1_is_read_as_one_of_format_2(card_file, newton):
+    values = json.loads(card_file.read_text())
+    old_card(card_file, newton, licence=values["license"], license=..., normalisation="robust", normalization=...)
+    card = models.read_card(card_file)
+    assert card.format == 2
+    assert card.methods == (["variational", "regnet"] if newton else ["regnet"])
+    assert card.variational_settings == replace(DEFAULT, steps=newton or DEFAULT.steps)
+    assert card.refinement_settings == REFINEMENT
+    assert RegNetConfig(**card.regnet) == RegNetConfig(channels=(2, 2, 2, 2), guided=newton > 0)
+    assert (card.license, card.normalization) == (values["license"], "robust")
+
+
+@pytest.mark.parametrize("newton", ["7", True, None, -1])
+def test_a_card_of_format_1_with_an_invalid_number_of_steps_is_refused(card_file, newton):
+    old_card(card_file, newton)
+    with pytest.raises(ModelError, match=str(card_file)):
+        models.load("tiny")
+
+
 # Cards that are wrong
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"format": 2}, "format 2, this version of DivRegNet reads 1"),
+        ({"format": 3}, "format 3, this version of DivRegNet reads 2"),
         ({"format": ...}, "format None"),
         ({"license": ...}, "no 'license'"),
         ({"sha256": ...}, "no 'sha256'"),
@@ -139,6 +171,11 @@ def test_a_model_that_ships_can_be_loaded(file):
         ({"spacing_mm": 0.01}, "spacing_mm must be between"),
         ({"spacing_mm": float("nan")}, "spacing_mm must be between"),
         ({"regnet": None}, "'regnet'"),
+        ({"methods": []}, "'methods'"),
+        ({"methods": ["regnet", "magic"]}, "'methods'"),
+        ({"methods": "regnet"}, "'methods'"),
+        ({"variational": {"steps": 0}}, "variational in the model card: steps: from 1"),
+        ({"refinement": {"color": 0}}, "refinement in the model card: settings: unknown key 'color'"),
         ({"kldivnet": 1}, "'kldivnet'"),
         ({"training": []}, "'training'"),
     ],

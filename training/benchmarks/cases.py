@@ -1,12 +1,12 @@
-"""What is registered in the benchmark, and how each pair is scored.
+"""The pairs of the benchmark, and what each is scored by.
 
-A family is a kind of task; each of its cases is a function from the data folder to a :class:`Material`. Volumes come as
-they are on disk. :func:`prepare` aligns a pair and brings it onto the family's grid, once for all methods.
+A family is a kind of task; each of its cases is a function from the data folder to a :class:`Material`, the volumes as they
+are on disk. :func:`prepare_pair` aligns a pair and resamples it onto the family's grid, once for all methods.
 """
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,15 +22,16 @@ from DivRegNetLib.io.atomic import write_json
 from DivRegNetLib.io.images import read_image, read_labels, write_image
 from DivRegNetLib.io.landmarks import read_landmarks
 from DivRegNetLib.registration import alignment
-from training.data.phantoms import CONTROL_MM, SD_MM, TASKS
-from training.data.prepare_head import brain_mask
+from training.data.brainweb import aal, brain_mask, brainweb, tissues
+from training.data.free_form import ffd_transform
+from training.data.phantoms import TASKS
+from training.scoring import displacement_on
 
 FIRST_SEED = 5000
-UNBENT = "unbent"  # folder of the pair before the bending, in that of a pair
+UNBENT = "unbent"  # folder of the pair before the deformation of its fixed image, in the folder of the pair
 SAMPLE = Path(__file__).resolve().parents[2] / "Resources" / "SampleData"
 BODY_WINDOW = (-160.0, 240.0)  # Hounsfield units, that of soft tissue
 BRAIN_WINDOW = (1780.0, 3100.0)  # -20 to 100 Hounsfield units on the scale of the CT template: 900 + 11 (HU + 100)
-MORE_SMOOTHING = 0.3  # mm2, before tissues are told apart
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,12 @@ class Material:
     """A pair as it is on disk.
 
     fixed, moving: images, each on a grid of its own.
-    fixed_labels, moving_labels: label maps, the same labels in both; 0 is not scored.
-    truth: from fixed to moving points, where it is known.
-    inside: where the error is measured; None: inside the fixed labels.
+    fixed_labels, moving_labels: label maps with the same labels; 0 is background.
+    truth: the true transform from fixed to moving points, where it is known.
+    inside: mask in which the error is measured; None: inside the fixed labels.
     landmarks: (n, 3) LPS mm, in the fixed and in the moving image.
-    unbent: the pair before its fixed image was bent by ``truth``, where the two did not lie in one frame even then. What a
-        method makes of that pair is the rest of its truth.
+    unbent: the pair before its fixed image was deformed by ``truth``, if the two were not aligned even then. A method's own
+        result on that pair, after ``truth``, then takes the place of the true transform.
     """
 
     fixed: sitk.Image
@@ -60,12 +61,12 @@ class Material:
 class Family:
     """Cases of one kind.
 
-    spacing: mm of the grid that all methods work on.
+    spacing: spacing in mm of the grid that all methods work on.
     quick_spacing: the same in the preset ``quick``.
-    note: what is registered and what is scored.
-    folders: of the data folder, that the cases need.
-    align: how the pair is aligned before all methods, see DivRegNetLib/options.py.
-    judged: what tells which method is better, a key of :func:`training.benchmarks.measure.scores`.
+    note: a description of the pairs and their scores.
+    folders: folders in the data folder that the cases need.
+    align: the alignment before all methods, see DivRegNetLib/options.py.
+    judged: the score that ranks methods, a key of :func:`training.benchmarks.measure.scores`.
     """
 
     spacing: float
@@ -79,14 +80,14 @@ class Family:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A pair on one grid after the affine alignment, as :func:`prepare` left it in a folder.
+    """A pair on one grid after the alignment, as :func:`prepare_pair` stores it in a folder.
 
     fixed_labels: on the grid; moving_labels: as on disk.
     truth: true displacement from fixed to moving points on the grid (LPS, mm), the affine part included; or None.
     inside: (D, H, W) bool, where the error is measured.
     initial: (4, 4) LPS, the affine alignment.
-    seconds: that it took.
-    unbent: see :class:`Material`; ``truth`` then goes to the points of its fixed image.
+    seconds: duration of the alignment.
+    unbent: see :class:`Material`; ``truth`` then maps to points of its fixed image.
     """
 
     folder: Path
@@ -101,10 +102,10 @@ class Prepared:
     unbent: "Prepared | None" = None
 
 
-def prepare(load: Callable[[], Material], spacing: float, folder: Path, align: str = "affine") -> Prepared:
-    """Brings a pair onto an isotropic grid over the fixed image, aligned and in the units of the bundled models.
+def prepare_pair(load: Callable[[], Material], spacing: float, folder: Path, align: str = "affine") -> Prepared:
+    """Aligns a pair and resamples it onto an isotropic grid over the fixed image, with normalized intensities.
 
-    Kept in the folder, where ``fixed.mha`` and ``moving.mha`` are what the methods register; found there, nothing is done.
+    The folder keeps the result; methods register its ``fixed.mha`` and ``moving.mha``. If it exists, nothing is done.
     """
     if not (folder / "pair.json").exists():
         _prepare(load(), spacing, folder, align)
@@ -123,7 +124,7 @@ def prepare(load: Callable[[], Material], spacing: float, folder: Path, align: s
         landmarks=None if points is None else (np.array(points[0]), np.array(points[1])),
         initial=np.array(about["initial"]),
         seconds=about["seconds"],
-        unbent=prepare(load, spacing, folder / UNBENT, align) if (folder / UNBENT).is_dir() else None,
+        unbent=prepare_pair(load, spacing, folder / UNBENT, align) if (folder / UNBENT).is_dir() else None,
     )
 
 
@@ -145,7 +146,7 @@ def _prepare(material: Material, spacing: float, folder: Path, align: str) -> No
         "inside": sitk.Cast(inside, sitk.sitkUInt8),
     }
     if m.truth is not None:
-        images["truth"] = sitk.Cast(on_grid(m.truth, grid), sitk.sitkVectorFloat32)
+        images["truth"] = sitk.Cast(displacement_on(m.truth, grid), sitk.sitkVectorFloat32)
     for name, image in images.items():
         write_image(image, folder / f"{name}.mha")
     points = None if m.landmarks is None else [p.tolist() for p in m.landmarks]
@@ -158,54 +159,25 @@ def _normalized(image: sitk.Image, grid: Grid, matrix: np.ndarray) -> sitk.Image
     return grid.image(normalize(torch.from_numpy(array)[None, None], "robust")[0, 0].numpy())
 
 
-def on_grid(transform: sitk.Transform, grid: Grid) -> sitk.Image:
-    """The displacement (LPS, mm) of a transform at every voxel of a grid."""
-    return sitk.TransformToDisplacementField(
-        transform, sitk.sitkVectorFloat64, grid.size, grid.origin, grid.spacing, grid.direction
-    )
-
-
-def free_form_deformation(image: sitk.Image, seed: int) -> sitk.Transform:
-    """That of the paper's phantoms: control points 20 mm apart, moved by N(0, 6 mm)."""
-    mesh = [max(int(n * s / CONTROL_MM), 1) for n, s in zip(image.GetSize(), image.GetSpacing(), strict=True)]
-    transform = sitk.BSplineTransformInitializer(image, mesh, 3)
-    transform.SetParameters(np.random.default_rng(seed).normal(0, SD_MM, len(transform.GetParameters())).tolist())
-    return transform
-
-
 def deformed(material: Material, seed: int, *, one_frame: bool = True) -> Material:
-    """The pair with its fixed image bent, so that the truth is known.
+    """The pair with its fixed image under a random free-form deformation, which is then known.
 
     Args:
-        one_frame: the two lay in one frame before, so that the bending is the whole of it.
+        one_frame: the two images were aligned before, so that the deformation is the true transform.
     """
-    bend = free_form_deformation(material.fixed, seed)
+    bend = ffd_transform(material.fixed, seed)
 
-    def bent(image: sitk.Image | None, how: int) -> sitk.Image | None:
+    def warped(image: sitk.Image | None, how: int) -> sitk.Image | None:
         return None if image is None else sitk.Resample(image, image, bend, how, 0)
 
     return replace(
         material,
-        fixed=bent(material.fixed, sitk.sitkLinear),
-        fixed_labels=bent(material.fixed_labels, sitk.sitkNearestNeighbor),
-        inside=bent(material.inside, sitk.sitkNearestNeighbor),
+        fixed=warped(material.fixed, sitk.sitkLinear),
+        fixed_labels=warped(material.fixed_labels, sitk.sitkNearestNeighbor),
+        inside=warped(material.inside, sitk.sitkNearestNeighbor),
         truth=bend,
         unbent=None if one_frame else material,
     )
-
-
-def tissues(t1: sitk.Image, brain: sitk.Image) -> sitk.Image:
-    """Fluid 1, gray 2 and white matter 3 by k-means of a T1 inside the brain; 0 elsewhere."""
-    smooth = sitk.DiscreteGaussian(sitk.Cast(t1, sitk.sitkFloat32), MORE_SMOOTHING)
-    values = sitk.GetArrayViewFromImage(smooth)[sitk.GetArrayViewFromImage(brain) > 0]
-    low, high = np.percentile(values, [1, 99])
-    means = np.quantile(values, [0.1, 0.45, 0.85])
-    for _ in range(50):
-        edges = (means[1:] + means[:-1]) / 2
-        classes = np.digitize(values, edges)
-        means = np.array([values[classes == i].clip(low, high).mean() for i in range(3)])
-    array = np.digitize(sitk.GetArrayFromImage(smooth), (means[1:] + means[:-1]) / 2) + 1
-    return Grid.of(t1).image((array * (sitk.GetArrayViewFromImage(brain) > 0)).astype(np.uint8))
 
 
 def relabeled(labels: sitk.Image, groups: list[tuple[int, ...]]) -> sitk.Image:
@@ -214,16 +186,8 @@ def relabeled(labels: sitk.Image, groups: list[tuple[int, ...]]) -> sitk.Image:
     return Grid.of(labels).image(sum(n * np.isin(array, group) for n, group in enumerate(groups, 1)).astype(np.uint8))
 
 
-def brainweb(data: Path, contrast: str) -> sitk.Image:
-    return read_image(data / f"brain_t1t2pd/brainweb_{contrast}.nii.gz")
-
-
-def aal(data: Path) -> sitk.Image:
-    return read_labels(data / "brain_t1t2pd/aal_labels.nii.gz")
-
-
 def brainweb_tissues(data: Path) -> tuple[sitk.Image, sitk.Image]:
-    """Tissues of BrainWeb's head, and the inside of its skull."""
+    """The tissues of BrainWeb's head, and a mask of the inside of its skull."""
     brain = brain_mask(brainweb(data, "T1"), aal(data))
     return tissues(brainweb(data, "T1"), brain), brain
 
@@ -239,6 +203,11 @@ def phantom(data: Path, task: str, seed: int) -> Material:
     moving, fixed = task.split("-")
     union = sitk.Cast(aal(data) > 0, sitk.sitkUInt8)
     return deformed(Material(brainweb(data, fixed), brainweb(data, moving), union, union), seed)
+
+
+def phantom_cases(seeds: Iterable[int]) -> dict[str, Callable[[Path], Material]]:
+    """Phantoms of every task with the deformations of some seeds."""
+    return {f"{task}, {seed}": partial(phantom, task=task, seed=seed) for seed in seeds for task in TASKS}
 
 
 def ms07(data: Path, moving: str, fixed: str) -> Material:
@@ -282,14 +251,14 @@ def limb(data: Path, patient: str, seed: int) -> Material:
     images = [read_image(data / f"{n}_image.nii.gz") for n in (mr, ct)]
     labels = [read_labels(data / f"{n}_mask.nii.gz") for n in (mr, ct)]
     otsu = sitk.OtsuThresholdImageFilter()
-    otsu.Execute(images[0])  # its threshold parts fat from everything else; muscle has a third of it or more, air less
+    otsu.Execute(images[0])  # its threshold separates fat from the rest; muscle has at least a third of it, air less
     body = sitk.BinaryMorphologicalClosing(images[0] > otsu.GetThreshold() / 4, [3, 3, 1])
     windowed = sitk.Clamp(images[1], sitk.sitkFloat32, *BODY_WINDOW)
     return deformed(Material(images[0], windowed, *labels, inside=sitk.BinaryFillhole(body)), seed, one_frame=False)
 
 
 def hippocampus(data: Path, pair: int) -> Material:
-    """The last twenty cases make ten pairs; leave these out of any training."""
+    """The last twenty cases make ten pairs; they must be left out of any training."""
     names = sorted(p.name for p in (data / "hippocampus/labels").glob("*.nii.gz"))[-20:]
     fixed, moving = names[2 * pair : 2 * pair + 2]
     read = [read_image(data / f"hippocampus/images/{n}") for n in (fixed, moving)]
@@ -305,8 +274,7 @@ FAMILIES = {
     ),
     "AAL phantoms": Family(
         2.0, 4.0, "BrainWeb T1, PD and T2 to its T2 after a free-form deformation (20 mm, N(0, 6 mm)). Dice of the union of "
-        "AAL's labels, error inside it", {f"{task}, {seed}": partial(phantom, task=task, seed=seed)
-                                         for seed in (FIRST_SEED,) for task in TASKS},
+        "AAL's labels, error inside it", phantom_cases([FIRST_SEED]),
         ("brain_t1t2pd",), align="none",
     ),
     "MS07 to BrainWeb": Family(

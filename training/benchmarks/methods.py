@@ -1,10 +1,10 @@
-"""The methods that are compared: each registers one pair, in a process of its own.
+"""The methods of the benchmark; each registers a pair in a process of its own.
 
-    python training/benchmarks/methods.py METHOD FOLDER SETTINGS     registers fixed.mha and moving.mha of a folder
+    python -m training.benchmarks.methods METHOD FOLDER SETTINGS     registers fixed.mha and moving.mha in a folder
 
-Each imports its own package when it is started, so that its memory is not that of the others. A method is a
-function ``settings -> register``, and ``register`` takes (fixed, moving), both float32 on one grid that is isotropic and
-along the LPS axes. What ``register`` takes is timed; imports and loading a model are not.
+A method is a function ``settings -> register``, which imports the package of the method, so that only its own memory is
+measured. ``register`` takes (fixed, moving), both float32 on one isotropic grid along the LPS axes. Only ``register`` is
+timed, not imports and the loading of a model.
 """
 
 import importlib.metadata
@@ -13,7 +13,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,29 +21,29 @@ import numpy as np
 import SimpleITK as sitk
 
 
-class Found(NamedTuple):
-    """What a method makes of a pair.
+class Registered(NamedTuple):
+    """The result of a method.
 
-    displacement: from fixed to moving points, a vector image on their grid (LPS, mm).
-    inverse: likewise, from moving to fixed points; None where the method makes none.
-    predicted: seconds that the forward pass alone took; None for methods that have none.
+    displacement: maps fixed points to moving points, a vector image on their grid (LPS, mm).
+    inverse: maps moving points to fixed points, likewise; None if the method has no inverse.
+    deformation_seconds: duration of the deformation alone; None if the method does not report it.
     """
 
     displacement: sitk.Image
     inverse: sitk.Image | None = None
-    predicted: float | None = None
+    deformation_seconds: float | None = None
 
 
-Register = Callable[[sitk.Image, sitk.Image], Found]
+Register = Callable[[sitk.Image, sitk.Image], Registered]
 
 
 @dataclass(frozen=True)
 class Method:
     """A row of the table.
 
-    package: the distribution it needs beside the project's own; None: none.
-    settings: what it is run with, in words.
-    start: ``settings -> register``; None: nothing is run, where the pair starts is scored.
+    package: the distribution it needs besides DivRegNet; None: none.
+    settings: its settings, described for the report.
+    start: ``settings -> register``; None: nothing is run, and the initial alignment is scored.
     """
 
     package: str | None
@@ -61,22 +61,22 @@ def syn(settings: dict) -> Register:
         return ants.from_numpy(array, origin=image.GetOrigin(), spacing=image.GetSpacing(), direction=direction)
 
     def register(fixed: sitk.Image, moving: sitk.Image):
-        found = ants.registration(
+        result = ants.registration(
             convert(fixed), convert(moving), "SyNOnly", initial_transform="Identity", syn_metric="mattes",
             syn_sampling=32, reg_iterations=syn_iterations(fixed.GetSize(), fixed.GetSpacing()),
         )  # fmt: skip
-        fields = [next(f for f in found[k] if f.endswith("Warp.nii.gz")) for k in ("fwdtransforms", "invtransforms")]
+        fields = [next(f for f in result[k] if f.endswith("Warp.nii.gz")) for k in ("fwdtransforms", "invtransforms")]
         displacement, inverse = (sitk.ReadImage(f, sitk.sitkVectorFloat32) for f in fields)
-        return Found(displacement, inverse)
+        return Registered(displacement, inverse)
 
     return register
 
 
 def syn_iterations(size: tuple[int, ...], spacing: tuple[float, ...]) -> tuple[int, ...]:
-    """Those of ANTs' own script for images of 1 mm, whose levels are shrunk 8, 4, 2 and 1 times.
+    """The iterations of ANTs' script for images of 1 mm, at levels with shrink factors 8, 4, 2 and 1.
 
-    On coarser or smaller grids its first levels would have voxels in which no anatomy is left (with all four SyN slid a
-    head of 4 mm voxels 25 mm along its axis), so those of more than 8 mm or of fewer than 8 voxels are left out.
+    Levels with voxels of more than 8 mm or with fewer than 8 voxels along an axis are left out, because they show no anatomy
+    any more: with all four levels SyN moved a head of 4 mm voxels 25 mm along its axis.
     """
     levels = zip((8, 4, 2, 1), (100, 70, 50, 20), strict=True)
     fit = [n for shrink, n in levels if shrink == 1 or (shrink * max(spacing) <= 8 and min(size) >= 8 * shrink)]
@@ -98,11 +98,13 @@ def elastix(settings: dict) -> Register:
         parameters = itk.ParameterObject.New()
         levels = len(syn_iterations(fixed.GetSize(), fixed.GetSpacing()))
         parameters.AddParameterMap(itk.ParameterObject.GetDefaultParameterMap("bspline", levels))
-        there = convert(moving)
-        _, found = itk.elastix_registration_method(
-            convert(fixed), there, parameter_object=parameters, log_to_console=False
+        converted = convert(moving)
+        _, transform = itk.elastix_registration_method(
+            convert(fixed), converted, parameter_object=parameters, log_to_console=False
         )
-        return Found(_vectors(itk.array_from_image(itk.transformix_deformation_field(there, found)), fixed))
+        return Registered(
+            _vectors(itk.array_from_image(itk.transformix_deformation_field(converted, transform)), fixed)
+        )
 
     return register
 
@@ -115,26 +117,25 @@ def convex_adam(settings: dict) -> Register:
     device = torch.device(settings["device"])
 
     def register(fixed: sitk.Image, moving: sitk.Image):
-        # Sides that are no multiple of its coarse grid of 6 voxels would be stretched.
+        # Images whose sides are no multiples of 6 voxels, its coarse grid, would be stretched.
         after = [-n % 6 for n in fixed.GetSize()]
         images = [sitk.GetArrayFromImage(sitk.ZeroFluxNeumannPad(x, [0, 0, 0], after)) for x in (fixed, moving)]
-        found = convex_adam_pt(*(torch.from_numpy(x) for x in images), device=device)
+        field = convex_adam_pt(*(torch.from_numpy(x) for x in images), device=device)
         x, y, z = fixed.GetSize()
-        return Found(_vectors(found[:z, :y, :x, ::-1] * fixed.GetSpacing()[0], fixed))
+        return Registered(_vectors(field[:z, :y, :x, ::-1] * fixed.GetSpacing()[0], fixed))
 
     return _warmed(register)
 
 
 def divregnet(settings: dict) -> Register:
-    """This project, after the alignment that all methods start from."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    """DivRegNet without its own alignment, as the pair is aligned."""
     from DivRegNetLib import models
+    from DivRegNetLib.core.device import pick_device
     from DivRegNetLib.registration import pipeline
 
-    model = models.load(settings["model"], pipeline.pick_device(settings["device"]))
-    if settings.get("untrained"):  # RegNet then adds nothing to what it starts from
-        for parameter in model.regnet.head.parameters():
-            parameter.data.zero_()
+    model = models.load(settings["model"], pick_device(settings["device"]))
+    if "methods" in settings:
+        model = replace(model, card=replace(model.card, methods=settings["methods"]))
     options = {"model": model, "device": settings["device"], "align": "none"}
 
     def register(fixed: sitk.Image, moving: sitk.Image):
@@ -142,7 +143,7 @@ def divregnet(settings: dict) -> Register:
             fixed, moving, spacing=fixed.GetSpacing()[0], refine=settings.get("refine", 0), **options
         )
         displacement, inverse = (t.GetDisplacementField() for t in (result.transform, result.inverse))
-        return Found(displacement, inverse, result.timings["predict"])
+        return Registered(displacement, inverse, result.timings["deform"])
 
     return _warmed(register)
 
@@ -164,7 +165,7 @@ METHODS = {
         "convexadam", "MIND-SSC, defaults of convex_adam_pt (80 iterations of Adam); sides padded to multiples of 6",
         convex_adam,
     ),
-    "Newton steps alone": Method(None, "as DivRegNet, but that RegNet predicts nothing", divregnet),
+    "Newton steps alone": Method(None, "method variational of the model, align=none", divregnet),
     "DivRegNet": Method(None, "forward pass, align=none", divregnet),
     "DivRegNet, refined": Method(None, "align=none, as many steps as --refine says", divregnet),
 }  # fmt: skip
@@ -174,18 +175,18 @@ OURS = ("DivRegNet", "DivRegNet, refined", "Newton steps alone")
 
 
 def version(package: str) -> str | None:
-    """Of an installed package; None where it is not installed."""
+    """The version of an installed package, or None."""
     return next((d.version for d in importlib.metadata.distributions(name=package)), None)
 
 
-def is_here(method: str) -> bool:
-    """Whether what a method needs is installed."""
+def is_installed(method: str) -> bool:
+    """Whether the package of a method is installed."""
     package = METHODS[method].package
     return package is None or version(package) is not None
 
 
 def reset_peak() -> int:
-    """Memory of this process now, bytes; from here on :func:`peak` counts anew, where the system can (Linux)."""
+    """Memory of this process in bytes; resets the value of :func:`peak`, where the system allows that (Linux)."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -194,9 +195,9 @@ def reset_peak() -> int:
 
 
 def peak() -> int:
-    """Largest memory of this process, bytes.
+    """Peak memory of this process in bytes.
 
-    On Linux not ``ru_maxrss``: that one counts the parent's memory at the time of the fork, too.
+    ``ru_maxrss`` is not used on Linux, because it includes the parent's memory at the time of the fork.
     """
     try:
         return _status("VmHWM")
@@ -217,14 +218,14 @@ def _vectors(array: np.ndarray, like: sitk.Image) -> sitk.Image:
 
 
 def _warmed(register: Register) -> Register:
-    """After a small generated pair, so that what torch loads at the first call is not charged to the first pair."""
+    """Registers a small generated pair first, so that what torch loads at the first call is not measured."""
     blobs = [sitk.GaussianSource(sitk.sitkFloat32, [48] * 3, [s] * 3, [24.0] * 3, 1.0) for s in (10.0, 12.0)]
     register(*blobs)
     return register
 
 
 def gpu_peak() -> int | None:
-    """Largest memory that torch held on the GPU, bytes; None without one."""
+    """Peak GPU memory of torch in bytes; None without a GPU."""
     torch = sys.modules.get("torch")
     return torch.cuda.max_memory_allocated() if torch and torch.cuda.is_available() else None
 
@@ -234,14 +235,14 @@ def main(name: str, folder: Path, settings: dict) -> None:
     register = METHODS[name].start(settings)
     before = reset_peak()
     started = time.perf_counter(), time.process_time()
-    found = register(fixed, moving)
+    result = register(fixed, moving)
     seconds, worked = time.perf_counter() - started[0], time.process_time() - started[1]
     most = peak()
     output = Path(settings["output"])
     for kind in ("displacement", "inverse"):
-        if (image := getattr(found, kind)) is not None:
+        if (image := getattr(result, kind)) is not None:
             sitk.WriteImage(sitk.Cast(image, sitk.sitkVectorFloat32), str(output / f"{kind}.mha"), useCompression=True)
-    measured = {"seconds": seconds, "predicted": found.predicted, "cpu": worked}
+    measured = {"seconds": seconds, "predicted": result.deformation_seconds, "cpu": worked}
     measured |= {"peak": most, "added": most - before, "gpu": gpu_peak()}
     (output / "measured.json").write_text(json.dumps(measured))
 

@@ -101,6 +101,9 @@ def running() -> Iterator[Application]:
         for name in set(sys.modules) - set(before_modules):
             if name.split(".")[0] in ("qt", "ctk", "slicer", "DivRegNet", "DivRegNetModule", "slicer_stand_in"):
                 del sys.modules[name]
+                package, _, module = name.rpartition(".")
+                if package in sys.modules and hasattr(sys.modules[package], module):
+                    delattr(sys.modules[package], module)
         for name in set(dir(slicer)) - set(before_names):
             delattr(slicer, name)
         for name, value in before_names.items():
