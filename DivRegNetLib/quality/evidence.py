@@ -31,17 +31,22 @@ from DivRegNetLib.similarity.descriptors import believable, mind_ssc
 
 LONGEST_SIDE = 96  # voxels of the box that is looked at; a larger one is averaged down
 POOLS = (1, 2, 4)  # voxels averaged along each axis
-SHIFTS = tuple(s for s in itertools.product((0, -1, 1, -2, 2, -4, 4), repeat=3) if sum(map(abs, s)) <= 6)
-"""Displacements in voxels, the identity first."""
+SHIFTS = tuple(
+    s for s in itertools.product((0, -1, 1, -2, 2, -4, 4), repeat=3) if sum(map(abs, s)) <= 6 and 0 in s
+)
+"""Displacements in voxels along x, y, z, the identity first."""
 LENGTHS = tuple(math.sqrt(sum(c * c for c in s)) for s in SHIFTS)
-TEMPERATURE = 0.02  # of the weights of shifts, as a share of the mean distance
+TEMPERATURE = 0.02  # of a shift's weight, as a share of the mean descriptor distance
+NATS = 0.04  # the same for the pointwise mutual information
 REACH = {1: 4.0, 2: 6.0, 4: 12.0}  # standard deviation of the Gaussian that distances are gathered over, voxels of the box
-CELL = 4  # voxels between two places at which distances are gathered
-EDGES, STRONG = 0.3, 0.5  # share of the voxels whose gradients are compared, and that distances are taken of
+CELL = 4  # voxels of the box along each side of a place of the map
+EDGES = 0.3  # share of the voxels, those of the strongest gradients, whose gradients are compared
+BINS = 32  # of the joint histogram
 FEWEST = 100  # voxels, of which anything can be said
 MARGIN = 4  # voxels around what is not air
 MEASURED = 0.99  # share of a voxel
 PERCENTILES = (1.0, 99.5)  # an image's darkest and brightest are clipped
+RADIUS, DILATION = 1, 1  # of the descriptors
 
 
 @dataclass(frozen=True)
@@ -120,12 +125,16 @@ class Scale:
     """What one averaging of the images says.
 
     numbers: see :func:`measure`.
-    distance: (S, d, h, w) mean descriptor distance around each cell of the box, for each of SHIFTS.
+    motion: (d, h, w) expected length of what is left to move at every cell, voxels of the box.
+    soft: the same at a higher temperature.
+    contrast: (d, h, w) descriptor distance as the images lie, as a share of its mean over all shifts.
     weight: (d, h, w) how much was seen around each cell.
     """
 
     numbers: dict[str, float]
-    distance: Tensor
+    motion: Tensor
+    soft: Tensor
+    contrast: Tensor
     weight: Tensor
 
 
@@ -145,56 +154,92 @@ def look(of: Box, pool: int) -> Scale | None:
         f"{name} {pool}": cosine[_strongest(x, counts, EDGES)].mean().item()
         for name, x in zip(("edges of fixed", "edges of warped"), strength, strict=True)
     }
-    known = believable(valid)
-    at = _strongest(strength[0], _or_all(inside & known, inside), STRONG)
-    descriptors = [mind_ssc(x, valid=valid) for x in (fixed, warped)]
-    distance, weight, mean = _distances(*descriptors, at, _or_all(known, valid), pool)
-    numbers |= {f"distance {pool}": mean[0].item()}
+    known = believable(valid, radius=RADIUS, dilation=DILATION)
+    at, known = _or_all(inside & known, inside), _or_all(known, valid)
+    descriptors = [mind_ssc(x, radius=RADIUS, dilation=DILATION, valid=valid) for x in (fixed, warped)]
+    apart = _Shifts(at, known, pool)
+    distance, mean = apart.gathered(apart.of_descriptors(*descriptors))
+    said, information = apart.gathered(apart.of_intensities(fixed, warped))
     for step in (2, 4):
-        around = [mean[i] for i, s in enumerate(SHIFTS) if LENGTHS[i] == step and sum(map(bool, s)) == 1]
-        numbers[f"shifted by {step}, {pool}"] = torch.stack(around).mean().item()
+        around = [i for i, s in enumerate(SHIFTS) if LENGTHS[i] == step and sum(map(bool, s)) == 1]
+        numbers[f"distance {step}, {pool}"] = (mean[around].mean() / mean[0].clamp_min(1e-6)).item()
+        numbers[f"information {step}, {pool}"] = (information[around].mean() / information[0].clamp_max(-1e-6)).item()
     one, other = (x[0].flatten(1)[:, at.flatten()] for x in descriptors)
-    apart = one.var(1) + other.var(1) + (one.mean(1) - other.mean(1)).square()
-    numbers[f"unrelated {pool}"] = apart.mean().item()
-    return Scale(numbers, distance, weight)
+    unrelated = (one.var(1) + other.var(1) + (one.mean(1) - other.mean(1)).square()).mean()
+    numbers[f"distance, {pool}"] = (mean[0] / unrelated.clamp_min(1e-6)).item()
+    numbers[f"information, {pool}"] = -information[0].item()
+    usual = distance.mean(0).clamp_min(1e-6)
+    exponent = (distance - distance.amin(0)).div_(TEMPERATURE * usual)
+    exponent.add_(said - said.amin(0), alpha=1 / NATS).neg_()
+    motion, soft = (torch.tensordot(exponent.new_tensor(LENGTHS), torch.softmax(exponent / t, 0), 1) for t in (1, 6))
+    sure, weight = apart.counts[0] > 0.05 * apart.counts[0].amax(), apart.counts[0]
+    for name, values in (("motion", motion), ("soft motion", soft), ("moved", motion > 1.5)):
+        numbers[f"{name} {pool}"] = ((values * weight)[sure].sum() / weight[sure].sum()).item()
+    return Scale(numbers, motion * pool, soft * pool, distance[0] / usual, weight)
 
 
-def _distances(
-    fixed: Tensor, warped: Tensor, at: Tensor, known: Tensor, pool: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Squared distances of the fixed image's descriptors to the warped one's at each of SHIFTS.
+class _Shifts:
+    """Two images compared at some places, one of them moved by each of SHIFTS, and gathered at the cells of the map."""
 
-    Args:
-        fixed, warped: (1, 12, D, H, W) descriptors.
-        at: (1, 1, D, H, W) bool: where they are compared.
-        known: likewise: where the warped image's can be believed.
-    Returns:
-        (S, d, h, w) gathered at every cell, (d, h, w) the weight of what is gathered there, and (S,) the mean of all.
-    """
-    step = max(2 // pool, 1)  # on the images themselves every other voxel is enough
-    lattice = at[0, 0, ::step, ::step, ::step]
-    place = lattice.nonzero() * step
-    wanted = fixed[0].permute(1, 2, 3, 0)[tuple(place.unbind(1))]
-    reach = max(max(map(abs, s)) for s in SHIFTS)
-    padded = F.pad(warped, [reach] * 6, mode="replicate")[0].permute(1, 2, 3, 0)
-    depth, height, width = padded.shape[:3]
-    rows, counted = padded.reshape(-1, padded.shape[3]), F.pad(known, [reach] * 6)[0, 0].flatten().to(warped.dtype)
-    home = ((place[:, 0] + reach) * height + place[:, 1] + reach) * width + place[:, 2] + reach
-    apart, counts = (warped.new_zeros(len(SHIFTS), lattice.numel()) for _ in range(2))
-    index = lattice.flatten().nonzero()[:, 0]
-    for (x, y, z), out, count in zip(SHIFTS, apart, counts, strict=True):
-        there = home + ((z * height + y) * width + x)
-        seen = counted.index_select(0, there)
-        squared = rows.index_select(0, there).sub_(wanted).square_().mean(1)
-        out[index], count[index] = squared * seen, seen
-    mean = apart.sum(1) / counts.sum(1).clamp_min(1e-6)
-    cells = [_gathering(n, step, pool, REACH[pool], like=warped) for n in lattice.shape[::-1]]
-    apart, counts = (fields.along_axes(x.view(-1, 1, *lattice.shape), *cells)[:, 0] for x in (apart, counts))
-    weight = counts[0]
-    # Where hardly anything is seen, or less than at home, a shift is as likely as any other: nothing is known of it.
-    thin = counts < 0.5 * weight
-    distance = torch.where(thin, mean.mean(), apart / counts.clamp_min(1e-9))
-    return distance, weight, mean
+    def __init__(self, at: Tensor, known: Tensor, pool: int) -> None:
+        """
+        Args:
+            at: (1, 1, D, H, W) bool: where they may be compared; of the images themselves every 16th of these voxels is.
+            known: likewise: where the image that is moved counts.
+            pool: voxels of the box per voxel.
+        """
+        step = max(2 // pool, 1)
+        lattice = at[0, 0, ::step, ::step, ::step]
+        k, j, i = (torch.arange(n, device=at.device) for n in lattice.shape)
+        if pool == 1:
+            lattice = lattice & ((k[:, None, None] + j[:, None] + i) % 2 == 0)
+        elif pool == 2:
+            lattice = lattice & ((k[:, None, None] + j[:, None]) % 2 == 0) & ((j[:, None] + i) % 2 == 0)
+        self.shape, self.index = lattice.shape, lattice.flatten().nonzero()[:, 0]
+        self.place = tuple((lattice.nonzero() * step).unbind(1))
+        self.reach = max(max(map(abs, s)) for s in SHIFTS)
+        _, height, width = (n + 2 * self.reach for n in at.shape[2:])
+        k, j, i = (p + self.reach for p in self.place)
+        home = (k * height + j) * width + i
+        self.rows = [home + ((z * height + y) * width + x) for x, y, z in SHIFTS]
+        like = torch.empty(0, dtype=torch.float32, device=at.device)
+        self.cells = [_gathering(n, step, pool, REACH[pool], like=like) for n in self.shape[::-1]]
+        counted = F.pad(known, [self.reach] * 6).flatten().to(like.dtype)
+        self.counted = torch.stack([counted.index_select(0, rows) for rows in self.rows])
+        self.counts = self._at_cells(self.counted)
+
+    def of_descriptors(self, fixed: Tensor, warped: Tensor) -> Tensor:
+        """(S, n) mean squared differences of (1, C, D, H, W) descriptors."""
+        wanted = fixed[0].permute(1, 2, 3, 0)[self.place]
+        padded = F.pad(warped, [self.reach] * 6, mode="replicate")[0].permute(1, 2, 3, 0).reshape(-1, warped.shape[1])
+        return torch.stack([padded.index_select(0, r).sub_(wanted).square_().mean(1) for r in self.rows])
+
+    def of_intensities(self, fixed: Tensor, warped: Tensor) -> Tensor:
+        """(S, n) pointwise mutual information of (1, 1, D, H, W) images in [0, 1], in nats, its sign changed."""
+        low, high = ((x * (BINS - 1)).round_().to(torch.int64) for x in (fixed, warped))
+        padded = F.pad(high.to(fixed.dtype), [self.reach] * 6, mode="replicate").flatten().to(torch.int64)
+        of_fixed = low[0, 0][self.place] * BINS
+        cells = of_fixed + padded.index_select(0, self.rows[0])
+        joint = torch.bincount(cells[self.counted[0] > 0], minlength=BINS**2).view(BINS, BINS).to(fixed.dtype)
+        window = fields.gaussian(BINS, 1.0, like=joint)
+        joint = window @ joint @ window.T
+        joint = joint / joint.sum().clamp_min(1e-9)
+        table = -((joint + 1e-6) / (joint.sum(1, keepdim=True) * joint.sum(0, keepdim=True) + 1e-6)).log_().flatten()
+        return torch.stack([table.index_select(0, of_fixed + padded.index_select(0, r)) for r in self.rows])
+
+    def gathered(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """(S, n) values at each shift -> their means (S, d, h, w) around every cell, and over the whole image (S,)."""
+        values = values * self.counted
+        mean = values.sum(1) / self.counted.sum(1).clamp_min(1e-6)
+        # Where hardly anything is seen after a shift, it is as likely as any other: nothing is known of it.
+        thin = self.counts < 0.5 * self.counts[0]
+        return torch.where(thin, mean.mean(), self._at_cells(values) / self.counts.clamp_min(1e-9)), mean
+
+    def _at_cells(self, values: Tensor) -> Tensor:
+        spread = values.new_zeros(len(values), math.prod(self.shape)).index_copy_(1, self.index, values)
+        return fields.along_axes(spread.view(-1, 1, *self.shape), *self.cells)[:, 0]
+
+
 def foreground(image: Tensor, valid: Tensor | None = None) -> Tensor:
     """What is not air: (1, 1, D, H, W) bool.
 
@@ -261,7 +306,7 @@ def _or_all(some: Tensor, all_of_them: Tensor) -> Tensor:
     return some if some.sum() >= FEWEST else all_of_them
 
 
-@fields.kept
+@fields.cached
 def _gathering(n: int, step: int, pool: int, sigma: float, *, like: Tensor) -> Tensor:
     """(cells, n): Gaussian weights of every ``step``-th voxel of an average of ``pool`` voxels, for cells of CELL voxels."""
     places = (torch.arange(n, dtype=torch.float64) * step + 0.5) * pool - 0.5
