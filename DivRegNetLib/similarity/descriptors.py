@@ -17,7 +17,7 @@ CHANNELS = 12
 VARIANCES = 1e-3, 1e3  # a voxel's mean patch distance is taken for no less and no more of the image's mean
 
 
-def mind_ssc(image: Tensor, *, radius: int = 1, dilation: int = 2, valid: Tensor | None = None) -> Tensor:
+def mind_ssc(image: Tensor, *, radius: int = 1, dilation: int = 1, valid: Tensor | None = None) -> Tensor:
     """The MIND-SSC descriptor of every voxel, values from 0 to 1, the largest of a voxel 1.
 
     Twelve patch distances (sums of squared differences) between those of the six neighbors that are not opposite, less the
@@ -53,7 +53,7 @@ def mind_ssc(image: Tensor, *, radius: int = 1, dilation: int = 2, valid: Tensor
     return distances.div_(variance.clamp_(min=low, max=high)).neg_().exp_()
 
 
-def believable(valid: Tensor, *, radius: int = 1, dilation: int = 2) -> Tensor:
+def believable(valid: Tensor, *, radius: int = 1, dilation: int = 1) -> Tensor:
     """(N, 1, D, H, W) bool: descriptors that nothing outside of ``valid``, likewise, has part in.
 
     A border of the array is none: beyond it the image is repeated.

@@ -49,10 +49,10 @@ def test_what_was_not_measured_reaches_no_further_than_radius_and_dilation():
     image, valid = textured((24, 24, 24)), torch.ones(1, 1, 24, 24, 24, dtype=torch.bool)
     valid[..., :6] = False
     other = torch.where(valid, image, 7.0)
-    known = believable(valid)
+    known = believable(valid, radius=1, dilation=2)
     assert known[..., 9:].all() and not known[..., :9].any()
-    usual = mind_ssc(image, valid=known)
-    torch.testing.assert_close(mind_ssc(other, valid=known)[known.expand_as(usual)], usual[known.expand_as(usual)])
+    usual = mind_ssc(image, dilation=2, valid=known)
+    torch.testing.assert_close(mind_ssc(other, dilation=2, valid=known)[known.expand_as(usual)], usual[known.expand_as(usual)])
 
 
 def test_a_flat_image_has_finite_descriptors():
