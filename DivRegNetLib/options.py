@@ -19,7 +19,7 @@ from DivRegNetLib.registration import METHODS
 
 ALIGNMENTS = ("none", "center", "rigid", "affine")
 INTERPOLATIONS = {"linear": sitk.sitkLinear, "nearest": sitk.sitkNearestNeighbor, "bspline": sitk.sitkBSpline3}
-METHOD_CHOICES = ("auto", *METHODS, "+".join(METHODS))
+METHOD_CHOICES = ("auto", *METHODS, "+".join(METHODS), "none")
 STAGES = ("check", "align", "sample", "deform", "refine", "fields", "outputs")
 
 Progress = Callable[[str, float], bool | None]
@@ -90,7 +90,7 @@ class Options:
         default="auto",
         metadata={
             "help": "What computes the deformation: the variational method, RegNet or both, one after the other; auto "
-            "takes what the model's card says.",
+            "takes what the model's card says, none only aligns.",
             "choices": METHOD_CHOICES,
         },
     )

@@ -16,13 +16,15 @@ from lightning_fabric import Fabric
 from DivRegNetLib import models
 from DivRegNetLib.registration.variational import REFINEMENT
 from training import config as configs
+from training.classes.export import anonymous, entries, load
+from training.classes.trainer import BEST as CLASSES
 from training.data import cohort as cohorts
 from training.data.sources import Source, source_of
 from training.report import commit
 from training.trainer import BEST, LAST, Trainer
 
 
-def export_model(trainer: Trainer, run: Path, folder: Path) -> Path:
+def export_model(trainer: Trainer, run: Path, folder: Path, classes: dict | None = None) -> Path:
     """Writes the best weights of a run and a model card, and registers a held-out pair with the model.
 
     All processes of a training have to call this, as they share the validation; the first one writes.
@@ -30,6 +32,7 @@ def export_model(trainer: Trainer, run: Path, folder: Path) -> Path:
     Args:
         run: the folder that :func:`training.trainer.fit` wrote.
         folder: where the model is written.
+        classes: the class network that took part, see :meth:`training.classes.trainer.ClassTrainer.weights`.
     Returns:
         The file of the card.
     Raises:
@@ -55,6 +58,7 @@ def export_model(trainer: Trainer, run: Path, folder: Path) -> Path:
     settings = config.as_dict()
     del settings["card"], settings["steps"]  # the card has the number of steps already
     settings["data"]["cohort"] = Path(config.data.cohort).name  # without the folders of this machine
+    settings["classes"] = anonymous(settings["classes"])
     about["training"] = about["training"] | {
         "steps": best["step"],
         "volumes": {s: len(cohort.split(s)) for s in cohorts.SPLITS},
@@ -76,6 +80,9 @@ def export_model(trainer: Trainer, run: Path, folder: Path) -> Path:
         "scores": scores,
         "sha256": "",
     }
+    if classes is not None:
+        of_classes = entries(classes)
+        known |= of_classes | {"scores": scores | of_classes["scores"]}
     try:
         card = models.Card(**(known | about))
     except TypeError as error:
@@ -83,7 +90,7 @@ def export_model(trainer: Trainer, run: Path, folder: Path) -> Path:
         raise ValueError(f"card: {error}; known are {known}") from error
     if not trainer.fabric.is_global_zero:
         return folder / f"{card.name}.json"
-    file = models.save(folder, card, trainer.ema, kldivnet)
+    file = models.save(folder, card, trainer.ema, kldivnet, trainer.classnet)
     _try_out(file, trainer.source, split)
     return file
 
@@ -118,8 +125,9 @@ def main() -> int:
     try:
         settings = torch.load(args.run / LAST, map_location="cpu", weights_only=True)["config"]
         config = configs.build(settings)
-        trainer = Trainer(config, source_of(config), Fabric(accelerator="cpu", devices=1))
-        file = export_model(trainer, args.run, args.models or models.own_folders()[0])
+        net, classes = load(args.run) if (args.run / CLASSES).exists() else (None, None)
+        trainer = Trainer(config, source_of(config), Fabric(accelerator="cpu", devices=1), net)
+        file = export_model(trainer, args.run, args.models or models.own_folders()[0], classes)
     except (ValueError, FileNotFoundError) as error:
         print(f"export.py: {error}", file=sys.stderr)
         return 2

@@ -54,6 +54,16 @@ def write(folder: Path, name: str, rows: list[dict], about: dict) -> None:
     atomic.write_text("\n\n".join(filter(None, parts)) + "\n", folder / f"{name}.md")
 
 
+def write_log(rows: list[dict], file: Path) -> None:
+    """Writes the log of a training as CSV, atomically; rows may lack columns."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    atomic.write_text(text.getvalue(), file)
+
+
 def environment() -> dict:
     """Command line, versions and threads of this process; of paths outside the checkout only the last name."""
     words = [f".../{Path(a).name}" if Path(a).is_absolute() or ".." in Path(a).parts else a for a in sys.argv]

@@ -5,7 +5,7 @@
     python training/train.py --config training/configs/NAME.yaml              an experiment
     torchrun --nproc_per_node=2 training/train.py ...                         several processes, GPUs or machines
 
-Every value of the configuration can be replaced by KEY=VALUE, such as loss.diffusion=1.5. See training/README.md.
+Every value of the configuration can be replaced by KEY=VALUE, such as loss.diffusion=1.5. See docs/training.md.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
+import torch
 from lightning_fabric import Fabric
 from lightning_fabric.strategies import DDPStrategy
 
@@ -23,6 +24,8 @@ from DivRegNetLib import models
 from DivRegNetLib.errors import DivRegNetError
 from DivRegNetLib.io.output_folder import exclusive
 from training import config as configs
+from training.classes.export import network
+from training.classes.trainer import fit_to_cohort
 from training.config import CONFIGS
 from training.data import layouts, prepare
 from training.data.sources import source_of
@@ -58,9 +61,8 @@ def configuration(args: argparse.Namespace) -> configs.Config:
     values: dict = {k: v for k, v in (("name", args.name), ("steps", args.steps)) if v is not None}
     if args.start:
         card = models.read_card(models.find(args.start))
-        values |= {"start": args.start, "regnet": card.regnet}
-        if card.kldivnet is not None:
-            values["kldivnet"] = card.kldivnet
+        values["start"] = args.start
+        values |= {k: getattr(card, k) for k in ("regnet", "kldivnet") if getattr(card, k) is not None}
     file = args.config or CONFIGS / "retrain.yaml"
     return configs.load(file, preset=args.preset, overrides=args.overrides, **values)
 
@@ -86,6 +88,20 @@ def prepared(args: argparse.Namespace, config: configs.Config, output: Path) -> 
     return prepare.prepare_cohort(sources, output / "cohort", preparation).parent
 
 
+def class_network(config: configs.Config, output: Path, device: torch.device, resume: bool) -> dict | None:
+    """The class network of the model, see :func:`training.classes.export.network`: trained on the cohort's labels; without
+    labels, that of the model that is fine-tuned; None if there is none."""
+    kept = fit_to_cohort(config.classes, Path(config.data.cohort), output, device, resume=resume)
+    if kept is None and config.start and (model := models.load(config.start)).classnet is not None:
+        kept = {
+            "net": model.classnet.state_dict(),
+            "classnet": model.card.classnet,
+            "names": model.card.classes,
+            "scores": {},
+        }
+    return kept
+
+
 def main() -> int:
     args = parser().parse_intermixed_args()
     try:
@@ -98,8 +114,12 @@ def main() -> int:
             cohort = prepared(args, config, output) if fabric.is_global_zero else None
             if cohort := fabric.broadcast(cohort):
                 config = replace(config, data=replace(config.data, cohort=str(cohort)))
-            trainer = fit(config, source_of(config, fabric.device), output, fabric, resume=args.resume)
-            fabric.print(export_model(trainer, output, args.models or models.own_folders()[0]))
+            source = source_of(config, fabric.device)
+            kept = class_network(config, output, fabric.device, args.resume) if fabric.is_global_zero else None
+            kept = fabric.broadcast(kept)
+            classnet = None if kept is None else network(kept)
+            trainer = fit(config, source, output, fabric, classnet=classnet, resume=args.resume)
+            fabric.print(export_model(trainer, output, args.models or models.own_folders()[0], kept))
             fabric.barrier()
     except (ValueError, OSError, FloatingPointError, DivRegNetError) as error:
         print(f"train.py: {error}", file=sys.stderr)

@@ -9,8 +9,6 @@ several processes have the same result as one process with as many pairs per ste
 file is replaced as a whole by the log in the checkpoint, so that it is complete at any moment and agrees with the checkpoint.
 """
 
-import csv
-import io
 import math
 from pathlib import Path
 
@@ -24,7 +22,7 @@ from tqdm import tqdm
 from DivRegNetLib import models
 from DivRegNetLib.io import atomic
 from DivRegNetLib.registration import methods
-from DivRegNetLib.registration.variational.method import register
+from DivRegNetLib.similarity.classes import ClassNet
 from training import scoring
 from training.config import Config
 from training.data.pairs import Pair
@@ -32,6 +30,7 @@ from training.data.randomness import Random
 from training.data.sources import Source
 from training.losses import TERMS, Batch, Objective
 from training.pictures import picture
+from training.report import write_log
 
 LAST, BEST = "last.pt", "best.pt"
 LOG, BOARD = "log.csv", "tensorboard"
@@ -43,8 +42,10 @@ CHANGEABLE = ("steps", "checkpoint_every", "validate_every", "micro_batch", "car
 class Trainer:
     """Networks, optimizer and averaged weights of a training, one step of it, and its validation."""
 
-    def __init__(self, config: Config, source: Source, fabric: Fabric) -> None:
+    def __init__(self, config: Config, source: Source, fabric: Fabric, classnet: ClassNet | None = None) -> None:
         """
+        Args:
+            classnet: a trained class network, which takes part in the variational registration; it is not changed.
         Raises:
             ValueError: the batch cannot be divided among the processes, or the model ``config.start`` has another
                 architecture.
@@ -52,6 +53,7 @@ class Trainer:
         if config.batch % fabric.world_size:
             raise ValueError(f"batch is {config.batch}, which {fabric.world_size} processes cannot share equally")
         self.config, self.source, self.fabric = config, source, fabric
+        self.classnet = None if classnet is None else classnet.to(fabric.device)
         torch.manual_seed(config.seed)
         self.objective = Objective(config)
         if config.start:
@@ -78,7 +80,8 @@ class Trainer:
 
     def _start_from(self, model: models.Model) -> None:
         try:
-            self.objective.regnet.load_state_dict(model.regnet.state_dict())
+            if model.regnet is not None:
+                self.objective.regnet.load_state_dict(model.regnet.state_dict())
             if self.objective.kldivnet is not None and model.kldivnet is not None:
                 self.objective.kldivnet.load_state_dict(model.kldivnet.state_dict())
         except RuntimeError as error:
@@ -182,7 +185,7 @@ class Trainer:
         passes = 1 if self.warming_up or learning < self.config.single_pass else regnet.config.passes
         coarse = None
         if self.config.starts_from_variational and not self.warming_up:
-            coarse = register(batch.fixed, batch.moving, self.config.variational)
+            coarse = methods.variational_steps(self._images(batch.fixed, batch.moving), self.config.variational)
         for i in range(passes):
             with self.fabric.no_backward_sync(self.wrapped, enabled=not (last and i == passes - 1)):
                 loss, terms, coarse = self.wrapped(batch, coarse, self.warming_up)
@@ -200,7 +203,12 @@ class Trainer:
     @torch.no_grad()
     def predict(self, fixed: Tensor, moving: Tensor) -> Tensor:
         """Displacement (N, 3, D, H, W) in voxels by the methods of the configuration, with the averaged network."""
-        return methods.deform(methods.Images(fixed, moving), self.config.methods, self.config.variational, self.ema)
+        images = self._images(fixed, moving)
+        return methods.deform(images, self.config.methods, self.config.variational, self.ema)
+
+    def _images(self, fixed: Tensor, moving: Tensor) -> methods.Images:
+        images = methods.Images(fixed, moving)
+        return images if self.classnet is None else methods.with_classes(images, self.classnet)
 
     @torch.no_grad()
     def validate(self, split: str = "validation", *, start: bool = False) -> dict[str, float]:
@@ -253,7 +261,15 @@ def _exponential_average(decay: float):
     return update
 
 
-def fit(config: Config, source: Source, output: Path, fabric: Fabric, *, resume: bool = False) -> Trainer:
+def fit(
+    config: Config,
+    source: Source,
+    output: Path,
+    fabric: Fabric,
+    *,
+    classnet: ClassNet | None = None,
+    resume: bool = False,
+) -> Trainer:
     """Trains until ``config.steps``, from the beginning or from the last checkpoint.
 
     Writes ``last.pt``, ``best.pt`` (the weights with the best validation), ``log.csv``, and scalars and pictures for
@@ -267,7 +283,7 @@ def fit(config: Config, source: Source, output: Path, fabric: Fabric, *, resume:
     checkpoint = output / LAST
     if checkpoint.exists() and not resume:
         raise ValueError(f"{output}: holds a training already; resume it with --resume, or choose another --output")
-    trainer = Trainer(config, source, fabric)
+    trainer = Trainer(config, source, fabric, classnet)
     if checkpoint.exists():
         trainer.restore(torch.load(checkpoint, map_location=fabric.device, weights_only=True))
         fabric.print(f"resumed at step {trainer.step_number}")
@@ -301,7 +317,7 @@ def fit(config: Config, source: Source, output: Path, fabric: Fabric, *, resume:
             board.save()
             if fabric.is_global_zero:
                 _save(trainer.state(), checkpoint)
-                _write_log(trainer.log, output / LOG)
+                write_log(trainer.log, output / LOG)
             fabric.barrier()
             saved = done
     board.finalize("success")
@@ -330,12 +346,3 @@ def _validated(trainer: Trainer, output: Path, board: TensorBoardLogger) -> dict
 def _save(state: dict, file: Path) -> None:
     """Writes a checkpoint atomically."""
     atomic.write_atomically(file, lambda part: torch.save(state, part))
-
-
-def _write_log(rows: list[dict], file: Path) -> None:
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    atomic.write_text(text.getvalue(), file)

@@ -106,3 +106,4 @@ class CheckedNodes(GuiConnector):
         for node in self._nodes():
             if node and bool(self._widget.checkState(node)) != (node.GetID() in wanted):
                 (self._widget.check if node.GetID() in wanted else self._widget.uncheck)(node)
+        self._widget.comboBox().update()  # ctkCheckableComboBox does not paint what a program has checked

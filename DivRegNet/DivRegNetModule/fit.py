@@ -94,3 +94,33 @@ def _field_of_view_complaint(card: Card, spacing: float, volume: VolumeFacts) ->
         sides = " x ".join(f"{mm:.0f}" for mm in volume.extent)
         return [text.format(name=volume.name, sides=sides, anatomy=card.anatomy)]
     return []
+
+
+def memory_text(card: Card, fixed_node, moving_node, spacing: float, refine: int) -> str:
+    """How much memory a registration of two volume nodes takes, and on which grid it works.
+
+    Args:
+        spacing: of the working grid, mm; 0: the model's.
+    """
+    from DivRegNetLib.registration import memory
+    from DivRegNetModule.mrml.geometry import local_grid
+
+    fixed, moving = local_grid(fixed_node), local_grid(moving_node)
+    asked = max(spacing or card.working_spacing(fixed, moving), memory.FINEST_MM)
+    estimate = memory.estimate(card, fixed, moving, spacing=spacing or None, refine=refine)
+    finest = memory.working_grid(card, fixed, asked).spacing[0]
+    values = {
+        "device": memory.text(estimate.device),
+        "host": memory.text(estimate.host),
+        "size": " x ".join(map(str, estimate.working)),
+        "mm": finest,
+        "asked": spacing,
+    }
+    if finest > max(spacing, asked) * 1.001 or (spacing and asked > spacing):
+        text = _(
+            "About {device} on the device and {host} in main memory. {asked:.2g} mm is too fine for a volume of this size: "
+            "the deformation is computed at {mm:.2g} mm ({size} voxels)."
+        )
+    else:
+        text = _("About {device} on the device and {host} in main memory ({size} voxels of {mm:.2g} mm)")
+    return text.format(**values)

@@ -1,4 +1,4 @@
-"""What PyTorch computes on, and why it may not."""
+"""The device that PyTorch computes on, and why a device cannot be used."""
 
 import os
 
@@ -11,10 +11,10 @@ CPU = torch.device("cpu")
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` as a device that can be used; ``auto`` is CUDA where that can, else the CPU.
+    """The device of a name, ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; ``auto`` is CUDA where it works, otherwise the CPU.
 
     Raises:
-        DeviceError: it cannot be used, or PyTorch cannot at all; InputError: no such name.
+        DeviceError: the device, or PyTorch itself, cannot be used; InputError: an unknown name.
     """
     _check_numpy()
     if name == "auto":
@@ -31,29 +31,31 @@ def pick_device(name: str) -> torch.device:
 
 
 def why_not_cuda(device: torch.device | str = "cuda") -> str | None:
-    """What keeps a CUDA device from being used; None if nothing does."""
+    """Why a CUDA device cannot be used; None if it can."""
     if torch.version.cuda is None and torch.version.hip is None:
-        return "this PyTorch is built for the CPU alone"
+        return "this PyTorch is built for the CPU only"
     if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1"):
         return "the environment variable CUDA_VISIBLE_DEVICES hides every graphics card"
     if not torch.cuda.is_available():
         return "PyTorch finds no graphics card, or no driver that fits"
     count, number = torch.cuda.device_count(), torch.device(device).index or 0
     if number >= count:
-        return f"it is not there, PyTorch finds {count} graphics cards, which count from 0"
+        return f"PyTorch finds {count} graphics cards, counted from 0"
     try:
         torch.ones(1, device=device).add_(1).item()
     except RuntimeError as error:
         if "no kernel image" in str(error):
-            return f"this PyTorch {torch.__version__} does not support so old or so new a graphics card"
+            return (
+                f"PyTorch {torch.__version__} does not support this graphics card, which is too old or too new for it"
+            )
         if is_out_of_memory(error):
-            return "the memory of the graphics card is taken"
+            return "the memory of the graphics card is in use"
         return f"the graphics card does not work ({' '.join(str(error).split())[:200]})"
     return None
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes on a CUDA device that this process can still take."""
+    """Bytes that this process can allocate on a CUDA device, its own cache included."""
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + kept
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,8 +34,10 @@ class Card:
     methods: names of :data:`DivRegNetLib.registration.METHODS`, in the order in which they run.
     variational: fields of :class:`DivRegNetLib.registration.variational.VariationalSettings` of that method.
     refinement: the same, of the steps that the option ``refine`` asks for.
-    regnet: fields of :class:`DivRegNetLib.registration.regnet.RegNetConfig`.
+    regnet: fields of :class:`DivRegNetLib.registration.regnet.RegNetConfig`; None if the file has no such network.
     kldivnet: fields of :class:`DivRegNetLib.similarity.kldivnet.KLDivNetConfig`; None if the file has no similarity network.
+    classnet: fields of :class:`DivRegNetLib.similarity.classes.ClassNetConfig`; None if the file has no class network.
+    classes: names of the classes that it tells apart, background first.
     training: data, its license, command, configuration.
     scores: what it reached, by task.
     license: of the weights.
@@ -55,12 +57,14 @@ class Card:
     methods: list
     variational: dict
     refinement: dict
-    regnet: dict
+    regnet: dict | None
     kldivnet: dict | None
     training: dict
     scores: dict
     license: str
     sha256: str
+    classnet: dict | None = None
+    classes: list = field(default_factory=list)
     good_for: str = ""
     limits: str = ""
     format: int = FORMAT
@@ -115,7 +119,7 @@ def read_card(file: Path) -> Card:
         )
     known = {f.name: f.type for f in fields(Card)}
     for key in fields(Card):
-        if key.default is MISSING and key.name not in values:
+        if key.default is MISSING and key.default_factory is MISSING and key.name not in values:
             raise ModelError(f"{file}: the model card has no {key.name!r}")
     if unknown := sorted(set(values) - set(known)):
         raise ModelError(f"{file}: the model card has an unknown key {unknown[0]!r}")
@@ -136,6 +140,10 @@ def read_card(file: Path) -> Card:
             raise ModelError(f"{file}: {key} in the model card: {error}") from error
     if not values["methods"] or any(name not in METHODS for name in values["methods"]):
         raise ModelError(f"{file}: 'methods' in the model card: one or more of {', '.join(METHODS)}")
+    if "regnet" in values["methods"] and values["regnet"] is None:
+        raise ModelError(f"{file}: 'methods' in the model card names regnet, but the file has no such network")
+    if len(values.get("classes", [])) != (values.get("classnet") or {"classes": 0}).get("classes"):
+        raise ModelError(f"{file}: 'classes' in the model card: one name for each class that 'classnet' tells apart")
     return Card(**values)
 
 

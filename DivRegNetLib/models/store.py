@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from DivRegNetLib.registration.regnet import RegNet
+    from DivRegNetLib.similarity.classes import ClassNet
     from DivRegNetLib.similarity.kldivnet import KLDivNet
 
 DEFAULT = "general"
@@ -33,8 +34,9 @@ class Model:
     """A loaded model, ready for inference."""
 
     card: Card
-    regnet: "RegNet"
+    regnet: "RegNet | None"
     kldivnet: "KLDivNet | None"
+    classnet: "ClassNet | None" = None
 
     def on(self, device: "torch.device") -> "Model":
         """The same model with its networks on a device: copies, unless they are there already. This one stays as it is."""
@@ -44,7 +46,7 @@ class Model:
                 return network
             return copy.deepcopy(network).to(device)
 
-        return Model(self.card, placed(self.regnet), placed(self.kldivnet))
+        return Model(self.card, placed(self.regnet), placed(self.kldivnet), placed(self.classnet))
 
 
 def bundled_folder() -> Path:
@@ -110,6 +112,7 @@ def load(name: str | Path, device: "torch.device | str" = "cpu") -> Model:
 
     from DivRegNetLib.core.intensity import SCHEMES
     from DivRegNetLib.registration.regnet import RegNet, RegNetConfig
+    from DivRegNetLib.similarity.classes import ClassNet, ClassNetConfig
     from DivRegNetLib.similarity.kldivnet import KLDivNet, KLDivNetConfig
 
     file = find(name)
@@ -127,9 +130,11 @@ def load(name: str | Path, device: "torch.device | str" = "cpu") -> Model:
         )
     try:
         tensors = load_file(weights)
-        regnet = RegNet(RegNetConfig(**card.regnet), card.variational_settings)
+        regnet = None if card.regnet is None else RegNet(RegNetConfig(**card.regnet), card.variational_settings)
         kldivnet = None if card.kldivnet is None else KLDivNet(KLDivNetConfig(**card.kldivnet))
-        networks = {"regnet": regnet} | ({} if kldivnet is None else {"kldivnet": kldivnet})
+        classnet = None if card.classnet is None else ClassNet(ClassNetConfig(**card.classnet))
+        parts = {"regnet": regnet, "kldivnet": kldivnet, "classnet": classnet}
+        networks = {prefix: network for prefix, network in parts.items() if network is not None}
         for prefix, network in networks.items():
             own = {k.removeprefix(f"{prefix}."): v for k, v in tensors.items() if k.startswith(f"{prefix}.")}
             network.load_state_dict(own)
@@ -142,16 +147,19 @@ def load(name: str | Path, device: "torch.device | str" = "cpu") -> Model:
         raise ModelError(f"{weights}: tensor {bad[0]!r} holds values that are not finite")
     for network in networks.values():
         network.eval().requires_grad_(False).to(device)
-    regnet.to(memory_format=torch.channels_last_3d)
-    return Model(card, regnet, kldivnet)
+    if regnet is not None:
+        regnet.to(memory_format=torch.channels_last_3d)
+    return Model(card, **parts)
 
 
-def save(folder: Path, card: Card, regnet: "RegNet", kldivnet: "KLDivNet | None") -> Path:
+def save(
+    folder: Path, card: Card, regnet: "RegNet | None", kldivnet: "KLDivNet | None", classnet: "ClassNet | None" = None
+) -> Path:
     """Writes weights and card, each atomically; the card's sha256 is filled in. Returns the card's file."""
     from safetensors.torch import save_file
 
     tensors = {}
-    for prefix, network in (("regnet", regnet), ("kldivnet", kldivnet)):
+    for prefix, network in (("regnet", regnet), ("kldivnet", kldivnet), ("classnet", classnet)):
         if network is not None:
             tensors |= {f"{prefix}.{k}": v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
     weights, file = folder / f"{card.name}.safetensors", folder / f"{card.name}.json"

@@ -54,13 +54,25 @@ def judge(quality: dict) -> Verdict:
 
     Args:
         quality: see :func:`DivRegNetLib.quality.metrics.quality`. ``dice`` and ``landmark_error_mm``, each ``{"before",
-            "after"}``, count where the card has them. A number that is missing or None does not count.
+            "after"}``, count where the card has them, as do ``labels`` and ``landmarks_mm`` of ``quality.json``. A
+            number that is missing or None does not count.
     """
+    quality = with_references(quality)
     reasons = [*_similarity(quality), *_folding(quality), *_size(quality), *_inverse(quality), *_reference(quality)]
     level = max((level for level, sentence in reasons), key=LEVELS.index, default=AMBER)
     reasons.sort(key=lambda reason: -LEVELS.index(reason[0]))
     sentences = tuple(sentence for _level, sentence in reasons) or (_("The quality card is empty."),)
     return Verdict(level, HEADLINES[level], sentences)
+
+
+def with_references(quality: dict) -> dict:
+    """A quality card with ``dice`` and ``landmark_error_mm`` (means), also where it holds them as ``quality.json`` does."""
+    summary = dict(quality)
+    if "labels" in quality and "dice" not in quality:
+        summary["dice"] = {stage: scores["mean"]["dice"] for stage, scores in quality["labels"].items()}
+    if "landmarks_mm" in quality and "landmark_error_mm" not in quality:
+        summary["landmark_error_mm"] = {stage: error["mean"] for stage, error in quality["landmarks_mm"].items()}
+    return summary
 
 
 def _similarity(quality: dict) -> Reasons:

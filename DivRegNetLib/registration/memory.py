@@ -1,6 +1,6 @@
-"""How much memory a registration takes, before it is taken, and how much there is. No torch here.
+"""Estimates the memory of a registration before it runs, and the memory that is available. No torch here.
 
-The bytes per voxel were fitted to the measured peaks of ``python Testing/tools/benchmark.py --memory``, which compares again.
+The bytes per voxel were fitted to measured peaks; ``python Testing/tools/benchmark.py --memory`` compares them again.
 """
 
 import contextlib
@@ -19,30 +19,33 @@ from DivRegNetLib.core.grid import Grid
 from DivRegNetLib.errors import DeviceError
 from DivRegNetLib.models.card import FINEST_MM, Card
 
-# Bytes of the process, whatever the images.
+# Bytes of the process, independent of the images.
 LIBRARIES = 343e6  # torch (CPU), ITK, numpy and a model
-EXTRA = 170e6  # code loaded on the way, slabs, patches, pictures, and what the allocator keeps
+EXTRA = 170e6  # code loaded later, slabs, patches, pictures, and memory that the allocator keeps
 # Bytes per voxel of the working grid.
 FIELDS = 180  # images, fields, histograms and their copies while the network runs
+SAMPLED = 60  # the part of FIELDS that is there before any network runs
+FLOAT = 4
 PER_CHANNEL = 12  # features of the two finest levels, joined, before and after a convolution
-INVERSION = 275  # after the network, in its place
+PER_CLASS = 16  # on the displacement's grid: class probabilities of both images, warped, and their gradients
+INVERSION = 275  # of the field, after the network's memory is free
 REFINEMENT = 60  # at full resolution, where the field is twice as fine
 # Bytes per voxel of the volumes.
-SMOOTHING = 20  # of one of them, in single precision
-FIELD = 24  # a displacement in double precision, as ITK wants it; again while it is written
-WARPING = 14  # of the fixed grid
+SMOOTHING = 20  # smoothing of the larger volume in single precision
+FIELD = 24  # a displacement in double precision, as ITK needs it; once more while it is written
+WARPING = 14  # resampling on the fixed grid
 
-COARSEST = 4.0  # times the spacing asked for: what follows is no more than an affine alignment
-COARSER = 1.25  # from one attempt to the next: half the voxels
-SPARE = 0.9  # share of what is there that is planned with
+COARSEST = 4.0  # times the model's spacing; a coarser registration would be little more than an affine alignment
+COARSER = 1.25  # factor of the spacing from one attempt to the next, which halves the voxels
+SPARE = 0.9  # fraction of the available memory that is planned with
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes that one registration takes beside the libraries and the two images.
+    """Bytes that one registration takes in addition to the libraries and the two images.
 
-    working: voxels along x, y, z of the network's grid.
-    device: where the network runs, while it runs.
+    working: size of the working grid in voxels along x, y, z.
+    device: on the device that the methods run on, while they run.
     host: in main memory, for the volumes and their displacement fields, after that.
     """
 
@@ -52,16 +55,16 @@ class Estimate:
 
     @property
     def cpu(self) -> int:
-        """In main memory where the network runs there, too: one after the other."""
+        """In main memory where the methods run on the CPU: the two follow each other."""
         return max(self.device, self.host)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a registration can be done in the memory there is.
+    """Grids of a registration that fit into the memory.
 
-    working: the network's grid, in fixed space.
-    fixed, moving: grids of the displacement field and its inverse: those of the volumes, or thinner ones.
+    working: in fixed space.
+    fixed, moving: of the displacement field and its inverse: those of the volumes, or every n-th voxel of them.
     """
 
     working: Grid
@@ -83,12 +86,18 @@ def estimate(
     Args:
         fixed, moving: grids of the volumes; the working grid covers all of the fixed one.
         spacing: working resolution in mm; None: the model's.
-        refine: refinement steps, which cost the same whether few or many.
+        refine: refinement steps; any number above 0 takes the same memory.
         fields: grids of the displacement field and its inverse; None: those of the volumes.
     """
     grid = working_grid(card, fixed, max(spacing or card.working_spacing(fixed, moving), FINEST_MM))
-    channels = card.regnet.get("channels") or (16, 32)
+    channels = (16, 32) if card.regnet is None else card.regnet.get("channels") or (16, 32)
     network = FIELDS + PER_CHANNEL * sum(channels[:2]) / _stride(card) ** 3 + (REFINEMENT if refine else 0)
+    if card.classnet is not None:  # it runs before the others, and its probabilities are kept
+        finest, classes = _stride(card) ** 3, len(card.classes)
+        voxels = card.classnet.get("stride", 1) ** 3
+        kept = 2 * FLOAT * classes / voxels
+        running = PER_CHANNEL * sum(card.classnet.get("channels", (16, 32))[:2]) / voxels
+        network = kept + max(network + PER_CLASS * classes / finest, SAMPLED + running)
     in_fields = [g.voxels for g in fields or (fixed, moving)]
     host = max(
         SMOOTHING * max(fixed.voxels, moving.voxels),
@@ -101,22 +110,24 @@ def estimate(
 def plan(card: Card, fixed: Grid, moving: Grid, spacing: float, refine: int, fits: Callable[[Estimate], bool]) -> Plan:
     """The finest working resolution, from ``spacing`` (mm) to COARSEST times the model's, at which a registration fits.
 
-    Displacement fields that do not fit at full resolution are kept at the working resolution, which they come from.
+    Where displacement fields do not fit at full resolution, they are stored at the working resolution.
 
+    Args:
+        fits: whether an estimate fits into the memory.
     Raises:
-        DeviceError: not even the coarsest fits; says how much it takes.
+        DeviceError: not even the coarsest fits; the message states what it takes.
     """
     coarsest = max(spacing, COARSEST * card.working_spacing(fixed, moving))
     for step in range(math.ceil(math.log(coarsest / spacing) / math.log(COARSER) - 1e-9) + 1):
         mm = min(spacing * COARSER**step, coarsest)
         for grids in ((fixed, moving), (fixed.thinned(mm), moving.thinned(mm))):
-            found = estimate(card, fixed, moving, spacing=mm, refine=refine, fields=grids)
-            if fits(found):
+            needed = estimate(card, fixed, moving, spacing=mm, refine=refine, fields=grids)
+            if fits(needed):
                 return Plan(working_grid(card, fixed, mm), *grids)
     sizes = " and ".join(" x ".join(map(str, grid.size)) for grid in (fixed, moving))
     raise DeviceError(
-        f"there is not the memory for volumes of {sizes} voxels: even at {mm:.3g} mm their registration takes "
-        f"{text(found.cpu)} more; crop or shrink them, or use a computer with more memory"
+        f"the memory is too small for volumes of {sizes} voxels: even at {mm:.3g} mm their registration takes "
+        f"{text(needed.cpu)} more; crop or shrink them, or use a computer with more memory"
     )
 
 
@@ -127,10 +138,10 @@ def working_grid(card: Card, fixed: Grid, spacing: float) -> Grid:
 
 
 def room(limit: float | None, *images: sitk.Image) -> float:
-    """Bytes that a registration of these images may still take; infinite where the system does not tell.
+    """Bytes that a registration of these images may take in addition; infinite where the system does not report memory.
 
     Args:
-        limit: of the whole process, in GB; None: what the system has.
+        limit: of the process, in GB; None: what the system has.
     """
     return SPARE * available() if limit is None else limit * 1e9 - held(*images)
 
@@ -142,15 +153,15 @@ def held(*images: sitk.Image) -> float:
 
 
 def available(root: Path = Path("/")) -> float:
-    """Bytes of main memory that this process can still take, by the system and, in a container or a batch job, by the
-    limit of its control group; infinite where the system does not tell.
+    """Bytes of main memory that this process can allocate: those that the system reports, and in a container or a batch job
+    those that the limit of its control group leaves. Infinite where the system reports nothing.
 
     Args:
-        root: of the file system that tells it.
+        root: of the file system that is read, for tests.
     """
-    found = [_meminfo(root / "proc/meminfo"), *map(_left_in_group, _groups(root))]
-    if told := [n for n in found if n is not None]:
-        return max(min(told), 0)
+    limits = [_meminfo(root / "proc/meminfo"), *map(_left_in_group, _groups(root))]
+    if reported := [n for n in limits if n is not None]:
+        return max(min(reported), 0)
     for name in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"):
         with contextlib.suppress(AttributeError, ValueError, OSError):
             return os.sysconf(name) * os.sysconf("SC_PAGE_SIZE")
@@ -158,8 +169,11 @@ def available(root: Path = Path("/")) -> float:
 
 
 def give_back() -> None:
-    """After a registration of many, or where the memory ran out: frees what only holds itself (a figure's parts do), and
-    returns to the system what is free but kept by the C library, a quarter of a megabyte more with each pair."""
+    """Returns free memory to the system, after each pair of a cohort and where the memory ran out.
+
+    Collects objects that refer to each other, such as the parts of a matplotlib figure, and lets glibc return free memory,
+    of which it otherwise keeps a quarter of a megabyte more with each pair.
+    """
     gc.collect()
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError):  # a C library other than glibc
@@ -183,18 +197,18 @@ def _groups(root: Path) -> list[Path]:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
         return []
-    found = []
+    groups = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers in ("", "memory"):
             mount = root / "sys/fs/cgroup" / controllers
             group = mount / path.lstrip("/")
-            found += [mount, *(g for g in (group, *group.parents) if mount in g.parents)]
-    return found
+            groups += [mount, *(g for g in (group, *group.parents) if mount in g.parents)]
+    return groups
 
 
 def _left_in_group(group: Path) -> float | None:
-    """What a control group may still take; file caches do not count, as the system gives them up."""
+    """Bytes that the limit of a control group leaves; file caches count as free, as the system drops them."""
     for limit, usage in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
         with contextlib.suppress(OSError, ValueError):
             most, used = int((group / limit).read_text()), int((group / usage).read_text())
@@ -204,4 +218,4 @@ def _left_in_group(group: Path) -> float | None:
 
 
 def _stride(card: Card) -> int:
-    return card.regnet.get("stride", 2)
+    return (card.variational if card.regnet is None else card.regnet).get("stride", 2)

@@ -1,7 +1,7 @@
 """Methods that turn two sampled images into a displacement, one after the other: "variational" and "regnet"."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,8 +10,10 @@ from DivRegNetLib.core import fields
 from DivRegNetLib.registration import METHODS
 from DivRegNetLib.registration.regnet import RegNet
 from DivRegNetLib.registration.variational.equations import Valid
+from DivRegNetLib.registration.variational.features import Features
 from DivRegNetLib.registration.variational.method import register
 from DivRegNetLib.registration.variational.settings import VariationalSettings
+from DivRegNetLib.similarity.classes import ClassNet
 
 Progress = Callable[[float], None]
 
@@ -23,6 +25,8 @@ class Images:
     fixed, moving: (N, 1, D, H, W) in [0, 1], normalized; the moving image initially aligned.
     fixed_mask, moving_mask: (N, 1, D, H, W) bool, or None: everything.
     valid: where the fixed and the moving image were measured, two (N, 1, D, H, W) bool; None: everywhere.
+    classes: how probable each anatomical class is in both images, which the variational method brings together beside the
+        intensities, see :func:`with_classes`; its weight is that of the settings. None: not known.
     """
 
     fixed: Tensor
@@ -30,6 +34,7 @@ class Images:
     fixed_mask: Tensor | None = None
     moving_mask: Tensor | None = None
     valid: Valid | None = None
+    classes: Features | None = None
 
     def multiplied(self) -> tuple[Tensor, Tensor]:
         """Both images, 0 outside their masks, in the memory format of fast convolutions."""
@@ -44,6 +49,14 @@ class Images:
             return self.valid
         measured = self.valid or (torch.ones_like(self.fixed, dtype=torch.bool),) * 2
         return tuple(v if mask is None else v & mask for v, mask in zip(measured, masks, strict=True))
+
+
+def with_classes(images: Images, classnet: ClassNet) -> Images:
+    """The images, and how probable each class is at every voxel of them, in the network's eyes."""
+    inside = images.measured_in_masks() or (None, None)
+    pairs = zip((images.fixed, images.moving), inside, strict=True)
+    probabilities = (classnet.probabilities(image, where) for image, where in pairs)
+    return replace(images, classes=Features(*probabilities, stride=classnet.config.stride))
 
 
 def deform(
@@ -80,7 +93,7 @@ def deform(
         if before not in (None, grid):
             displacement = fields.coarsen(fields.upsample(displacement, before[0], shape), *grid)
         if name == "variational":
-            displacement = _variational(images, variational, displacement, report)
+            displacement = variational_steps(images, variational, displacement, report)
         else:
             report(0.0)
             displacement = regnet.register(*images.multiplied(), displacement, images.valid)
@@ -106,7 +119,7 @@ def refine(
         enough.
     """
     start = fields.coarsen(displacement, settings.stride, settings.multiple)
-    refined = _variational(images, settings, start, progress)
+    refined = variational_steps(images, settings, start, progress)
     if refined is start and settings.min_gain is not None:
         return displacement
     return fields.upsample(refined, settings.stride, displacement.shape[2:])
@@ -118,12 +131,23 @@ def check_methods(names: tuple[str, ...]) -> None:
         raise ValueError(f"methods: one or more of {', '.join(METHODS)}, got {', '.join(map(str, names)) or 'none'}")
 
 
-def _variational(images: Images, settings: VariationalSettings, start: Tensor | None, progress: Progress) -> Tensor:
+def variational_steps(
+    images: Images,
+    settings: VariationalSettings,
+    start: Tensor | None = None,
+    progress: Progress = lambda fraction: None,
+) -> Tensor:
+    """The variational method alone, with the masks and the classes of the images as the settings say.
+
+    Arguments and result as of :func:`DivRegNetLib.registration.variational.method.register`.
+    """
     if settings.masks == "exclude":
         fixed, moving, valid = images.fixed, images.moving, images.measured_in_masks()
     else:
         (fixed, moving), valid = images.multiplied(), images.valid
-    return register(fixed, moving, settings, start=start, valid=valid, progress=progress)
+    known = images.classes is not None and settings.class_weight
+    features = (replace(images.classes, weight=settings.class_weight),) if known else ()
+    return register(fixed, moving, settings, start=start, valid=valid, features=features, progress=progress)
 
 
 def _output_grid(name: str, variational: VariationalSettings, regnet: RegNet | None) -> tuple[int, int]:

@@ -197,7 +197,7 @@ def align(inputs: Inputs, options: Options, device: torch.device, *, progress: C
 
 
 def sample(inputs: Inputs, matrix: np.ndarray, resources: Resources, *, progress: Callable[[float], None]) -> Sampled:
-    """Both images and masks on the working grid, normalized.
+    """Both images and masks on the working grid, normalized, and what the model's class network sees in them.
 
     Raises:
         InputError: there an image is flat, or a mask too small.
@@ -214,13 +214,24 @@ def sample(inputs: Inputs, matrix: np.ndarray, resources: Resources, *, progress
     moving_mask = mask_on_grid(inputs.moving_mask, matrix)
     _check_sampled("fixed", fixed, fixed_mask, grid, model)
     _check_sampled("moving", moving, moving_mask, grid, model)
-    return Sampled(grid, Images(fixed, moving, fixed_mask, moving_mask, (fixed_valid, moving_valid)), unaligned)
+    images = Images(fixed, moving, fixed_mask, moving_mask, (fixed_valid, moving_valid))
+    if model.classnet is not None:
+        images = methods.with_classes(images, model.classnet)
+    return Sampled(grid, images, unaligned)
 
 
 def deform(sampled: Sampled, resources: Resources, options: Options, *, progress: Callable[[float], None]) -> Tensor:
-    """The displacement that the methods compute, (1, 3, D, H, W) in voxels of the working grid."""
+    """The displacement that the methods compute, (1, 3, D, H, W) in voxels of the working grid.
+
+    Raises:
+        InputError: the option ``method`` asks for a network that the model does not have.
+    """
+    if options.method == "none":
+        return sampled.images.fixed.new_zeros(1, 3, *sampled.grid.shape)
     card = resources.model.card
     names = card.methods if options.method == "auto" else options.method.split("+")
+    if "regnet" in names and resources.model.regnet is None:
+        raise InputError(f"method {options.method!r} needs a RegNet, which model {card.name!r} does not have")
     return methods.deform(sampled.images, tuple(names), card.variational_settings, resources.model.regnet, progress)
 
 
@@ -228,7 +239,7 @@ def refine(
     sampled: Sampled, displacement: Tensor, resources: Resources, options: Options, *, progress: Callable[[float], None]
 ) -> Tensor:
     """The displacement after the further steps that the options ask for, or as it was where they do not help."""
-    if not options.refine:
+    if not options.refine or options.method == "none":
         return displacement
     settings = replace(resources.model.card.refinement_settings, steps=options.refine)
     return methods.refine(sampled.images, displacement, settings, progress)

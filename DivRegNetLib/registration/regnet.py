@@ -72,7 +72,7 @@ class RegNetConfig:
 
 
 class SwitchableNorm(nn.Module):
-    """Normalizes by a learnt mixture of instance, layer and batch statistics; shape (N, C, D, H, W) in and out.
+    """Normalizes by a learned mixture of instance, layer and batch statistics; shape (N, C, D, H, W) in and out.
 
     In a training by several processes the batch statistics are those of all processes, which have batches of equal size.
     """

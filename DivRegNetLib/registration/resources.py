@@ -1,6 +1,6 @@
-"""What a registration computes with: the device, the model on it, and grids that fit into the memory there is.
+"""What a registration computes with: the device, the model on it, and grids that fit into the memory.
 
-The one place that falls back: to a coarser working resolution, and from a graphics card to the CPU.
+This is the only place that falls back: to a coarser working resolution, and from a graphics card to the CPU.
 """
 
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ ON_WORKING_GRID = STAGES[STAGES.index("sample") :]  # stages that take less memo
 class Resources:
     """Device, model and grids of one attempt at a registration.
 
-    fixed, moving: the images; their sizes tell how much memory is taken already.
+    fixed, moving: the images; they are in memory already, which the plan takes into account.
     given_model: as it was given or loaded; it is not changed.
     model: the same, its networks on ``device``.
     first_device: the device that the options name.
@@ -65,19 +65,19 @@ class Resources:
         return self.given_model.card.working_spacing(Grid.of(self.fixed), Grid.of(self.moving))
 
     @property
-    def asked_spacing(self) -> float:
+    def requested_spacing(self) -> float:
         """The working resolution that the options ask for, mm."""
         return self.options.spacing or self.usual_spacing
 
     def smaller(self, stage: str) -> "Resources":
-        """What to try after the memory ran out in a stage: a coarser working grid, then the CPU.
+        """The resources of the next attempt after the memory ran out in a stage: a coarser working grid, then the CPU.
 
         Raises:
             DeviceError: neither is left.
         """
         mm = self.working.spacing[0]
         coarser = mm * memory.COARSER**2
-        if stage in ON_WORKING_GRID and coarser <= max(self.asked_spacing, memory.COARSEST * self.usual_spacing):
+        if stage in ON_WORKING_GRID and coarser <= max(self.requested_spacing, memory.COARSEST * self.usual_spacing):
             return self._planned(coarser)
         if self.device != CPU:
             torch.cuda.empty_cache()
@@ -85,8 +85,8 @@ class Resources:
         raise no_memory(stage, f", the last time at {mm:.3g} mm" if stage in ON_WORKING_GRID else "")
 
     def compromises(self) -> list[str]:
-        """Sentences on what was done otherwise than asked for, and why."""
-        sentences, fixed, asked = [], Grid.of(self.fixed), self.asked_spacing
+        """Sentences on how the registration deviates from the options, and why."""
+        sentences, fixed, asked = [], Grid.of(self.fixed), self.requested_spacing
         fine, coarse = memory.working_grid(self.model.card, fixed, asked).spacing[0], self.working.spacing[0]
         if coarse > asked * 1.001:
             reason = "the fixed image is so large" if coarse < fine * 1.001 else "there is so little memory"
@@ -103,7 +103,7 @@ class Resources:
         return sentences
 
     def settings(self) -> dict:
-        """For records: what ``auto`` and defaults stood for."""
+        """For records: the values that ``auto`` and defaults were replaced by."""
         return {
             "device": str(self.device),
             "spacing": self.working.spacing[0],
@@ -112,17 +112,17 @@ class Resources:
         }
 
     def _on(self, device: torch.device) -> "Resources":
-        """The same on a device, at the resolution asked for; on the CPU where its memory is known to be too small."""
+        """The same on a device, at the requested resolution; on the CPU if the memory of the device is too small."""
         placed = replace(self, device=device, model=self.given_model.on(device))
         try:
-            return placed._planned(self.asked_spacing)
+            return placed._planned(self.requested_spacing)
         except DeviceError:
             if device == CPU:
                 raise
             return self._on(CPU)
 
     def _planned(self, finest: float) -> "Resources":
-        """The same with grids that fit into the memory, no finer than ``finest`` mm.
+        """The same with the finest grids that fit into the memory, no finer than ``finest`` mm.
 
         Raises:
             DeviceError: not even the coarsest fit.
@@ -140,7 +140,7 @@ class Resources:
 
 
 def no_memory(stage: str, where: str = "") -> DeviceError:
-    """The error after which nothing smaller is left to try."""
+    """The error that is raised when no smaller resources are left to try."""
     return DeviceError(
         f"the memory ran out in step {stage!r}{where}: choose a coarser spacing, or device cpu, close other programs, or "
         "use a computer with more memory"

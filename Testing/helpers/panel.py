@@ -56,7 +56,7 @@ def wait(widget, seconds: float = 120.0, until=lambda: False) -> None:
     import slicer
 
     end = time.monotonic() + seconds
-    while widget._run is not None and not until():
+    while widget._running is not None and not until():
         assert time.monotonic() < end, "the run does not end"
         slicer.app.processEvents()
         time.sleep(0.01)
@@ -76,3 +76,20 @@ def alive(pid: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def worker_pid(widget) -> int:
+    """The process of the widget's run, once it has been started."""
+    wait(widget, until=lambda: widget._run.pid is not None)
+    return widget._run.pid
+
+
+def wait_for(condition, seconds: float = 60.0) -> None:
+    """Turns the event loop until a condition holds."""
+    import slicer
+
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it does not come"
+        slicer.app.processEvents()
+        time.sleep(0.005)

@@ -1,6 +1,6 @@
-"""Killed, started twice, fed with bad files, kept busy: what is left is whole, and what was asked for comes in the end.
+"""After kills, double starts, bad files and load: no file is incomplete, and a repeated command ends with all results.
 
-The same at full length: ``python Testing/tools/faults.py`` and ``python Testing/tools/load.py``.
+The full-length versions: ``python Testing/tools/faults.py`` and ``python Testing/tools/load.py``.
 """
 
 import json

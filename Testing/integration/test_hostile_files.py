@@ -1,4 +1,4 @@
-"""Files as they come: damaged, misnamed, not files at all, on full disks. The right result, or one sentence and no trace."""
+"""Damaged and misnamed files, links, pipes, full disks: the right result, or an error in one sentence and no file changed."""
 
 import gzip
 import os

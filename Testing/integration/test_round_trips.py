@@ -1,5 +1,5 @@
-"""There and back, over grids and fields that hypothesis draws: files, nodes, coordinate systems, maps; and no way to fail
-but one sentence."""
+"""Round trips through files, nodes, coordinate systems and maps, on grids and fields drawn by hypothesis; any two images
+give a finite result or an error in one sentence."""
 
 import json
 import math

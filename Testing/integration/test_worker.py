@@ -1,4 +1,4 @@
-"""Real worker processes: what they report, what they give back, and that nothing of them stays behind."""
+"""Real worker processes: their messages, their results, and that no process and no file of them remains."""
 
 import gc
 import os
@@ -463,3 +463,101 @@ def test_a_folder_without_a_job_is_refused_and_left_alone(tmp_path):
     assert done.returncode != 0
     assert "there is no job.json" in done.stderr
     assert (tmp_path / "precious").is_file()
+
+
+def test_a_launcher_whose_child_was_killed_is_told_as_lack_of_memory(pair, script):
+    """PythonSlicer (Slicer's launcher, Base/QTCore's counterpart in commontk/AppLauncher) returns 1 in that case."""
+    launcher = script("sys.exit(1)")
+    with Worker(*pair, python=launcher, device="cpu") as worker:
+        worker.start()
+        finish(worker)
+        with pytest.raises(WorkerDied, match="exit code 1, as happens when memory runs out: choose a coarser spacing"):
+            worker.result()
+
+
+def test_a_python_that_fails_is_not_told_as_lack_of_memory(pair, script):
+    with Worker(*pair, python=script("raise ImportError('no such module')"), device="cpu") as worker:
+        worker.start()
+        finish(worker)
+        with pytest.raises(WorkerDied) as raised:
+            worker.result()
+    assert "memory" not in str(raised.value) and "no such module" in str(raised.value)
+
+
+def test_a_job_is_written_in_steps_and_a_start_that_is_given_up_leaves_nothing(pair, folders, tiny_model, monkeypatch):
+    from DivRegNetLib.run.worker import protocol
+
+    monkeypatch.setattr(protocol, "SLAB_BYTES", 2000)
+    worker = Worker(*pair, **OPTIONS)
+    steps = worker.starting()
+    for _ in range(3):
+        next(steps)
+    assert folders() and not worker.running
+    steps.close()
+    assert not folders()
+    with Worker(*pair, **OPTIONS) as again:
+        count = sum(1 for _ in again.starting())
+        assert count > 20 and again.running
+        assert again.result(PATIENCE).warped.GetSize() == pair[0].GetSize()
+
+
+def test_a_result_can_stay_in_files_and_is_read_bit_by_bit(pair, folders, tiny_model):
+    expected = register(*pair, **OPTIONS)
+    with Worker(*pair, keep_files=True, inverse=False, **OPTIONS) as worker:
+        worker.start()
+        pid = worker.pid
+        finish(worker)
+        files = worker.files
+        assert not is_alive(pid) and folders()
+        assert files.quality == expected.quality and files.grid("transform") == Grid.of(expected.warped)
+        assert np.array_equal(files.array("warped"), sitk.GetArrayFromImage(expected.warped))
+        field = sitk.GetArrayFromImage(expected.transform.GetDisplacementField())
+        assert files.array("transform").dtype == np.float32
+        assert files.array("transform") == pytest.approx(field, abs=1e-4)
+        with pytest.raises(FileNotFoundError):
+            files.array("inverse")
+        worker.close()
+        assert not folders()
+
+
+def test_the_worker_measures_segments_that_share_layers_and_landmarks(pair, tiny_model, landmarks):
+    from DivRegNetLib.quality import metrics
+    from DivRegNetLib.quality.references import References, Segments
+
+    fixed, moving = pair
+    sides = []
+    for image, low in ((fixed, 0.5), (moving, 500)):
+        array = sitk.GetArrayFromImage(image) / low
+        layers = [np.digitize(array, (1.0, 1.3)), array > 0.7]
+        layers = [sitk.GetImageFromArray(layer.astype(np.uint8)) for layer in layers]
+        for layer in layers:
+            layer.CopyInformation(image)
+        sides.append(Segments(tuple(layers), {"rim": (0, 1), "core": (0, 2), "all": (1, 1), f"own {low}": (0, 1)}))
+    references = References(*sides, landmarks, landmarks + np.array([3, 0, 4]), tuple("abc" * 9))
+    with Worker(*pair, references=references, **OPTIONS) as worker:
+        result = worker.start().result(PATIENCE)
+    assert result.quality["landmark_error_mm"]["before"] == pytest.approx(5)
+    assert [row["label"] for row in result.quality["landmarks"]] == list("abc" * 9)
+    expected = metrics.landmark_error(landmarks, landmarks + np.array([3, 0, 4]), result.transform)
+    assert [row["after"] for row in result.quality["landmarks"]] == pytest.approx(expected, abs=1e-4)
+    assert set(result.quality["segments"]) == {"rim", "core", "all"}
+    for name, (layer, value) in sides[0].values.items():
+        if name in result.quality["segments"]:
+            for stage, transform in (("before", sitk.Transform()), ("after", result.transform)):
+                warped = sitk.Resample(sides[1].layers[layer], fixed, transform, sitk.sitkNearestNeighbor, 0)
+                target = sitk.GetArrayFromImage(sides[0].layers[layer]) == value
+                dice = metrics.dice(target, sitk.GetArrayFromImage(warped) == value)
+                assert result.quality["segments"][name][stage] == pytest.approx(dice)
+
+
+def test_what_cannot_be_measured_is_said_and_the_registration_is_kept(pair, tiny_model):
+    from DivRegNetLib.quality.references import References, Segments
+
+    mask = sitk.Cast(pair[0] > 0.5, sitk.sitkUInt8)
+    points = np.zeros((2, 3))
+    references = References(Segments((mask,), {"a": (0, 1)}), Segments((mask,), {"b": (0, 1)}), points, points[:1])
+    with Worker(*pair, references=references, **OPTIONS) as worker:
+        result = worker.start().result(PATIENCE)
+    assert "dice" not in result.quality and "landmark_error_mm" not in result.quality
+    assert any("no segment of the same name" in w for w in result.warnings)
+    assert any("2 fixed and 1 moving landmarks" in w for w in result.warnings)

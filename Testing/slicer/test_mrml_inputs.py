@@ -215,7 +215,7 @@ def test_volumes_of_two_scenes_or_of_none_are_refused(scene, fixed, moving, regi
         ({"transform_node": "parent"}, "'T2 head' is under the transform 'parent'"),
         ({"inverse_node": "parent"}, "'T2 head' is under the transform 'parent'"),
         ({"transform_node": "transform", "inverse_node": "transform"}, "'transform' is chosen for the transform and"),
-        ({"fixed_mask": "fixed"}, "'T1 head' cannot be the fixed mask"),
+        ({"fixed_mask": "fixed"}, "'T1 head' cannot be a mask"),
         ({"moving_mask": ("segmentation", "no such")}, "'segmentation' has no segment 'no such'"),
         ({"align": "bent"}, "'bent' is no linear transform"),
         ({"align": "parent"}, "'T2 head' is under the transform 'parent' already"),

@@ -58,7 +58,7 @@ def test_what_cannot_be_registered_is_refused_with_a_reason(ready, pair, kind):
         labels.SetAndObserveImageData(pair[0].GetImageData())
         p.movingVolume, word = labels, "'labels' is a label map"
     elif kind == "same":
-        p.movingVolume, word = pair[0], "are the same"
+        p.movingVolume, word = pair[0], "'fixed' is chosen as fixed and as moving volume"
     elif kind == "empty":
         p.movingVolume, word = (
             slicer.mrmlScene.AddNewNodeByClass("vtkMRMLScalarVolumeNode", "nothing"),

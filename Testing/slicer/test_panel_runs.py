@@ -5,14 +5,14 @@ import time
 
 import numpy as np
 import pytest
-from panel import add_blob, alive, census, wait
+from panel import add_blob, alive, census, wait, wait_for, worker_pid
 
 
 def test_a_registration_runs_in_another_process_and_its_result_can_be_looked_at_and_taken_back(ready, pair, app):
     import slicer
     from DivRegNetModule import comparison
 
-    view = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSliceCompositeNode", "Red")
+    view = slicer.util.getNodesByClass("vtkMRMLSliceCompositeNode")[0]
     view.SetBackgroundVolumeID(pair[1].GetID())
     ready._parameterNode.giveInverse = True
     points = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLMarkupsFiducialNode", "points")
@@ -36,34 +36,42 @@ def test_a_registration_runs_in_another_process_and_its_result_can_be_looked_at_
     registration = outcome.registration
     assert registration.warped_node.GetImageData().GetDimensions() == pair[0].GetImageData().GetDimensions()
     assert registration.inverse_node is not None and len(outcome.carried) == 1
-    assert view.GetBackgroundVolumeID() == pair[0].GetID()
-    assert view.GetForegroundVolumeID() == registration.warped_node.GetID() and view.GetForegroundOpacity() == 0.5
+    assert view.GetBackgroundVolumeID() == pair[0].GetID() and view.GetForegroundOpacity() == 0.5
+    over = slicer.mrmlScene.GetNodeByID(view.GetForegroundVolumeID())
+    assert over.GetImageData() is registration.warped_node.GetImageData()
+    assert over.GetDisplayNode().GetColorNodeID() == comparison.TINT  # not two grays
 
+    ready.ui.beforeButton.click()
+    over = slicer.mrmlScene.GetNodeByID(view.GetForegroundVolumeID())
+    assert over.GetImageData() is pair[1].GetImageData()
     ready._comparison._timer.setInterval(5)
-    ready.ui.flickerButton.click()
-    seen = set()
+    ready.ui.flickerButton.click()  # ends the view of before
+    assert not ready.ui.beforeButton.checked
+    opacities = set()
     for _ in range(40):
         app.processEvents()
         time.sleep(0.005)
-        seen.add(view.GetForegroundOpacity())
-    assert {0.0, 1.0} <= seen
+        opacities.add(view.GetForegroundOpacity())
+    assert {0.0, 1.0} <= opacities
     ready.ui.checkerboardButton.click()  # ends the flicker
     assert not ready.ui.flickerButton.checked
-    board = slicer.mrmlScene.GetNodeByID(view.GetBackgroundVolumeID())
-    assert not board.GetSaveWithScene()
+    wait_for(lambda: not ready._comparison.busy)
+    board = slicer.mrmlScene.GetNodeByID(view.GetForegroundVolumeID())
+    assert not board.GetSaveWithScene() and board.GetHideFromEditors() and view.GetForegroundOpacity() == 1
     fixed, warped = (slicer.util.arrayFromVolume(n) for n in (pair[0], registration.warped_node))
     stretched = (comparison.stretch(a, comparison.percentile_window(a, 1, 99)) for a in (fixed, warped))
-    shown = comparison.checkerboard(*stretched).astype(np.float32)
-    assert np.array_equal(slicer.util.arrayFromVolume(board), shown)
+    expected = 255 * comparison.checkerboard(*stretched)
+    assert np.array_equal(slicer.util.arrayFromVolume(board), expected.astype(np.uint8))
+    name = board.GetID()
     ready.ui.checkerboardButton.click()
-    assert slicer.mrmlScene.GetNodeByID(board.GetID() or "") is None
+    assert slicer.mrmlScene.GetNodeByID(name) is None
     assert view.GetBackgroundVolumeID() == pair[0].GetID()
     ready.ui.gridButton.click()
     display = registration.transform_node.GetDisplayNode()
     assert display.GetVisibility() and display.GetVisibility2D()
     assert display.GetVisualizationMode() == display.VIS_MODE_GRID
     ready.ui.gridButton.click()
-    assert not display.GetVisibility()
+    assert registration.transform_node.GetDisplayNode() is None
 
     ready.ui.undoButton.click()
     assert census() == before
@@ -90,7 +98,7 @@ def test_undo_gives_an_overwritten_volume_its_content_back(ready, pair):
 def test_cancel_ends_the_process_and_leaves_the_scene_as_it_was(ready):
     before = census()
     ready.onRegister()
-    pid = ready._run._worker.pid
+    pid = worker_pid(ready)
     assert alive(pid)
     ready.ui.cancelButton.click()
     assert not alive(pid)
@@ -102,7 +110,7 @@ def test_cancel_ends_the_process_and_leaves_the_scene_as_it_was(ready):
 def test_a_killed_worker_becomes_a_message_that_offers_a_way_out(ready):
     before = census()
     ready.onRegister()
-    os.kill(ready._run._worker.pid, 9)
+    os.kill(worker_pid(ready), 9)
     wait(ready)
     assert census() == before and ready._outcome is None
     assert "signal 9" in ready.ui.messageLabel.text
@@ -138,7 +146,7 @@ def test_closing_the_scene_during_a_run_ends_it(ready, app):
     import slicer
 
     ready.onRegister()
-    pid = ready._run._worker.pid
+    pid = worker_pid(ready)
     slicer.mrmlScene.Clear(0)
     app.processEvents()
     assert ready._run is None and not alive(pid)
@@ -146,13 +154,13 @@ def test_closing_the_scene_during_a_run_ends_it(ready, app):
     assert not ready.ui.registerButton.enabled and not ready.ui.resultCollapsibleButton.visible
 
 
-@pytest.mark.parametrize("which", ["fixedVolume", "movingVolume", "warpedVolume"])
-def test_deleting_a_node_of_the_run_ends_it(ready, which):
+@pytest.mark.parametrize("which", ["fixedVolume", "movingVolume"])
+def test_deleting_a_volume_of_the_run_ends_it(ready, which):
     import slicer
 
     ready._parameterNode.warpedVolume = add_blob("target", (5, 6, 7), 0.0)
     ready.onRegister()
-    pid = ready._run._worker.pid
+    pid = worker_pid(ready)
     slicer.mrmlScene.RemoveNode(getattr(ready._parameterNode, which))
     assert ready._run is None and not alive(pid)
     assert "was deleted" in ready.ui.messageLabel.text
@@ -195,6 +203,6 @@ def test_unloading_the_module_leaves_no_process(module, pair):
     widget = make_widget(module)
     widget._parameterNode.fixedVolume, widget._parameterNode.movingVolume = pair
     widget.onRegister()
-    pid = widget._run._worker.pid
+    pid = worker_pid(widget)
     widget.cleanup()
     assert not alive(pid) and widget.Observations == []

@@ -1,4 +1,4 @@
-"""Kills registrations, cohorts, preparations and trainings at random points, and looks at what is left.
+"""Kills registrations, cohorts, preparations and trainings at random points, and checks the files that remain.
 
     python Testing/tools/faults.py [--kills 200] [--seed 0] [--folder build/faults]
 

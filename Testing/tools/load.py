@@ -1,4 +1,4 @@
-"""A long cohort and one pair again and again: does anything grow, does anything change?
+"""Checks that memory, open files and results stay the same over a long cohort and over one pair registered many times.
 
     python Testing/tools/load.py [--pairs 300] [--bad 0] [--repeats 50] [--folder build/load]
 

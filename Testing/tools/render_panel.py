@@ -65,11 +65,11 @@ def add_volume(name: str, size=(192, 224, 160), spacing=(1.0, 1.0, 1.2), kind="v
 
 
 def main(result: Path, output: Path) -> None:
+    from DivRegNetLib.quality.verdict import with_references
+
     running = load_package("slicer_stand_in", ROOT / "Testing" / "helpers" / "slicer_stand_in").running
     report = json.loads((result / "quality.json").read_text(encoding="utf-8"))
-    quality = report["quality"]
-    quality["dice"] = {stage: labels["mean"]["dice"] for stage, labels in quality["labels"].items()}
-    quality["landmark_error_mm"] = {stage: error["mean"] for stage, error in quality["landmarks_mm"].items()}
+    quality = with_references(report["quality"])
     with running() as app:
         import slicer
 

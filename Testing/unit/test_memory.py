@@ -1,4 +1,4 @@
-"""Memory: what is estimated is what is taken, less is asked for where there is less, and what happens where it ends."""
+"""Memory: estimates against measured peaks, plans for less memory, and what happens when it runs out."""
 
 import os
 import subprocess
@@ -243,10 +243,10 @@ def too_old(*size, device="cpu", make=torch.ones, **arguments):
 
 
 CARDS = {
-    "built for the CPU alone": {"torch.version.cuda": None},
+    "built for the CPU only": {"torch.version.cuda": None},
     "CUDA_VISIBLE_DEVICES hides": {"hidden": ""},
     "finds no graphics card": {"torch.cuda.is_available": lambda: False},
-    "does not support so old": {"torch.ones": too_old},
+    "too old or too new for it": {"torch.ones": too_old},
     "PyTorch finds 1 graphics card": {"device": "cuda:7"},
 }
 

@@ -12,7 +12,9 @@ from DivRegNetLib.registration import methods
 from DivRegNetLib.registration.methods import Images, deform, refine
 from DivRegNetLib.registration.regnet import RegNet, RegNetConfig
 from DivRegNetLib.registration.variational import DEFAULT, REFINEMENT
+from DivRegNetLib.registration.variational.features import Features
 from DivRegNetLib.registration.variational.method import register
+from DivRegNetLib.similarity.classes import ClassNetConfig
 
 SHAPE = (24, 32, 20)
 BOTH = ("variational", "regnet")
@@ -129,3 +131,53 @@ def test_refinement_takes_images_of_any_size(shape):
 
 def test_the_methods_are_those_that_a_card_may_name():
     assert methods.METHODS == BOTH
+
+
+def ball(center: tuple[float, float, float]) -> torch.Tensor:
+    """A bright ball of 6 voxels' radius at x, y, z on a dark ground."""
+    at = fields.identity(SHAPE, like=torch.empty(0)) - torch.tensor(center).view(1, 3, 1, 1, 1)
+    return torch.sigmoid(2 * (6 - fields.length(at)))
+
+
+class BrightIsOne(torch.nn.Module):
+    """Stands for a class network that takes what is bright for class 1."""
+
+    config = ClassNetConfig(classes=2)
+
+    def probabilities(self, image, inside):
+        bright = image if inside is None else image * inside
+        return torch.cat((1 - bright, bright), 1)
+
+
+def test_classes_bring_together_what_intensities_do_not():
+    """Images in which nothing can be told from intensities, as their histograms are of noise; the network can."""
+    balls = ball((8.0, 16.0, 12.0)), ball((12.0, 15.0, 12.0))
+    noise = torch.rand(2, 1, 1, *SHAPE, generator=torch.Generator().manual_seed(0))
+    classes = methods.with_classes(Images(*balls), BrightIsOne()).classes
+    pair, settings = Images(*noise, classes=classes), replace(DEFAULT, class_weight=300.0)
+
+    def apart(displacement) -> float:
+        return (fields.warp(balls[1], displacement) - balls[0]).abs().mean().item()
+
+    still = apart(torch.zeros(1, 3, *SHAPE))
+    assert apart(deform(pair, ("variational",), settings, None)) < 0.2 * still
+    without = deform(pair, ("variational",), replace(settings, class_weight=0.0), None)
+    assert torch.equal(without, deform(Images(*noise), ("variational",), settings, None))
+    assert apart(without) > 0.5 * still
+
+
+def test_a_refinement_that_classes_do_not_gain_by_is_undone():
+    """Classes that fit already hold images back which only look as if they were to move."""
+    moving, fixed, _ = deformed(SHAPE, 1.5, seed=0)
+    one = torch.rand(1, 3, *SHAPE, generator=torch.Generator().manual_seed(0))
+    start = torch.zeros(1, 3, *SHAPE)
+    held = Images(fixed, moving, classes=Features(one, one))
+    assert not torch.equal(refine(Images(fixed, moving), start, REFINEMENT), start)
+    assert torch.equal(refine(held, start, replace(REFINEMENT, class_weight=1e5)), start)
+
+
+def test_outside_masks_and_fields_of_view_everything_is_background():
+    image, (mask, other) = torch.ones(1, 1, *SHAPE), masks()
+    valid = torch.ones(1, 1, *SHAPE, dtype=torch.bool), other
+    pair = methods.with_classes(Images(image, image, mask, None, valid), BrightIsOne())
+    assert torch.equal(pair.classes.fixed[:, 1:] > 0, mask) and torch.equal(pair.classes.moving[:, 1:] > 0, other)

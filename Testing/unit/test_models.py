@@ -16,6 +16,7 @@ from DivRegNetLib.models import card as cards
 from DivRegNetLib.models import store
 from DivRegNetLib.registration.regnet import RegNetConfig
 from DivRegNetLib.registration.variational import DEFAULT, REFINEMENT
+from DivRegNetLib.similarity.classes import ClassNet, ClassNetConfig
 from DivRegNetLib.similarity.kldivnet import KLDivNetConfig
 
 
@@ -68,6 +69,52 @@ def test_a_model_without_similarity_network_is_saved_and_loaded(tiny_model, tmp_
     file = models.save(tmp_path / "models", card, loaded.regnet, None)
     assert models.load("alone").kldivnet is None
     assert not list(file.parent.glob("*.part"))
+
+
+def test_a_model_without_regnet_is_saved_and_loaded_unless_its_methods_name_it(tiny_model, tmp_path):
+    loaded = models.load(tiny_model)
+    card = replace(loaded.card, name="alone", regnet=None, methods=["variational"])
+    file = models.save(tmp_path / "models", card, None, loaded.kldivnet)
+    assert models.load("alone").regnet is None
+    edit(file, methods=["variational", "regnet"])
+    with pytest.raises(ModelError, match="names regnet, but the file has no such network"):
+        models.load("alone")
+
+
+@pytest.fixture
+def with_classes(tiny_model, card_file) -> Path:
+    """The card of a model that tells three classes apart."""
+    loaded, config = models.load(tiny_model), ClassNetConfig(classes=3, channels=(2, 3), stride=2)
+    told = {"classnet": config.as_dict(), "classes": ["background", "one", "two"]}
+    return models.save(
+        card_file.parent, replace(loaded.card, name="classes", **told), loaded.regnet, loaded.kldivnet, ClassNet(config)
+    )
+
+
+def test_a_class_network_is_saved_and_loaded(with_classes):
+    loaded = models.load("classes")
+    assert loaded.classnet.config == ClassNetConfig(classes=3, channels=(2, 3), stride=2)
+    assert loaded.card.classes == ["background", "one", "two"]
+    assert not loaded.classnet.training and not any(p.requires_grad for p in loaded.classnet.parameters())
+    assert loaded.on(torch.device("cpu")).classnet is loaded.classnet
+    assert models.load("tiny").classnet is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"classes": ["background", "one"]}, "one name for each class"),
+        ({"classnet": None}, "one name for each class"),
+        ({"classnet": {"classes": "3"}}, "one name for each class"),
+        ({"classnet": {"classes": 3, "channels": [2, 3], "stride": 3}}, "do not fit the card"),
+        ({"classnet": {"classes": 3, "channels": [2, 4], "stride": 2}}, "do not fit the card"),
+        ({"classnet": None, "classes": []}, "unknown tensor 'classnet"),
+    ],
+)
+def test_a_class_network_that_does_not_fit_its_card_is_refused(with_classes, changes, said):
+    edit(with_classes, **changes)
+    with pytest.raises(ModelError, match=said):
+        models.load("classes")
 
 
 def test_saving_again_replaces_both_files(card_file):
@@ -170,7 +217,8 @@ def test_a_card_of_format_1_with_an_invalid_number_of_steps_is_refused(card_file
         ({"spacing_mm": True}, "'spacing_mm'"),
         ({"spacing_mm": 0.01}, "spacing_mm must be between"),
         ({"spacing_mm": float("nan")}, "spacing_mm must be between"),
-        ({"regnet": None}, "'regnet'"),
+        ({"regnet": 1}, "'regnet'"),
+        ({"regnet": None}, "'methods' .* names regnet"),
         ({"methods": []}, "'methods'"),
         ({"methods": ["regnet", "magic"]}, "'methods'"),
         ({"methods": "regnet"}, "'methods'"),

@@ -15,6 +15,12 @@ def test_a_checkerboard_takes_blocks_of_equal_sides_from_both_images_in_turn(sha
     assert np.array_equal(board, index.sum(0) % 2)
 
 
+def test_a_checkerboard_can_be_made_in_parts():
+    one, other = np.zeros((11, 7, 5)), np.ones((11, 7, 5))
+    parts = [checkerboard(one[i : i + 2], other[i : i + 2], side=3, first=i) for i in range(0, 11, 2)]
+    assert np.array_equal(np.concatenate(parts), checkerboard(one, other, squares=4))
+
+
 def test_a_checkerboard_of_unlike_shapes_is_an_error():
     with pytest.raises(ValueError, match="one shape"):
         checkerboard(np.zeros((2, 3)), np.zeros((3, 2)))

@@ -1,4 +1,4 @@
-"""What comes from elsewhere: few packages, their licenses known, and nothing over the network at run time."""
+"""Dependencies: each has a lower bound and a known license, and a registration needs no network."""
 
 import os
 import re

@@ -75,7 +75,7 @@ def load(folder: Path, device: torch.device | str = "cpu") -> Cohort:
     """
     listing = Path(folder) / "cohort.json"
     if not listing.exists():
-        raise FileNotFoundError(f"{listing} is missing: prepare the cohort first, see training/README.md")
+        raise FileNotFoundError(f"{listing} is missing: prepare the cohort first, see docs/training.md")
     try:
         about = json.loads(listing.read_text(encoding="utf-8"))
     except ValueError as error:

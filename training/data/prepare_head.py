@@ -36,9 +36,13 @@ def tissue(label: int) -> str:
     return "white" if label in WHITE else "gray" if label in GRAY else "fluid" if label in FLUID else "other"
 
 
-def entry(name: str, contrasts: tuple[str, ...]) -> dict:
-    """A volume's entry in cohort.json. All are in the training split, as validation uses deformations of its own."""
-    return {"name": name, "subject": name, "role": "both", "split": "train", "contrasts": list(contrasts)}
+HELD_OUT = ("validation", "test", "test")
+"""Splits of the last label maps by name."""
+
+
+def entry(name: str, contrasts: tuple[str, ...], split: str = "train") -> dict:
+    """A volume's entry in cohort.json. BrainWeb is trained on, as its validation uses deformations of its own."""
+    return {"name": name, "subject": name, "role": "both", "split": split, "contrasts": list(contrasts)}
 
 
 def main() -> None:
@@ -82,7 +86,8 @@ def main() -> None:
         array = sitk.GetArrayFromImage(on_grid(labels, to_subject))
         name = file.name.removesuffix(".nii.gz")
         np.savez_compressed(args.output / f"{name}.npz", labels=index[array], brain=np.isin(array, sorted(BRAIN)))
-        volumes.append(entry(name, ()))
+        held_out = dict(zip(files[-len(HELD_OUT) :], HELD_OUT, strict=False))
+        volumes.append(entry(name, (), held_out.get(file, "train")))
     about = {
         "format": FORMAT,
         "spacing": args.spacing,

@@ -48,11 +48,12 @@ def make_pair(cohort: Cohort, recipe: Recipe, random: Random) -> Pair:
     """Two subjects, or one subject twice, with independent deformations, contrasts and artifacts."""
     if random.chance(recipe.shapes):
         cohort = _shapes(cohort, random)
-    with_images = [s for s in cohort.volumes if s.images is not None]
-    maps = [s for s in cohort.volumes if s.images is None]
+    volumes = cohort.split("train")
+    with_images = [s for s in volumes if s.images is not None]
+    maps = [s for s in volumes if s.images is None]
     first = random.choice(with_images if with_images and (random.chance(recipe.real) or not maps) else maps)
-    same = random.chance(recipe.same_subject) or len(cohort.volumes) == 1
-    second = first if same else random.choice([s for s in cohort.volumes if s is not first])
+    same = random.chance(recipe.same_subject) or len(volumes) == 1
+    second = first if same else random.choice([s for s in volumes if s is not first])
 
     shape = cohort.shape
     at = fields.identity(shape, like=first.brain.float())

@@ -1,6 +1,7 @@
 """Whether nodes can be used: each function raises an InputError that names the node and the remedy."""
 
 from DivRegNetLib.errors import InputError
+from DivRegNetModule import _
 from DivRegNetModule.mrml.geometry import is_empty
 from DivRegNetModule.mrml.scene import is_a, name_of, parent_transforms
 
@@ -20,73 +21,101 @@ def check_nodes(fixed_node, moving_node, *, warped_node=None, transform_node=Non
     for node, role in ((fixed_node, "fixed"), (moving_node, "moving")):
         check_volume(node, role)
     if fixed_node is moving_node:
-        raise InputError(f"{name_of(fixed_node)} is chosen as fixed and as moving volume; choose two different volumes")
+        text = _("{name} is chosen as fixed and as moving volume; choose two different volumes")
+        raise InputError(text.format(name=name_of(fixed_node)))
     scene = fixed_node.GetScene()
     check_scene(moving_node, scene)
     if warped_node is not None:
         if not is_scalar_volume(warped_node):
-            raise InputError(
-                f"{name_of(warped_node)} cannot hold the warped volume; choose a scalar volume or a new one"
-            )
+            text = _("{name} cannot hold the warped volume; choose a scalar volume or a new one")
+            raise InputError(text.format(name=name_of(warped_node)))
         if warped_node is fixed_node or warped_node is moving_node:
-            raise InputError(
-                f"{name_of(warped_node)} is an input and would be overwritten; choose another warped volume"
-            )
+            text = _("{name} is an input and would be overwritten; choose another warped volume")
+            raise InputError(text.format(name=name_of(warped_node)))
         check_scene(warped_node, scene)
     outputs = [node for node in (transform_node, inverse_node) if node is not None and node is not True]
     for node in outputs:
         if not is_a(node, "vtkMRMLTransformNode") or node.GetClassName() not in OUTPUT_TRANSFORMS:
-            raise InputError(
-                f"{name_of(node)} cannot hold a displacement field; choose a general transform or a new one"
-            )
+            text = _("{name} cannot hold a displacement field; choose a general transform or a new one")
+            raise InputError(text.format(name=name_of(node)))
         check_scene(node, scene)
         for volume in (fixed_node, moving_node):
             if node in parent_transforms(volume):
-                raise InputError(
-                    f"{name_of(volume)} is under the transform {name_of(node)}, which would be overwritten; "
-                    "take it out from there or choose another output transform"
+                text = _(
+                    "{volume} is under the transform {transform}, which would be overwritten; take it out from there or "
+                    "choose another output transform"
                 )
+                raise InputError(text.format(volume=name_of(volume), transform=name_of(node)))
     if len(outputs) == 2 and outputs[0] is outputs[1]:
-        raise InputError(f"{name_of(outputs[0])} is chosen for the transform and for its inverse; choose two nodes")
+        text = _("{name} is chosen for the transform and for its inverse; choose two nodes")
+        raise InputError(text.format(name=name_of(outputs[0])))
 
 
 def check_volume(node, role: str) -> None:
-    """Raises InputError unless the node is a scalar volume, in a scene, with voxels of one component."""
+    """Raises InputError unless the node is a scalar volume, in a scene, with several slices of one value per voxel."""
+    fixed = role == "fixed"
+    name = name_of(node)
     if node is None:
-        raise InputError(f"there is no {role} volume; choose one")
+        raise InputError(_("there is no fixed volume; choose one") if fixed else _no_volume(role))
     if not is_a(node, "vtkMRMLNode"):
-        raise InputError(f"the {role} volume must be a volume node, got {node!r:.80}")
+        text = _("the fixed volume must be a volume node, got {what}")
+        text = text if fixed else _("the moving volume must be a volume node, got {what}")
+        raise InputError(text.format(what=f"{node!r:.80}"))
     if is_a(node, "vtkMRMLLabelMapVolumeNode"):
-        raise InputError(
-            f"{name_of(node)} is a label map, which has no intensities to register; choose a scalar volume as {role} "
+        text = _(
+            "{name} is a label map, which has no intensities to register; choose a scalar volume as fixed and as moving "
             "volume, and carry label maps along with the transform"
         )
+        raise InputError(text.format(name=name))
     image = node.GetImageData() if is_a(node, "vtkMRMLVolumeNode") else None
     if not is_scalar_volume(node) or (image is not None and image.GetNumberOfScalarComponents() > 1):
-        raise InputError(f"{name_of(node)} is no scalar volume; choose, as {role} volume, one with one value per voxel")
+        text = _("{name} is no scalar volume; choose, as fixed and as moving volume, one with one value per voxel")
+        raise InputError(text.format(name=name))
     if is_empty(image):
-        raise InputError(f"the {role} volume {name_of(node)} is empty; load an image into it or choose another")
+        text = _("the fixed volume {name} is empty; load an image into it or choose another")
+        text = text if fixed else _("the moving volume {name} is empty; load an image into it or choose another")
+        raise InputError(text.format(name=name))
+    if min(image.GetDimensions()) < 2:
+        text = _("{name} has a single slice; choose, as fixed and as moving volume, one with several slices")
+        raise InputError(text.format(name=name))
     if node.GetScene() is None:
-        raise InputError(f"the {role} volume {name_of(node)} is in no scene; add it to one or choose another")
+        text = _("the fixed volume {name} is in no scene; add it to one or choose another")
+        text = text if fixed else _("the moving volume {name} is in no scene; add it to one or choose another")
+        raise InputError(text.format(name=name))
 
 
-def check_carried(node, transform_node) -> None:
-    """Raises InputError unless a transform node can be applied to a copy of the node."""
+def _no_volume(role: str) -> str:
+    return (
+        _("there is no reference volume; choose one")
+        if role == "reference"
+        else _("there is no moving volume; choose one")
+    )
+
+
+def check_carried(node, scene, transform_node=None) -> None:
+    """Raises InputError unless a copy of the node can be moved by a transform.
+
+    Args:
+        scene: in which the node must be.
+        transform_node: that the node must not be under; None: a new one.
+    """
     if not any(is_a(node, kind) for kind in CARRIED):
-        raise InputError(
-            f"{name_of(node)} cannot be carried along; choose segmentations, markups, models, volumes or label maps"
-        )
-    check_scene(node, transform_node.GetScene())
-    if transform_node in parent_transforms(node):
-        raise InputError(f"{name_of(node)} is under the transform {name_of(transform_node)} already; leave it out")
+        text = _("{name} cannot be carried along; choose segmentations, markups, models, volumes or label maps")
+        raise InputError(text.format(name=name_of(node)))
+    check_scene(node, scene)
+    if transform_node is not None and transform_node in parent_transforms(node):
+        text = _("{name} is under the transform {transform} already; leave it out")
+        raise InputError(text.format(name=name_of(node), transform=name_of(transform_node)))
     if is_a(node, "vtkMRMLVolumeNode") and is_empty(node.GetImageData()):
-        raise InputError(f"the volume {name_of(node)} is empty; load an image into it or leave it out")
+        text = _("the volume {name} is empty; load an image into it or leave it out")
+        raise InputError(text.format(name=name_of(node)))
 
 
 def check_scene(node, scene) -> None:
     """Raises InputError unless a node is in a scene."""
     if scene is None or node.GetScene() is not scene:
-        raise InputError(f"{name_of(node)} is not in the scene of the other nodes; add it to that scene")
+        text = _("{name} is not in the scene of the other nodes; add it to that scene")
+        raise InputError(text.format(name=name_of(node)))
 
 
 def is_scalar_volume(node) -> bool:

@@ -12,10 +12,13 @@ from vtk.util import numpy_support
 
 from DivRegNetLib.core.grid import LPS_FROM_RAS, Grid, apply_matrix
 from DivRegNetLib.errors import InputError
+from DivRegNetModule import _
 from DivRegNetModule.mrml.scene import name_of
+from DivRegNetModule.steps import Steps, finish, slabs
 
 FLIP = LPS_FROM_RAS[:3, :3].diagonal()
 """Times RAS points, (n, 3), are LPS points, and the other way round."""
+RESLICE_BYTES = 100  # that a voxel counts as, since each takes a displacement from a cubic interpolation
 EXTENT_SAMPLES = 12  # points along each axis, from which the extent of a moved image is taken
 
 
@@ -45,17 +48,17 @@ def transform_to_world(transform_node) -> vtk.vtkGeneralTransform:
     return transform
 
 
-def control_points(node) -> np.ndarray:
-    """The control points of a markups node in world coordinates, (n, 3) LPS mm."""
-    return slicer.util.arrayFromMarkupsControlPoints(node, world=True).reshape(-1, 3) * FLIP
-
-
 def is_empty(image: vtk.vtkImageData | None) -> bool:
     """Whether an image has no voxels."""
     return image is None or min(image.GetDimensions()) < 1 or image.GetPointData().GetScalars() is None
 
 
 def world_image(image: vtk.vtkImageData, matrix: np.ndarray, node, *, linear: bool) -> sitk.Image:
+    """As :func:`world_image_steps`, at once."""
+    return finish(world_image_steps(image, matrix, node, linear=linear))
+
+
+def world_image_steps(image: vtk.vtkImageData, matrix: np.ndarray, node, *, linear: bool) -> Steps[sitk.Image]:
     """An image with its index-to-RAS matrix, under the parents of a node, on its world grid (LPS).
 
     Args:
@@ -67,28 +70,32 @@ def world_image(image: vtk.vtkImageData, matrix: np.ndarray, node, *, linear: bo
     if parent is not None and parent.IsTransformToWorldLinear():
         matrix = matrix_to_world(parent) @ matrix
     elif parent is not None:
-        image, matrix = reslice(image, matrix, transform_to_world(parent), linear=linear)
+        image, matrix = yield from reslice_steps(image, matrix, transform_to_world(parent), linear=linear)
     size, matrix = image.GetDimensions(), matrix.copy()
     matrix[:3, 3] = apply_matrix(matrix, image.GetExtent()[::2])
     try:
         grid = Grid(size, LPS_FROM_RAS @ matrix)
     except ValueError as error:
-        raise InputError(f"the geometry of {name_of(node)} cannot be used: {error}; repair it") from error
+        text = _("the geometry of {name} cannot be used: {error}; repair it")
+        raise InputError(text.format(name=name_of(node), error=error)) from error
     array = numpy_support.vtk_to_numpy(image.GetPointData().GetScalars()).reshape(size[::-1])
+    yield
     return grid.image(array.view(array.dtype.str))  # plain int64 for VTK's long long, which SimpleITK does not know
 
 
-def vtk_image(image: sitk.Image, scalar_type: int) -> vtk.vtkImageData:
-    """The voxels of an image, of any number of components, without its geometry."""
+def vtk_image_steps(array: np.ndarray, scalar_type: int) -> Steps[vtk.vtkImageData]:
+    """Voxels, (D, H, W) or (D, H, W, components), as an image without geometry."""
     copy = vtk.vtkImageData()
-    copy.SetDimensions(image.GetSize())
-    copy.AllocateScalars(scalar_type, image.GetNumberOfComponentsPerPixel())
-    voxels = numpy_support.vtk_to_numpy(copy.GetPointData().GetScalars())
-    voxels[...] = sitk.GetArrayViewFromImage(image).reshape(voxels.shape)
+    copy.SetDimensions(array.shape[2::-1])
+    copy.AllocateScalars(scalar_type, 1 if array.ndim == 3 else array.shape[3])
+    voxels = numpy_support.vtk_to_numpy(copy.GetPointData().GetScalars()).reshape(array.shape)
+    for start, end in slabs(len(array), voxels[:1].nbytes):
+        voxels[start:end] = array[start:end]
+        yield
     return copy
 
 
-def reslice(
+def reslice_steps(
     image: vtk.vtkImageData,
     matrix: np.ndarray,
     to_world: vtk.vtkAbstractTransform,
@@ -96,7 +103,7 @@ def reslice(
     linear: bool,
     background=(0.0, 0.0, 0.0, 0.0),
     grid: Grid | None = None,
-) -> tuple[vtk.vtkImageData, np.ndarray]:
+) -> Steps[tuple[vtk.vtkImageData, np.ndarray]]:
     """An image moved by a transform, resampled.
 
     Args:
@@ -122,6 +129,9 @@ def reslice(
     flat.SetOrigin(0, 0, 0)
     flat.SetSpacing(1, 1, 1)
     flat.SetDirectionMatrix(1, 0, 0, 0, 1, 0, 0, 0, 1)
+    output = vtk.vtkImageData()
+    output.SetExtent(extent)
+    output.AllocateScalars(image.GetScalarType(), image.GetNumberOfScalarComponents())
     filter_ = vtk.vtkImageReslice()
     filter_.SetInputData(flat)
     filter_.SetResliceTransform(to_index)
@@ -130,10 +140,15 @@ def reslice(
     filter_.SetOutputDimensionality(3)
     filter_.SetOutputOrigin(0, 0, 0)
     filter_.SetOutputSpacing(1, 1, 1)
-    filter_.SetOutputExtent(extent)
     filter_.TransformInputSamplingOff()
-    filter_.Update()
-    return filter_.GetOutput(), target
+    depth = extent[5] - extent[4] + 1
+    slice_voxels = (extent[1] - extent[0] + 1) * (extent[3] - extent[2] + 1)
+    for start, end in slabs(depth, RESLICE_BYTES * slice_voxels):
+        filter_.SetOutputExtent([*extent[:4], extent[4] + start, extent[4] + end - 1])
+        filter_.Update()
+        output.CopyAndCastFrom(filter_.GetOutput(), filter_.GetOutput().GetExtent())
+        yield
+    return output, target
 
 
 def _moved_extent(image: vtk.vtkImageData, matrix: np.ndarray, to_world: vtk.vtkAbstractTransform) -> list[int]:

@@ -36,6 +36,19 @@ def display_nodes(node) -> list:
     return [display for display in displays if display is not None]
 
 
+def remove_with_display(node) -> None:
+    """Removes a node and its display nodes, also those that were made later, from the scene that it is in, if any.
+
+    The display nodes last: Slicer gives a volume that is shown in a slice view and has none a new one.
+    """
+    scene = node.GetScene()
+    if scene is not None and scene.IsNodePresent(node):
+        displays = display_nodes(node)
+        for each in (node, *displays):
+            if scene.IsNodePresent(each):
+                scene.RemoveNode(each)
+
+
 def copy_display(node, model) -> None:
     """Gives a node display nodes like those of another node, colors included."""
     scene = node.GetScene()
@@ -74,10 +87,7 @@ class Changes:
                     node.CopyContent(backup, False)
                     node.CopyReferences(backup)
         for node in self.added:
-            if self.scene.IsNodePresent(node):
-                for display in display_nodes(node):  # also those that were made later
-                    self.scene.RemoveNode(display)
-                self.scene.RemoveNode(node)
+            remove_with_display(node)
 
 
 @contextmanager

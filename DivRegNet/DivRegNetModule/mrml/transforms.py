@@ -9,9 +9,11 @@ from vtk.util import numpy_support
 
 from DivRegNetLib.core.grid import LPS_FROM_RAS, Grid, affine_transform
 from DivRegNetLib.errors import InputError
+from DivRegNetModule import _
 from DivRegNetModule.mrml.checks import check_scene
-from DivRegNetModule.mrml.geometry import matrix_to_world, vtk_image
+from DivRegNetModule.mrml.geometry import matrix_to_world, vtk_image_steps
 from DivRegNetModule.mrml.scene import is_a, name_of, parent_transforms
+from DivRegNetModule.steps import Steps, finish, slabs
 
 ATTRIBUTE = "DivRegNet."
 
@@ -24,31 +26,45 @@ def initial_transform(node, moving_node) -> sitk.AffineTransform:
         InputError: it is not linear, of another scene, or the moving volume is under it already.
     """
     if not is_a(node, "vtkMRMLTransformNode") or not node.IsTransformToWorldLinear():
-        raise InputError(f"{name_of(node)} is no linear transform; choose one, or another initial alignment")
+        text = _("{name} is no linear transform; choose one, or another initial alignment")
+        raise InputError(text.format(name=name_of(node)))
     check_scene(node, moving_node.GetScene())
     if node in parent_transforms(moving_node):
-        raise InputError(
-            f"{name_of(moving_node)} is under the transform {name_of(node)} already, which counts; choose no initial "
-            "alignment, or take the volume out of the transform"
+        text = _(
+            "{name} is under the transform {transform} already, which counts; choose no initial alignment, or take the "
+            "volume out of the transform"
         )
+        raise InputError(text.format(name=name_of(moving_node), transform=name_of(node)))
     return affine_transform(LPS_FROM_RAS @ np.linalg.inv(matrix_to_world(node)) @ LPS_FROM_RAS)
 
 
 def grid_transform(transform: sitk.DisplacementFieldTransform) -> "slicer.vtkOrientedGridTransform":
-    """A displacement field (LPS, mm) as VTK's (RAS, mm); single precision, a 10,000th of a mm, halves the memory."""
+    """A displacement field (LPS, mm) as VTK's (RAS, mm)."""
     field = transform.GetDisplacementField()
-    matrix, spacing = Grid.of(field).ras_matrix, np.array(Grid.of(field).spacing)
-    image = vtk_image(field, vtk.VTK_FLOAT)
-    numpy_support.vtk_to_numpy(image.GetPointData().GetScalars())[:, :2] *= -1
+    return finish(grid_transform_steps(sitk.GetArrayViewFromImage(field), Grid.of(field)))
+
+
+def grid_transform_steps(field: np.ndarray, grid: Grid) -> Steps["slicer.vtkOrientedGridTransform"]:
+    """A displacement field as VTK's (RAS, mm); single precision, a 10,000th of a mm, halves the memory.
+
+    Args:
+        field: (D, H, W, 3) mm, LPS.
+    """
+    matrix, spacing = grid.ras_matrix, np.array(grid.spacing)
+    image = yield from vtk_image_steps(field, vtk.VTK_FLOAT)
+    displacement = numpy_support.vtk_to_numpy(image.GetPointData().GetScalars()).reshape(field.shape)
+    for start, end in slabs(len(displacement), displacement[:1].nbytes):
+        displacement[start:end, ..., :2] *= -1
+        yield
     image.SetSpacing(spacing)
     image.SetOrigin(matrix[:3, 3])
     directions = np.eye(4)
     directions[:3, :3] = matrix[:3, :3] / spacing
-    grid = slicer.vtkOrientedGridTransform()
-    grid.SetGridDirectionMatrix(slicer.util.vtkMatrixFromArray(directions))
-    grid.SetDisplacementGridData(image)
-    grid.SetInterpolationModeToCubic()  # what it will be when Slicer has saved and loaded it
-    return grid
+    transform = slicer.vtkOrientedGridTransform()
+    transform.SetGridDirectionMatrix(slicer.util.vtkMatrixFromArray(directions))
+    transform.SetDisplacementGridData(image)
+    transform.SetInterpolationModeToCubic()  # what it will be when Slicer has saved and loaded it
+    return transform
 
 
 def fill_transform(node, transform, fixed_node, moving_node, attributes: dict[str, str]) -> None:

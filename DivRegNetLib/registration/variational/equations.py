@@ -11,11 +11,14 @@ each voxel of the displacement's grid, and the next step another one. Intensitie
 Axis order and units as in :mod:`DivRegNetLib.core.fields`. Nothing here is differentiated.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from DivRegNetLib.core import fields
+from DivRegNetLib.registration.variational.features import FeatureEquations, Features
 from DivRegNetLib.registration.variational.histograms import histogram_rows, pointwise_tables
 from DivRegNetLib.registration.variational.schedule import sampling_offsets
 from DivRegNetLib.registration.variational.settings import Level, VariationalSettings
@@ -29,13 +32,22 @@ class Equations:
     """The equations of a pair at one level, for any displacement."""
 
     def __init__(
-        self, fixed: Tensor, moving: Tensor, settings: VariationalSettings, level: Level, valid: Valid | None = None
+        self,
+        fixed: Tensor,
+        moving: Tensor,
+        settings: VariationalSettings,
+        level: Level,
+        valid: Valid | None = None,
+        features: Sequence[Features] = (),
     ) -> None:
         """
         Args:
             fixed, moving: (N, 1, D, H, W) in [0, 1], sides multiples of ``level.shrink * settings.stride``.
             valid: where the images were measured; None: everywhere.
+            features: whose equations are added to those of mutual information.
         """
+        shape = tuple(n // (level.shrink * settings.stride) for n in fixed.shape[2:])
+        self.features = [FeatureEquations(f, shape, valid, settings.validity_threshold) for f in features]
 
         def shrunk(image: Tensor) -> Tensor:
             return F.avg_pool3d(image, level.shrink) if level.shrink > 1 else image
@@ -62,7 +74,7 @@ class Equations:
         Returns:
             (N, 9, d, h, w): xx, yy, zz, xy, xz, yz of the information and x, y, z of the force, in voxels of the
             displacement's grid. For the swapped pair the information is the same and the force the opposite.
-            (N,): mean pointwise mutual information of the voxels that count, in nats.
+            (N,): mean pointwise mutual information of the voxels that count, less the energy of the features, in nats.
         """
         offset = self.offsets[number % len(self.offsets)]
         sampled = (..., *(slice(o, None, self.stride) for o in offset))
@@ -85,7 +97,11 @@ class Equations:
             _write_equations(moving_gradient[i], fixed_gradient[i], values, normal[i])
             information.append(values[4].sum() / (cell.numel() if counted is None else of_pair.sum().clamp_min(1)))
         units = normal.new_tensor([self.stride**2] * 6 + [self.stride] * 3).view(-1, 1, 1, 1)
-        return normal * units, torch.stack(information)
+        normal, objective = normal.mul_(units), torch.stack(information)
+        for terms in self.features:
+            of_features, energy = terms(displacement)
+            normal, objective = normal.add_(of_features), objective - energy
+        return normal, objective
 
     def _warped(self, displacement: Tensor | None, offset: tuple[int, int, int], shape: tuple[int, ...]) -> Tensor:
         """The warped moving image, its gradient and, where given, its measured fraction, at the sampled voxels:

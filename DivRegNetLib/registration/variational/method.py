@@ -5,7 +5,7 @@ which joint histograms give in closed form for a single pair. :mod:`.equations` 
 :mod:`.solver` into a smooth step; here steps are made from level to level. docs/method.md derives them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from DivRegNetLib.core import fields
 from DivRegNetLib.registration.variational import solver
 from DivRegNetLib.registration.variational.equations import Equations, Valid
+from DivRegNetLib.registration.variational.features import Features
 from DivRegNetLib.registration.variational.schedule import Stage, schedule
 from DivRegNetLib.registration.variational.settings import Smoothness, VariationalSettings
 
@@ -27,6 +28,7 @@ def register(
     *,
     start: Tensor | None = None,
     valid: Valid | None = None,
+    features: Sequence[Features] = (),
     progress: Progress = lambda fraction: None,
 ) -> Tensor:
     """The displacement after ``settings.steps`` steps.
@@ -35,6 +37,7 @@ def register(
         fixed, moving: (N, 1, D, H, W) in [0, 1] on one grid, any sides; padded inside to multiples of ``settings.multiple``.
         start: displacement as it is returned; None: the identity.
         valid: where the images were measured; None: everywhere.
+        features: of both images, whose equations are added to those of mutual information.
         progress: called after every step with the fraction of the steps that are done, up to 1; what it raises ends the
             registration.
     Returns:
@@ -45,6 +48,7 @@ def register(
     fixed, moving = (fields.padded(x, settings.multiple) for x in (fixed, moving))
     valid = None if valid is None else tuple(fields.padded(v, settings.multiple, mode="constant") for v in valid)
     shape = fixed.shape[2:]
+    features = [f.extended(shape) for f in features]
     if start is None and settings.min_gain is not None:
         start = fixed.new_zeros(len(fixed), 3, *(n // settings.stride for n in shape))
     displacement = start
@@ -54,7 +58,7 @@ def register(
         for stage in stages:
             coarser = settings.stride * stage.level.shrink
             before = None if displacement is None else fields.resize(displacement, tuple(n // coarser for n in shape))
-            equations = Equations(fixed, moving, settings, stage.level, valid)
+            equations = Equations(fixed, moving, settings, stage.level, valid, features)
             after = _level(equations, stage, before, lambda steps, done=done: progress((done + steps) / total))
             done += len(stage.smoothness)
             if after is not before:

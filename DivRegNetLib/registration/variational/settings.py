@@ -57,9 +57,9 @@ class VariationalSettings:
     min_voxels: a coarser level is left out unless both images were measured in as many voxels of its displacement's grid.
     first_smoothness: of all steps of the coarser levels and of the first step of the last level.
     last_smoothness: of the last step of the last level; the steps between are interpolated linearly.
-    min_gain: gain of the objective (mean pointwise mutual information less the elastic energy, in nats per voxel) that is
-        required of each round of ``stride ** 3`` steps; a round that gains less is undone and ends the level. None: every
-        step is kept and the objective is not evaluated.
+    min_gain: gain of the objective (mean pointwise mutual information less the energies of features and of elasticity, in
+        nats per voxel) that is required of each round of ``stride ** 3`` steps; a round that gains less is undone and ends
+        the level. None: every step is kept and the objective is not evaluated.
     masks: ``multiply``: images are set to 0 outside their masks and counted there; ``exclude``: they stay as they are, and
         voxels outside a mask are ignored like voxels that were not measured.
     validity_threshold: a voxel counts where at least this fraction of it (after averaging or interpolation) was measured.
@@ -74,6 +74,11 @@ class VariationalSettings:
     independence_weight: weight of the product of the marginals that is mixed into each joint distribution, 0 to 1, so that
         intensity pairs that were hardly observed carry little information (shrinkage towards independence).
     epsilon: added to probabilities before a logarithm is taken.
+
+    Classes (:mod:`DivRegNetLib.similarity.classes`):
+
+    class_weight: of the squared differences of the classes' probabilities at a voxel of the displacement's grid, in nats; 0
+        leaves them out. Models without a class network have none.
 
     Linear system of a step (Modersitzki, "FAIR", SIAM 2009):
 
@@ -103,6 +108,7 @@ class VariationalSettings:
     global_weight: float = 0.05
     independence_weight: float = 0.01
     epsilon: float = 1e-9
+    class_weight: float = 300.0
     information_floor: float = 0.05
     tikhonov: float = 1e-3
     cg_iterations: int = 4
@@ -166,7 +172,8 @@ _RANGES = (
     ("steps", 1, 100_000), ("stride", 1, 2), ("min_steps", 0, 100_000), ("min_voxels", 0, 10**9), ("bins", 4, 256),
     ("cg_iterations", 1, 1000), ("validity_threshold", 0.0, 1.0), ("parzen_sigma", 0.01, 100.0),
     ("block_sigma", 0.01, 100.0), ("global_weight", 0.0, math.inf), ("independence_weight", 0.0, 1.0),
-    ("epsilon", 1e-30, 1e-3), ("information_floor", 0.0, math.inf), ("tikhonov", 0.0, math.inf),
+    ("epsilon", 1e-30, 1e-3), ("class_weight", 0.0, math.inf),
+    ("information_floor", 0.0, math.inf), ("tikhonov", 0.0, math.inf),
     ("frequencies", 0.01, 1.0), ("max_step", 0.0, math.inf), ("max_gradient", 0.0, math.inf),
 )  # fmt: skip
 _LEVEL_RANGES = (("shrink", 1, 64), ("share", 0.0, 1.0), ("block", 1, 1024), ("momentum", 0.0, 0.999))

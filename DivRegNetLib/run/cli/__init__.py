@@ -1,4 +1,4 @@
-"""The command line: ``divregnet register | apply | evaluate | models``, a module for each command."""
+"""The command line: ``divregnet register | apply | evaluate | report | models``, a module for each command."""
 
 import argparse
 import os
@@ -6,10 +6,10 @@ import sys
 
 from DivRegNetLib import __version__
 from DivRegNetLib.errors import DivRegNetError, missing_package
-from DivRegNetLib.run.cli import apply, evaluate, models, register
+from DivRegNetLib.run.cli import apply, evaluate, models, register, report
 
 BAD_INPUT, UNEXPECTED, INTERRUPTED = 2, 1, 130
-COMMANDS = {"register": register, "apply": apply, "evaluate": evaluate, "models": models}
+COMMANDS = {"register": register, "apply": apply, "evaluate": evaluate, "report": report, "models": models}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -12,15 +12,21 @@ DESCRIPTION = "Map a volume, label map or landmarks from moving to fixed space."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("transform", metavar="TRANSFORM", type=Path, help="transform.h5 or displacement.nii.gz")
-    parser.add_argument("moving", metavar="MOVING", type=Path, help="volume, or landmarks (.mrk.json, .fcsv, .csv)")
+    parser.add_argument("transform", metavar="TRANSFORM", type=Path, help="file of a transform, such as transform.h5")
     parser.add_argument(
-        "--reference", metavar="FIXED", type=Path, help="volume that gives the grid (not for landmarks)"
+        "moving", metavar="MOVING", type=Path, help="volume, label map or landmarks (.mrk.json, .fcsv, .csv)"
     )
-    parser.add_argument("--output", metavar="FILE", type=Path, required=True)
-    parser.add_argument("--labels", action="store_true", help="MOVING is a label map: nearest neighbor")
-    parser.add_argument("--interpolation", choices=INTERPOLATIONS, default="linear")
-    parser.add_argument("--default-value", type=float, default=0.0, help="value outside the moving volume")
+    parser.add_argument(
+        "--reference", metavar="FIXED", type=Path, help="volume whose grid the result has; not for landmarks"
+    )
+    parser.add_argument("--output", metavar="FILE", type=Path, required=True, help="file that is written")
+    parser.add_argument(
+        "--labels", action="store_true", help="MOVING is a label map, for nearest-neighbor interpolation"
+    )
+    parser.add_argument("--interpolation", choices=INTERPOLATIONS, default="linear", help="interpolation of a volume")
+    parser.add_argument(
+        "--default-value", metavar="VALUE", type=float, default=0.0, help="value outside the moving volume"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
 
 

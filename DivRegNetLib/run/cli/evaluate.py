@@ -10,15 +10,21 @@ DESCRIPTION = "Compare labels or landmarks, before and after a transform."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--transform", metavar="FILE", type=Path, help="maps fixed to moving points; default: none")
+    parser.add_argument(
+        "--transform",
+        metavar="FILE",
+        type=Path,
+        help="transform that maps fixed points to moving points; default: identity",
+    )
     add_comparison_arguments(parser)
 
 
 def add_comparison_arguments(parser: argparse.ArgumentParser) -> None:
     """The labels and landmarks of both images."""
-    for what in ("labels", "landmarks"):
+    for what, contents in (("labels", "label map"), ("landmarks", "landmarks (.mrk.json, .fcsv, .csv)")):
         for side in ("fixed", "moving"):
-            parser.add_argument(f"--{side}-{what}", metavar="FILE", type=Path)
+            help_text = f"{contents} of the {side} volume, to measure the result with"
+            parser.add_argument(f"--{side}-{what}", metavar="FILE", type=Path, help=help_text)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -6,44 +6,64 @@ from pathlib import Path
 
 from DivRegNetLib.errors import InputError
 from DivRegNetLib.options import ALIGNMENTS, Option, Options, table
+from DivRegNetLib.presets import PRESETS, preset
+from DivRegNetLib.registration.landmark_alignment import KINDS, align_landmarks
 from DivRegNetLib.run.cli.evaluate import add_comparison_arguments
 from DivRegNetLib.run.cli.output import ProgressBar, show
 from DivRegNetLib.run.cohort import TABLE, Pair, read_pairs, register_pairs
 
 DESCRIPTION = "Register the moving to the fixed volume."
+BY_LANDMARKS = {"landmarks": "rigid"} | {f"landmarks-{kind}": kind for kind in KINDS}
+"""Value of ``--align`` -> kind of the transform that is fitted to the landmarks."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("fixed", metavar="FIXED", type=Path, nargs="?", help="volume or DICOM folder")
-    parser.add_argument("moving", metavar="MOVING", type=Path, nargs="?", help="volume or DICOM folder")
-    parser.add_argument("--output", metavar="DIR", type=Path, required=True)
-    parser.add_argument("--pairs", metavar="CSV", type=Path, help="a cohort: table with columns fixed, moving, ...")
+    parser.add_argument("fixed", metavar="FIXED", type=Path, nargs="?", help="fixed volume: a file or a DICOM folder")
+    parser.add_argument(
+        "moving", metavar="MOVING", type=Path, nargs="?", help="moving volume: a file or a DICOM folder"
+    )
+    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder for the results")
+    parser.add_argument(
+        "--pairs", metavar="CSV", type=Path, help="table of a cohort, with the columns fixed, moving, ..."
+    )
     parser.add_argument(
         "--dask",
         metavar="ADDRESS",
         help="register a cohort on the workers of a Dask scheduler (tcp://HOST:PORT), or in N processes here (local:N)",
     )
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        default="general",
+        help="options for a purpose; those given beside it come first. "
+        + " ".join(f"{p.name}: {p.help}" for p in PRESETS.values()),
+    )
     for option in table().values():
         add_option(parser, option)
-    parser.add_argument("--fixed-mask", metavar="FILE", type=Path)
-    parser.add_argument("--moving-mask", metavar="FILE", type=Path)
-    parser.add_argument("--overwrite", action="store_true", help="replace results that are there")
+    for side in ("fixed", "moving"):
+        parser.add_argument(
+            f"--{side}-mask",
+            metavar="FILE",
+            type=Path,
+            help=f"volume that is not 0 where the {side} volume is compared",
+        )
+    parser.add_argument("--overwrite", action="store_true", help="replace results in the folder")
     add_comparison_arguments(parser)
 
 
 def add_option(parser: argparse.ArgumentParser, option: Option) -> None:
-    """Adds a row of the table of options as an argument."""
+    """Adds a row of the table of options as an argument. It is None where it is not given."""
     metavar = (
         None if option.choices else (option.unit or {int: "N", float: "VALUE"}.get(option.kind, option.name)).upper()
     )
     default = option.default_help or option.default
+    more = f" Or {', '.join(BY_LANDMARKS)}: fitted to the landmark files." if option.name == "align" else ""
     parser.add_argument(
         option.flag,
-        default=option.default,
         type=str if option.kind is object else option.kind,
         choices=option.choices or None,
         metavar=metavar,
-        help=f"{option.help} Default: {default}.",
+        help=f"{option.help}{more} Default: {default}.",
     )
 
 
@@ -52,13 +72,10 @@ def run(args: argparse.Namespace) -> None:
         raise InputError("give FIXED and MOVING, or --pairs and a table")
     if args.dask is not None and args.pairs is None:
         raise InputError("--dask is for a cohort: give --pairs and a table")
-    align = args.align
-    if align not in ALIGNMENTS:
-        from DivRegNetLib.io import transforms
-
-        align = transforms.read_transform(align)
-    values = {name: getattr(args, name) for name in table()}
-    options = Options.of(**(values | {"align": align}))
+    given = {name: getattr(args, name) for name in table() if getattr(args, name) is not None}
+    if "align" in given:
+        given["align"] = _alignment(args)
+    options = Options.of(**(preset(args.preset).options | given))
     if args.pairs is None:
         from DivRegNetLib.run.cohort.register_files import register_files
 
@@ -80,6 +97,23 @@ def run(args: argparse.Namespace) -> None:
     show(args, rows, f"{len(rows) - len(failed)} of {len(rows)} pairs registered: {results}")
     if failed:
         raise InputError(f"{len(failed)} of {len(rows)} pairs failed, see {results}; the first: {failed[0]['message']}")
+
+
+def _alignment(args: argparse.Namespace):
+    """The initial alignment that ``--align`` names: a name of ALIGNMENTS, or a transform from landmarks or a file."""
+    if args.align in ALIGNMENTS:
+        return args.align
+    if args.align not in BY_LANDMARKS:
+        from DivRegNetLib.io import transforms
+
+        return transforms.read_transform(args.align)
+    if args.pairs is not None or args.fixed_landmarks is None or args.moving_landmarks is None:
+        raise InputError(f"--align {args.align} needs --fixed-landmarks and --moving-landmarks of one pair")
+    from DivRegNetLib.core.grid import affine_transform
+    from DivRegNetLib.io.landmarks import read_landmarks
+
+    fixed, moving = (read_landmarks(path).points for path in (args.fixed_landmarks, args.moving_landmarks))
+    return affine_transform(align_landmarks(fixed, moving, BY_LANDMARKS[args.align]))
 
 
 def _summary(report: dict, output: Path) -> str:

@@ -10,7 +10,16 @@ from pathlib import Path
 
 from DivRegNetLib.errors import DeviceError, DivRegNetError, is_out_of_memory, missing_package
 from DivRegNetLib.io.locks import LocksUnsupported, acquire
-from DivRegNetLib.run.worker.protocol import JOB, PARENT, WorkerDied, encode_message, read_job, write_result
+from DivRegNetLib.quality.references import measure
+from DivRegNetLib.run.worker.protocol import (
+    JOB,
+    PARENT,
+    WorkerDied,
+    encode_message,
+    read_job,
+    with_measurements,
+    write_result,
+)
 
 PARENT_SECONDS = 1.0  # between looks at the parent on a file system without locks
 
@@ -35,8 +44,11 @@ def main(folder: str | os.PathLike) -> None:
     try:
         from DivRegNetLib.registration.pipeline import register
 
-        images, options = read_job(folder)
-        write_result(folder, register(**images, **options, progress=progress))
+        job = read_job(folder)
+        result = register(**job.images, **job.options, progress=progress)
+        if job.references is not None:
+            result = with_measurements(result, *measure(job.references, result))
+        write_result(folder, result, job.inverse)
         send("done")
     except DivRegNetError as error:
         send("error", kind=type(error).__name__, message=str(error))

@@ -10,6 +10,7 @@ import tempfile
 import time
 import weakref
 from collections import deque
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import SimpleITK as sitk
 from DivRegNetLib.errors import Cancelled, DivRegNetError, InputError
 from DivRegNetLib.io.locks import LocksUnsupported, acquire
 from DivRegNetLib.options import Options
+from DivRegNetLib.quality.references import References
 from DivRegNetLib.registration.check import check_image
 from DivRegNetLib.result import Result
 from DivRegNetLib.run.worker.protocol import (
@@ -26,15 +28,16 @@ from DivRegNetLib.run.worker.protocol import (
     STDERR,
     STDOUT,
     Event,
+    ResultFiles,
     WorkerDied,
     parse_message,
-    read_result,
     write_job,
 )
 
 LOG_LINES = 30  # kept of what the child writes beside its messages
 LOG_BYTES = 8000
 READ_BYTES = 1 << 20  # of the child's output at a time
+KILLED = (-9, 137, 0xC0000017)  # exit codes of a process that the system killed for its memory
 END_SECONDS = 2.0  # that a killed child may take to end
 
 
@@ -52,6 +55,9 @@ class Worker:
         *,
         fixed_mask: sitk.Image | None = None,
         moving_mask: sitk.Image | None = None,
+        references: References | None = None,
+        keep_files: bool = False,
+        inverse: bool = True,
         python: str | os.PathLike | None = None,
         environment: dict[str, str] | None = None,
         **options,
@@ -61,6 +67,9 @@ class Worker:
         Args:
             fixed, moving, fixed_mask, moving_mask, options: as of :func:`DivRegNetLib.registration.pipeline.register`, except
                 that there is no ``progress`` (see :meth:`poll`) and the model is a name or a path.
+            references: what the result is measured with; the scores are added to its quality card.
+            keep_files: leave the result in files, see :attr:`files`; then only ``inverse`` is read that was asked for.
+            inverse: False: the inverse transform is not handed over, and ``result()`` cannot be called.
             python: the interpreter; None: PythonSlicer inside 3D Slicer, otherwise the running one.
             environment: variables of the child's process; None: those of this one.
         Raises:
@@ -75,7 +84,9 @@ class Worker:
                 if not isinstance(mask, sitk.Image):
                     raise InputError(f"{name} must be a SimpleITK image, got {type(mask).__name__}")
                 images[name] = mask
-        self._images = images
+        self._images, self._references = images, references
+        self._keep_files, self._inverse = keep_files, inverse
+        self._files: ResultFiles | None = None
         self._python = str(python) if python is not None else _interpreter()
         self._environment = dict(os.environ if environment is None else environment)
         self._process: subprocess.Popen | None = None
@@ -90,6 +101,15 @@ class Worker:
     def start(self) -> "Worker":
         """Writes the job and starts the process; returns itself.
 
+        Raises: as :meth:`starting`.
+        """
+        for _ in self.starting():
+            pass
+        return self
+
+    def starting(self) -> Iterator[None]:
+        """As :meth:`start`, in steps that take a fraction of a second each, for a caller that must not be blocked.
+
         Raises:
             WorkerDied: the folder could not be written or the interpreter could not be started.
             RuntimeError: the worker was started before.
@@ -100,7 +120,7 @@ class Worker:
         try:
             self._folder = Path(tempfile.mkdtemp(prefix="divregnet-"))
             remove = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-            write_job(self._folder, self._images, self._options)
+            yield from write_job(self._folder, self._images, self._options, self._references, self._inverse)
             with suppress(LocksUnsupported):
                 files.append(acquire(self._folder / PARENT))
             with open(self._folder / STDOUT, "wb") as out, open(self._folder / STDERR, "wb") as log:
@@ -112,17 +132,20 @@ class Worker:
                     env=_environment(self._environment),
                     **_own_group(),
                 )
+        except GeneratorExit:  # the caller gave up
+            if remove is not None:
+                remove()
+            raise
         except OSError as error:
             if remove is not None:
                 remove()
             self._error = WorkerDied(f"the worker cannot be started: {error}")
             raise self._error from error
         remove.detach()
-        self._images = {}
+        self._images, self._references = {}, None
         self._stdout = open(self._folder / STDOUT, "rb")  # noqa: SIM115 -- closed by _end
         self._end = weakref.finalize(self, _end, self._process, self._folder, [self._stdout, *files])
         self.running = True
-        return self
 
     def poll(self) -> list[Event]:
         """The events since the last call; returns at once. Reads the result when the child has written it.
@@ -174,7 +197,26 @@ class Worker:
                 time.sleep(0.02)
         if self._error is not None:
             raise self._error
+        if self._result is None:
+            self._result = self._files.result()
         return self._result
+
+    @property
+    def files(self) -> ResultFiles:
+        """The result as files, when ``keep_files`` was given and the worker has ended; until :meth:`close`.
+
+        Raises: as :meth:`result`.
+        """
+        if self._error is not None:
+            raise self._error
+        if self._files is None:
+            raise RuntimeError("the worker is still running, or was not asked to keep files")
+        return self._files
+
+    def close(self) -> None:
+        """Removes the files that were kept."""
+        self._files = None
+        self._end()
 
     @property
     def pid(self) -> int | None:
@@ -208,7 +250,9 @@ class Worker:
             events.append(self._finish(error))
             return False
         try:
-            self._result = read_result(self._folder)
+            self._files = ResultFiles(self._folder)
+            if not self._keep_files:
+                self._result = self._files.result()
             events.append(self._finish(None))
         except Exception as error:  # the files may hold anything, and memory may be short here as well
             events.append(
@@ -220,7 +264,11 @@ class Worker:
         self._log = self._read_log()
         self._error = error
         self.running = False
-        self._end()
+        if error is None and self._keep_files:
+            _end_process(self._process)
+        else:
+            self._files = None
+            self._end()
         return Event("done") if error is None else Event("error", message=str(error))
 
     def _died(self, code: int) -> WorkerDied:
@@ -231,8 +279,12 @@ class Worker:
                 how = f"was ended by signal {-code}"
         else:
             how = f"ended with exit code {code}"
-        hint = ", as happens when memory runs out: choose a coarser spacing" if code in (-9, 137) else ""
-        return WorkerDied(f"the registration {how}{hint}", code, self._read_log())
+        log = self._read_log()
+        # PythonSlicer, which stands between the two, exits with 1 where its child was killed. A
+        # Python that fails says why.
+        silent = code == 1 and not any("Error" in line or "Traceback" in line for line in log)
+        hint = ", as happens when memory runs out: choose a coarser spacing" if code in KILLED or silent else ""
+        return WorkerDied(f"the registration {how}{hint}", code, log)
 
     def _read_log(self) -> tuple[str, ...]:
         try:
@@ -272,6 +324,17 @@ def _own_group() -> dict:
 
 def _end(process: subprocess.Popen, folder: Path, files: list) -> None:
     """Ends a process with its children, waits for its end, and removes the folder."""
+    _end_process(process)
+    for file in files:
+        file.close()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end_process(process: subprocess.Popen) -> None:
+    """Ends a process with its children and waits for its end. Once only: its number may be another's afterwards."""
+    if getattr(process, "was_ended", False):
+        return
+    process.was_ended = True
     if os.name == "nt":
         command = ["taskkill", "/F", "/T", "/PID", str(process.pid)]
         subprocess.run(command, capture_output=True, check=False, creationflags=subprocess.CREATE_NO_WINDOW)
@@ -280,9 +343,6 @@ def _end(process: subprocess.Popen, folder: Path, files: list) -> None:
             os.killpg(process.pid, signal.SIGKILL)
     with suppress(subprocess.TimeoutExpired):
         process.wait(END_SECONDS)
-    for file in files:
-        file.close()
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _text(line: bytes) -> str:

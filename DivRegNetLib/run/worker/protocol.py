@@ -6,7 +6,9 @@ The child is started as ``python -m DivRegNetLib.run.worker FOLDER``. FOLDER hol
      "options": {fields of Options; an initial transform is its 4x4 matrix, LPS, mm}}
 
 and the voxels of each image NAME in ``NAME.npy``, indexed [k, j, i] (and component). The masks are optional. GEOMETRY
-is ``{"spacing", "origin", "direction"}`` as in SimpleITK.
+is ``{"spacing", "origin", "direction"}`` as in SimpleITK. Where the result is to be measured with references, ``job.json``
+has ``"references"``: segments with their layers (images ``fixed_layer_0``, ...) and landmarks. ``"inverse": false`` says
+that the inverse transform is not written.
 
 The child writes one JSON object per line to standard output:
 
@@ -27,20 +29,23 @@ writes too much, or nothing.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
 
-from DivRegNetLib.core.grid import affine_transform
+from DivRegNetLib.core.grid import Grid, affine_transform
 from DivRegNetLib.errors import Cancelled, DeviceError, DivRegNetError, InputError, ModelError
 from DivRegNetLib.models.card import Card
 from DivRegNetLib.options import Options
+from DivRegNetLib.quality.references import References, Segments
 from DivRegNetLib.result import Result
 
 JOB, RESULT, STDOUT, STDERR, PARENT = "job.json", "result.json", "stdout", "stderr", "parent"
 """Files in the folder of a job."""
+SLAB_BYTES = 32_000_000  # that are written at a time
 
 
 class WorkerDied(DivRegNetError, RuntimeError):
@@ -95,26 +100,54 @@ def parse_message(line: bytes) -> dict | None:
     return None
 
 
-def write_job(folder: Path, images: dict[str, sitk.Image], options: Options) -> None:
-    """Writes images by name (``fixed``, ``moving``, ...) and options to a folder."""
-    geometry = {name: _save_image(folder, name, image) for name, image in images.items()}
-    job = {"images": geometry, "options": options.as_dict()}
+def write_job(
+    folder: Path,
+    images: dict[str, sitk.Image],
+    options: Options,
+    references: References | None = None,
+    inverse: bool = True,
+) -> Iterator[None]:
+    """Writes images by name (``fixed``, ``moving``, ...), options and references to a folder, in short steps."""
+    job: dict = {"images": {}, "options": options.as_dict(), "inverse": inverse}
+    layers = {}
+    if references is not None:
+        job["references"], layers = _references_record(references)
+    for name, image in (images | layers).items():
+        job["images"][name] = _geometry(image)
+        yield from _save_array(folder, name, sitk.GetArrayViewFromImage(image))
     (folder / JOB).write_text(json.dumps(job), encoding="utf-8")
 
 
-def read_job(folder: Path) -> tuple[dict[str, sitk.Image], dict]:
-    """Images by name, and options, as keyword arguments of :func:`DivRegNetLib.registration.pipeline.register`."""
+@dataclass(frozen=True)
+class Job:
+    """A job as it is read.
+
+    images, options: keyword arguments of :func:`DivRegNetLib.registration.pipeline.register`.
+    references: to measure the result with, or None.
+    inverse: whether the inverse transform is written.
+    """
+
+    images: dict[str, sitk.Image]
+    options: dict
+    references: References | None
+    inverse: bool
+
+
+def read_job(folder: Path) -> Job:
+    """The job in a folder."""
     job = json.loads((folder / JOB).read_text(encoding="utf-8"))
     options = job["options"]
     if not isinstance(options["align"], str):
         options["align"] = affine_transform(np.array(options["align"]))
-    return {name: _load_image(folder, name, geometry) for name, geometry in job["images"].items()}, options
+    images = {name: _load_image(folder, name, geometry) for name, geometry in job["images"].items()}
+    references = _read_references(job["references"], images) if "references" in job else None
+    return Job(images, options, references, job["inverse"])
 
 
-def write_result(folder: Path, result: Result) -> None:
-    """Writes a result to a folder."""
+def write_result(folder: Path, result: Result, inverse: bool = True) -> None:
+    """Writes a result to a folder, with or without the inverse transform."""
     record = {
-        "images": {"warped": _save_image(folder, "warped", result.warped)},
+        "images": {},
         "initial": result.initial.tolist(),
         "quality": result.quality,
         "timings": result.timings,
@@ -122,34 +155,121 @@ def write_result(folder: Path, result: Result) -> None:
         "warnings": result.warnings,
         "card": asdict(result.card),
     }
-    for name in ("transform", "inverse"):
-        field = sitk.Cast(getattr(result, name).GetDisplacementField(), sitk.sitkVectorFloat32)
-        record["images"][name] = _save_image(folder, name, field)
+    images = {"warped": result.warped, "transform": result.transform.GetDisplacementField()}
+    if inverse:
+        images["inverse"] = result.inverse.GetDisplacementField()
+    for name, image in images.items():
+        record["images"][name] = _geometry(image)
+        values = sitk.GetArrayViewFromImage(image)
+        for _ in _save_array(folder, name, values, values.dtype if name == "warped" else np.dtype(np.float32)):
+            pass
     (folder / RESULT).write_text(json.dumps(record), encoding="utf-8")
 
 
 def read_result(folder: Path) -> Result:
     """The result in a folder. Raises whatever invalid files give rise to."""
-    record = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-    images = {name: _load_image(folder, name, geometry) for name, geometry in record.pop("images").items()}
-    for name in ("transform", "inverse"):
-        images[name] = sitk.DisplacementFieldTransform(sitk.Cast(images[name], sitk.sitkVectorFloat64))
-    record["initial"] = np.array(record["initial"])
-    record["warnings"] = tuple(record["warnings"])
-    record["card"] = Card(**record["card"])
-    return Result(**images, **record)
+    return ResultFiles(folder).result()
 
 
-def _save_image(folder: Path, name: str, image: sitk.Image) -> dict:
-    """Writes the voxels and returns the geometry. Image files would lose sheared axes or some pixel types."""
-    np.save(folder / f"{name}.npy", sitk.GetArrayViewFromImage(image))
+class ResultFiles:
+    """A result that is still in files, so that one can read what one needs, bit by bit.
+
+    Its attributes are those of :class:`~DivRegNetLib.result.Result`, but for the images.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Raises whatever invalid files give rise to."""
+        record = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        self._folder, self._geometry = folder, record["images"]
+        self.initial = np.array(record["initial"])
+        self.quality: dict = record["quality"]
+        self.timings: dict[str, float] = record["timings"]
+        self.settings: dict = record["settings"]
+        self.warnings: tuple[str, ...] = tuple(record["warnings"])
+        self.card = Card(**record["card"])
+        for name in ("warped", "transform"):
+            self.array(name)
+
+    def array(self, name: str) -> np.ndarray:
+        """The voxels of ``warped``, ``transform`` or ``inverse``, [k, j, i] (and component); read where they are used."""
+        return np.load(self._folder / f"{name}.npy", mmap_mode="r")
+
+    def grid(self, name: str) -> Grid:
+        """The grid of ``warped``, ``transform`` or ``inverse``."""
+        geometry = self._geometry[name]
+        image = sitk.Image(1, 1, 1, sitk.sitkUInt8)
+        _stamp(image, geometry)
+        return Grid(self.array(name).shape[2::-1], Grid.of(image).matrix)
+
+    def result(self) -> Result:
+        """All of it, read into memory.
+
+        Raises:
+            KeyError: the inverse was not written.
+        """
+        warped = _load_image(self._folder, "warped", self._geometry["warped"])
+        fields = (_load_image(self._folder, name, self._geometry[name]) for name in ("transform", "inverse"))
+        transforms = (sitk.DisplacementFieldTransform(sitk.Cast(f, sitk.sitkVectorFloat64)) for f in fields)
+        return Result(
+            warped, *transforms, self.initial, self.quality, self.timings, self.settings, self.warnings, self.card
+        )
+
+
+def with_measurements(result: Result, scores: dict, notes: list[str]) -> Result:
+    """A result with more in its quality card and its warnings."""
+    return replace(result, quality=result.quality | scores, warnings=(*result.warnings, *notes))
+
+
+def _references_record(references: References) -> tuple[dict, dict[str, sitk.Image]]:
+    """References as JSON, and the images of their layers by name."""
+    record: dict = {"labels": list(references.labels)}
+    layers = {}
+    for side in ("fixed", "moving"):
+        if (points := getattr(references, f"{side}_points")) is not None:
+            record[f"{side}_points"] = np.asarray(points, float).tolist()
+        if (segments := getattr(references, f"{side}_segments")) is not None:
+            record[f"{side}_segments"] = segments.values
+            layers |= {f"{side}_layer_{i}": layer for i, layer in enumerate(segments.layers)}
+    return record, layers
+
+
+def _read_references(record: dict, images: dict[str, sitk.Image]) -> References:
+    """References; takes their layers out of the images."""
+    values: dict = {"labels": tuple(record["labels"])}
+    for side in ("fixed", "moving"):
+        if f"{side}_points" in record:
+            values[f"{side}_points"] = np.array(record[f"{side}_points"]).reshape(-1, 3)
+        if f"{side}_segments" in record:
+            count = sum(name.startswith(f"{side}_layer_") for name in images)
+            layers = tuple(images.pop(f"{side}_layer_{i}") for i in range(count))
+            where = {name: (layer, value) for name, (layer, value) in record[f"{side}_segments"].items()}
+            values[f"{side}_segments"] = Segments(layers, where)
+    return References(**values)
+
+
+def _geometry(image: sitk.Image) -> dict:
     return {"spacing": image.GetSpacing(), "origin": image.GetOrigin(), "direction": image.GetDirection()}
+
+
+def _stamp(image: sitk.Image, geometry: dict) -> None:
+    image.SetSpacing(geometry["spacing"])
+    image.SetOrigin(geometry["origin"])
+    image.SetDirection(geometry["direction"])
+
+
+def _save_array(folder: Path, name: str, array: np.ndarray, dtype: np.dtype | None = None) -> Iterator[None]:
+    """Writes voxels as ``.npy``, slab by slab. Image files would lose sheared axes or some pixel types."""
+    path, dtype = folder / f"{name}.npy", dtype or array.dtype
+    file = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=array.shape)
+    step = max(SLAB_BYTES // max(array[:1].nbytes, 1), 1)
+    for start in range(0, len(array), step):
+        file[start : start + step] = array[start : start + step]
+        yield
+    file.flush()
 
 
 def _load_image(folder: Path, name: str, geometry: dict) -> sitk.Image:
     array = np.load(folder / f"{name}.npy")
     image = sitk.GetImageFromArray(array, isVector=array.ndim > len(geometry["spacing"]))
-    image.SetSpacing(geometry["spacing"])
-    image.SetOrigin(geometry["origin"])
-    image.SetDirection(geometry["direction"])
+    _stamp(image, geometry)
     return image

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import slicer
 import slicer.util
+import vtk
 
 SLICER_PYTHON = "DIVREGNET_SLICER_PYTHON"
 
@@ -28,6 +29,8 @@ class Application:
         self.shown: list[str] = []
         self.answers: list[bool] = []
         self.connections: dict[str, list] = {}
+        self.views: LayoutManager | None = None
+        self.window: object | None = Window()
 
     def testingEnabled(self) -> bool:
         return self.testing
@@ -41,6 +44,12 @@ class Application:
     def moduleManager(self) -> "Application":
         return self
 
+    def layoutManager(self) -> "LayoutManager | None":
+        return self.views
+
+    def clipboard(self):
+        return self.qt.clipboard()
+
     def topLevelWidgets(self) -> list:
         return []
 
@@ -53,11 +62,51 @@ class Application:
         QApplication.processEvents()
 
     def confirm(self, text: str, *_args, **_kwargs) -> bool:
+        """In testing mode there is no dialog, and the answer is yes (Base/Python/slicer/util.py, _messageDisplay)."""
+        if self.testing:
+            return True
         self.shown.append(text)
         return self.answers.pop(0) if self.answers else True
 
     def display(self, text: str, *_args, **_kwargs) -> None:
-        self.shown.append(text)
+        """In testing mode there is no dialog."""
+        if not self.testing:
+            self.shown.append(text)
+
+
+class Window:
+    """The main window: a status bar."""
+
+    def statusBar(self) -> "Window":
+        return self
+
+    def showMessage(self, text: str, duration: int = 0) -> None:
+        pass
+
+
+class LayoutManager:
+    """``slicer.app.layoutManager()``: Slicer's own slice nodes and slice logics, which nothing draws."""
+
+    NAMES = ("Red", "Green", "Yellow")
+
+    def __init__(self, scene) -> None:
+        self.layout = slicer.vtkMRMLLayoutNode.SlicerLayoutFourUpView
+        self._logics, self._collection = [], vtk.vtkCollection()
+        for name in self.NAMES:
+            logic = slicer.vtkMRMLSliceLogic()
+            logic.SetMRMLScene(scene)
+            logic.AddSliceNode(name)
+            self._logics.append(logic)
+            self._collection.AddItem(logic)
+
+    def setLayout(self, layout: int) -> None:
+        self.layout = layout
+
+    def sliceViewNames(self) -> tuple[str, ...]:
+        return self.NAMES
+
+    def mrmlSliceLogics(self):
+        return self._collection
 
 
 @contextmanager
@@ -70,7 +119,7 @@ def running() -> Iterator[Application]:
     os.environ.setdefault("QT_QPA_PLATFORM", "offscreen")
     from PySide6.QtWidgets import QApplication
 
-    from slicer_stand_in import widgets
+    from slicer_stand_in import files, widgets
 
     qt_application = QApplication.instance() or QApplication([])
     app = Application()
@@ -78,12 +127,27 @@ def running() -> Iterator[Application]:
     before_modules = dict(sys.modules)
     before_names = {name: getattr(slicer, name) for name in dir(slicer)}
     util_before = {
-        n: getattr(slicer.util, n) for n in ("confirmOkCancelDisplay", "confirmYesNoDisplay", "errorDisplay")
+        n: getattr(slicer.util, n)
+        for n in (
+            "confirmOkCancelDisplay",
+            "confirmYesNoDisplay",
+            "errorDisplay",
+            "mainWindow",
+            "selectModule",
+            "loadVolume",
+            "loadSegmentation",
+            "loadMarkups",
+        )
     }
     scene = slicer.vtkMRMLScene()
+    # What observes the scene in Slicer, too: the Markups module gives a new list a display, which is shown.
+    logic, markups = slicer.vtkMRMLApplicationLogic(), slicer.vtkSlicerMarkupsLogic()
+    logic.SetMRMLScene(scene)  # selection and interaction nodes
+    markups.SetMRMLScene(scene)
     try:
         sys.modules["qt"], sys.modules["ctk"] = widgets.qt_module(), widgets.ctk_module()
         slicer.app, slicer.mrmlScene = app, scene
+        app.views = LayoutManager(scene)
         slicer.modules = types.SimpleNamespace()
         for kind in (widgets.qMRMLWidget, widgets.qMRMLNodeComboBox, widgets.qMRMLCheckableNodeComboBox):
             setattr(slicer, kind.__name__, kind)
@@ -91,6 +155,13 @@ def running() -> Iterator[Application]:
             setattr(slicer, name, type(name, (), {}))
         slicer.util.confirmOkCancelDisplay = slicer.util.confirmYesNoDisplay = app.confirm
         slicer.util.errorDisplay = app.display
+        slicer.util.loadVolume, slicer.util.loadMarkups = files.load_volume, files.load_markups
+        slicer.util.loadSegmentation = files.load_segmentation
+        sys.modules["SampleData"] = importlib.import_module("slicer_stand_in.SampleData")
+        slicer.util.mainWindow = lambda verbose=True: app.window
+        slicer.util.selectModule = lambda name: (
+            getattr(slicer.modules, name.lower()).widgetRepresentation().self().enter()
+        )
         for name in ("i18n", "parameterNodeWrapper", "ScriptedLoadableModule"):
             module = _slicers_own(name) or importlib.import_module(f"slicer_stand_in.{name}")
             sys.modules[f"slicer.{name}"] = module
@@ -99,7 +170,15 @@ def running() -> Iterator[Application]:
     finally:
         widgets.destroy()
         for name in set(sys.modules) - set(before_modules):
-            if name.split(".")[0] in ("qt", "ctk", "slicer", "DivRegNet", "DivRegNetModule", "slicer_stand_in"):
+            if name.split(".")[0] in (
+                "qt",
+                "ctk",
+                "slicer",
+                "SampleData",
+                "DivRegNet",
+                "DivRegNetModule",
+                "slicer_stand_in",
+            ):
                 del sys.modules[name]
                 package, _, module = name.rpartition(".")
                 if package in sys.modules and hasattr(sys.modules[package], module):
@@ -110,6 +189,9 @@ def running() -> Iterator[Application]:
             setattr(slicer, name, value)
         for name, value in util_before.items():
             setattr(slicer.util, name, value)
+        markups.SetMRMLScene(None)
+        logic.SetMRMLScene(None)
+        app.views = None
         scene.Clear(1)
 
 
