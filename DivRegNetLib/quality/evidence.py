@@ -36,9 +36,7 @@ from DivRegNetLib.similarity.descriptors import believable, mind_ssc
 
 LONGEST_SIDE = 96  # voxels of the box that is looked at; a longer one is resampled
 SHRINK = (1, 2, 4)  # voxels averaged along each axis
-SHIFTS = tuple(
-    s for s in itertools.product((0, -1, 1, -2, 2, -4, 4), repeat=3) if sum(map(abs, s)) <= 6 and 0 in s
-)
+SHIFTS = tuple(s for s in itertools.product((0, -1, 1, -2, 2, -4, 4), repeat=3) if sum(map(abs, s)) <= 6 and 0 in s)
 """Displacements of the warped image in voxels along x, y, z; the first is none."""
 LENGTHS = tuple(math.sqrt(sum(c * c for c in s)) for s in SHIFTS)
 STRIDE = {1: (1, 2, 2), 2: (1, 1, 1), 4: (1, 1, 1)}  # voxels between those compared along x, y, z, at each averaging
@@ -124,7 +122,12 @@ def measure(
         numbers |= {name: ((cells[name] * inside).sum() / inside.sum()).item() for name in ("bend", "slope")}
     voxel = box.shrink * grid.spacing[0]
     size = torch.tensor(box.fixed.shape[2:], dtype=torch.float64)
-    numbers |= {"overlap": box.overlap, "covered": box.covered, "voxel_mm": voxel, "diagonal_mm": size.norm().item() * voxel}
+    numbers |= {
+        "overlap": box.overlap,
+        "covered": box.covered,
+        "voxel_mm": voxel,
+        "diagonal_mm": size.norm().item() * voxel,
+    }
     corner = grid.to_physical(np.array(box.start[::-1]) - 0.5)
     matrix = grid.matrix.copy()
     matrix[:3, :3] *= box.shrink * CELL
@@ -180,7 +183,9 @@ def cut(fixed: Tensor, warped: Tensor, valid: Tensor, mask: Tensor | None = None
     measured, inside = (F.pad(x, more) for x in masks)
     measured = measured > MEASURED
     covered = (of_fixed & valid).sum() / of_fixed.sum()
-    return Box(*images, measured, (inside > 0.5) & measured, tuple(low.tolist()), shrink, overlap.item(), covered.item())
+    return Box(
+        *images, measured, (inside > 0.5) & measured, tuple(low.tolist()), shrink, overlap.item(), covered.item()
+    )
 
 
 def foreground(image: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -201,7 +206,9 @@ def foreground(image: Tensor, valid: Tensor | None = None) -> Tensor:
     bright = smooth > air + 0.25 * (limit - air)
     if valid is not None:
         bright &= valid
-    opened = sitk.BinaryMorphologicalOpening(sitk.GetImageFromArray(bright[0, 0].cpu().numpy().astype(np.uint8)), [1] * 3)
+    opened = sitk.BinaryMorphologicalOpening(
+        sitk.GetImageFromArray(bright[0, 0].cpu().numpy().astype(np.uint8)), [1] * 3
+    )
     filled = sitk.GetArrayFromImage(sitk.BinaryFillhole(opened)) > 0
     return torch.from_numpy(filled)[None, None].to(image.device)
 
@@ -381,9 +388,9 @@ class _Costs:
         self.distance, self.information = ((x * counted).sum((1, 2, 3)) / voxels for x in (distance, information))
         usual = TEMPERATURE * self.distance.mean().clamp_min(1e-9)
         costs = distance.div_(usual).add_(information, alpha=1 / NATS).mul_(counted)
-        windows = [
-            _windows(n, s, shrink, WINDOW[shrink], like=table) for n, s in zip(at.shape, stride, strict=True)
-        ][::-1]
+        windows = [_windows(n, s, shrink, WINDOW[shrink], like=table) for n, s in zip(at.shape, stride, strict=True)][
+            ::-1
+        ]
         costs, counts = (fields.along_axes(x[:, None], *windows)[:, 0] for x in (costs, counted))
         self.weight = counts[0]
         # A shift after which hardly anything can be compared is as likely as any other.
@@ -436,7 +443,9 @@ def _beyond_affine(displacement: Tensor, weight: Tensor) -> tuple[Tensor, Tensor
     points = fields.identity(weight.shape, like=displacement)[0].flatten(1)
     points = torch.cat((points, torch.ones_like(points[:1]))).double()
     target, scale = displacement.flatten(1).double(), weight.flatten().double() + 1e-3
-    affine = torch.linalg.solve((points * scale) @ points.T + 1e-6 * torch.eye(4).to(points), (points * scale) @ target.T)
+    affine = torch.linalg.solve(
+        (points * scale) @ points.T + 1e-6 * torch.eye(4).to(points), (points * scale) @ target.T
+    )
     rest = (target - affine.T @ points).view_as(displacement).to(displacement.dtype)
     squares = torch.zeros_like(weight)
     for dim in (1, 2, 3):

@@ -16,8 +16,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs a command; returns its exit code: 0, 2 for an error that the user can correct, 1 for an unexpected one."""
     args = _parser().parse_args(arguments)
     try:
-        args.run(args)
-        return 0
+        return args.run(args) or 0
     except KeyboardInterrupt:
         return _report(args, "interrupted", INTERRUPTED)
     except DivRegNetError as error:

@@ -16,7 +16,9 @@ from DivRegNetLib.io.transforms import write_transform
 from DivRegNetLib.models import Model
 from DivRegNetLib.options import Options, Progress
 from DivRegNetLib.quality import metrics
+from DivRegNetLib.quality.expected_error import on_grid
 from DivRegNetLib.quality.preview import write_preview
+from DivRegNetLib.quality.verdict import judge
 from DivRegNetLib.registration.check import check_image
 from DivRegNetLib.registration.pipeline import register
 from DivRegNetLib.result import Result
@@ -37,7 +39,8 @@ def register_files(
 
     Writes ``warped.nii.gz``, ``transform.h5``, ``inverse.h5``, ``displacement.nii.gz`` (3-vectors, LPS mm, on the fixed
     grid), ``preview.png``, ``quality.json`` and, where labels or landmarks are given, ``warped_labels.nii.gz`` and
-    ``warped_landmarks.mrk.json`` (the moving landmarks in fixed space).
+    ``warped_landmarks.mrk.json`` (the moving landmarks in fixed space), and where it is asked for ``error_map.nii.gz`` (the
+    expected error, mm, on the fixed grid).
 
     Args:
         model: already loaded; None: ``options.model`` is loaded.
@@ -77,6 +80,8 @@ def _register_files(pair: Pair, output: Path, options: Options, model: Model | N
         ),
         "preview.png": lambda path: write_preview(fixed, moving, result, path),
     }
+    if result.error_map is not None:
+        writers["error_map.nii.gz"] = lambda path: write_image(on_grid(result.error_map, fixed), path)
     report = {"quality": dict(result.quality)}
     if labels:
         report["quality"]["labels"], warped_labels = _compare_labels(*labels, result)
@@ -89,6 +94,7 @@ def _register_files(pair: Pair, output: Path, options: Options, model: Model | N
         if os.path.realpath(output / name) in inputs:
             raise InputError(f"{output / name}: is an input of this registration; choose another output folder")
     report |= {
+        "verdict": judge(report["quality"]).as_dict(),
         "files": sorted([*writers, QUALITY]),
         "inputs": {name: str(path) for name, path in pair.paths().items()},
         "settings": result.settings,
