@@ -36,10 +36,13 @@ from DivRegNetLib.similarity.descriptors import believable, mind_ssc
 
 LONGEST_SIDE = 96  # voxels of the box that is looked at; a longer one is resampled
 SHRINK = (1, 2, 4)  # voxels averaged along each axis
-SHIFTS = tuple(s for s in itertools.product((0, -1, 1, -2, 2, -4, 4), repeat=3) if sum(map(abs, s)) <= 6 and 0 in s)
+SHIFTS = tuple(
+    s for s in itertools.product((0, -1, 1, -2, 2, -4, 4), repeat=3)
+    if sum(map(bool, s)) <= 1 or (sum(map(bool, s)) == 2 and max(map(abs, s)) <= 2 and len({abs(c) for c in s if c}) == 1)
+)  # fmt: skip
 """Displacements of the warped image in voxels along x, y, z; the first is none."""
 LENGTHS = tuple(math.sqrt(sum(c * c for c in s)) for s in SHIFTS)
-STRIDE = {1: (1, 2, 2), 2: (1, 1, 1), 4: (1, 1, 1)}  # voxels between those compared along x, y, z, at each averaging
+STRIDE = {1: 2, 2: 1, 4: 1}  # voxels between those that are compared along each axis, at each averaging
 WINDOW = {1: 4.0, 2: 6.0, 4: 12.0}  # standard deviation of the Gaussian window, voxels of the box
 CELL = 4  # voxels of the box along each side of a cell of the map
 COMPONENTS = 6  # principal components of the descriptors that are compared
@@ -90,7 +93,6 @@ def measure(
         Numbers, for each k of SHRINK, the voxels that were averaged along each axis:
 
         ``fixed edges k``, ``warped edges k``: squared cosine at the strong edges of either image.
-        ``distance k``: mean descriptor distance, in units of that between unrelated places.
         ``distance growth k``, ``information loss k``: what a shift by 2 voxels makes of the descriptor distance (a ratio),
         and of the pointwise mutual information (nats).
         ``motion k``, ``soft motion k``: mean of the map, in averaged voxels, at two temperatures; ``moved k``: fraction of
@@ -276,7 +278,7 @@ def look(box: Box, shrink: int) -> Scale | None:
     known = believable(valid)
     at, known = _if_enough(inside & known, inside), _if_enough(known, valid)
     descriptors = [mind_ssc(x, valid=valid) for x in (fixed, warped)]
-    numbers = _edges(fixed, warped, at) | {"distance": _relative_distance(*descriptors, at)}
+    numbers = _edges(fixed, warped, at)
     costs = _Costs(_principal(*descriptors, at), _pointwise(fixed, warped, at), at, known, shrink)
     axes = [i for i, s in enumerate(SHIFTS) if LENGTHS[i] == 2 and sum(map(bool, s)) == 1]
     numbers["distance growth"] = (costs.distance[axes].mean() / costs.distance[0].clamp_min(1e-6)).item()
@@ -310,13 +312,6 @@ def _gradient(image: Tensor) -> Tensor:
         ahead, behind = (smooth.narrow(dim, start, inner)[0, 0] for start in (2, 0))
         torch.sub(ahead, behind, out=out.narrow(dim - 2, 1, inner))
     return slopes
-
-
-def _relative_distance(fixed: Tensor, warped: Tensor, at: Tensor) -> float:
-    """Mean squared distance of the descriptors, divided by that between descriptors of places drawn at random."""
-    one, other = (x[0].flatten(1)[:, at.flatten()] for x in (fixed, warped))
-    apart = one.var(1) + other.var(1) + (one.mean(1) - other.mean(1)).square()
-    return ((one - other).square_().mean() / apart.mean().clamp_min(1e-9)).item()
 
 
 def _principal(fixed: Tensor, warped: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
@@ -368,8 +363,8 @@ class _Costs:
             shrink: voxels of the box per voxel.
         """
         table, row, column = pointwise
-        stride = STRIDE[shrink][::-1]
-        every = tuple(slice(None, None, s) for s in stride)
+        stride = STRIDE[shrink]
+        every = (slice(None, None, stride),) * 3
         reach, shape = max(max(map(abs, s)) for s in SHIFTS), at.shape[2:]
         wanted, row, at = (x[(..., *every)].contiguous() for x in (descriptors[0], row, at[0, 0].to(table.dtype)))
         offered, column = (_padded(x, reach) for x in (descriptors[1], column))
@@ -377,9 +372,7 @@ class _Costs:
         distance, information, counted = (table.new_empty(len(SHIFTS), *at.shape) for _ in range(3))
         difference = torch.empty_like(wanted)
         for i, shift in enumerate(SHIFTS):
-            there = tuple(
-                slice(reach + s, reach + s + n, step) for s, n, step in zip(shift[::-1], shape, stride, strict=True)
-            )
+            there = tuple(slice(reach + s, reach + s + n, stride) for s, n in zip(shift[::-1], shape, strict=True))
             torch.sub(offered[(slice(None), *there)], wanted, out=difference)
             torch.sum(difference.square_(), 0, out=distance[i])
             torch.index_select(table, 0, (row + column[there]).flatten(), out=information[i].view(-1))
@@ -388,9 +381,7 @@ class _Costs:
         self.distance, self.information = ((x * counted).sum((1, 2, 3)) / voxels for x in (distance, information))
         usual = TEMPERATURE * self.distance.mean().clamp_min(1e-9)
         costs = distance.div_(usual).add_(information, alpha=1 / NATS).mul_(counted)
-        windows = [_windows(n, s, shrink, WINDOW[shrink], like=table) for n, s in zip(at.shape, stride, strict=True)][
-            ::-1
-        ]
+        windows = [_windows(n, stride, shrink, WINDOW[shrink], like=table) for n in at.shape[::-1]]
         costs, counts = (fields.along_axes(x[:, None], *windows)[:, 0] for x in (costs, counted))
         self.weight = counts[0]
         # A shift after which hardly anything can be compared is as likely as any other.

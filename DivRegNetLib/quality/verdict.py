@@ -24,7 +24,7 @@ SMALL_DISPLACEMENT_MM = 0.5
 # Of the evidence, from which on it is mentioned.
 MOVED = 0.3  # fraction of the cells
 FEW_EDGES = 0.6  # mean squared cosine
-LITTLE_COVERED = 0.3  # fraction of the fixed foreground
+PARTLY_COVERED, HARDLY_COVERED = 0.5, 0.15  # fraction of the fixed foreground
 
 
 @dataclass(frozen=True)
@@ -110,11 +110,11 @@ def _expected(quality: dict) -> tuple[float | None, Reasons]:
     if level != GREEN and edges is not None and edges < FEW_EDGES:
         text = _("Edges hardly have the same directions (mean squared cosine {cosine:.2f}; 0.33 by chance, 1 at best).")
         reasons.append((level, text.format(cosine=edges)))
-    if covered is not None and covered < LITTLE_COVERED:
+    if covered is not None and covered < PARTLY_COVERED:
         text = _(
             "Only {percent:.0f} % of what the fixed image shows lies in the moving image; the rest is extrapolated."
         )
-        reasons.append((AMBER, text.format(percent=100 * covered)))
+        reasons.append((AMBER if covered < HARDLY_COVERED else GREEN, text.format(percent=100 * covered)))
     return error, reasons
 
 
@@ -122,9 +122,11 @@ def _similarity(quality: dict) -> Reasons:
     """What the similarity says, which the registration maximizes; where there is evidence, it does not decide."""
     nmi = quality.get("nmi") or {}
     before, aligned, after = (nmi.get(stage) for stage in ("before", "aligned", "after"))
-    if before is None or after is None or (quality.get("evidence") and after <= before + SIMILARITY_NOISE):
+    if before is None or after is None:
         return []
     aligned = before if aligned is None else aligned
+    if quality.get("evidence") and after <= max(before, aligned) + SIMILARITY_NOISE:
+        return []
     if after < before - SIMILARITY_NOISE:
         text = _("The images resemble each other less than before (NMI {before:.3f} to {after:.3f}).")
         return [(RED, text.format(before=before, after=after))]

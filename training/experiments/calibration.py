@@ -51,7 +51,7 @@ CELLS = {"motion 1": 0.1, "soft motion 1": 0.1, "bend": 0.1, "slope": 0.02}
 
 RIDGE = 3.0  # weight of the squared coefficients, of standardized terms
 UNRELATED = 12.0  # voxels of error that stand for images that do not belong together
-LEAST, MOST = 0.25, 20.0  # voxels, to which errors are clipped
+LEAST, MOST = 0.25, 30.0  # voxels, to which errors are clipped
 GOOD = 1.3  # voxels of mean error, up to which known deformations are put into a registration
 PUT = (("local", 1.0), ("local", 3.0), ("any", 0.0))
 REGISTERED, DEFORMED = 2.0, 1.0  # weight of what a registration came to, and of what a deformation was put into
@@ -62,7 +62,7 @@ RIGHT_MM, WRONG_MM = 2.0, 5.0
 class Observation:
     """An alignment: its evidence and how far it is off.
 
-    put: what was put into it; empty: nothing.
+    put: what was put into it; empty: nothing; ``undeformed``: the initial alignment alone.
     error_mm: mean over the fixed foreground that both images show; None: the images do not belong together.
     errors: (n,) mean error of each cell whose truth is known, voxels of the box; cells: the evidence there.
     """
@@ -87,7 +87,8 @@ class Observation:
 
 
 def observe(case: Case, model: models.Model) -> Iterator[Observation]:
-    """What the registration of a case came to, and what it is after known deformations were put into it."""
+    """What the registration of a case came to; what its alignment alone did; and what the registration is after known
+    deformations were put into it."""
     options = Options.of(align=case.align, device="cpu")
     inputs = pipeline.check(case.fixed, case.moving, None, None, options)
     resources = Resources.choose(options, inputs.fixed, inputs.moving, model)
@@ -102,7 +103,13 @@ def observe(case: Case, model: models.Model) -> Iterator[Observation]:
         if case.labels is not None:
             first = replace(first, error_mm=_error_by_labels(case, sampled, displacement, matrix))
         yield first
-        if case.truth is None or first.voxels > GOOD:
+        if case.truth is None:
+            return
+        still = torch.zeros_like(displacement)
+        undeformed = _observation(case, "undeformed", sampled, still, still, _error(case, sampled, still, matrix))
+        if undeformed is not None:
+            yield undeformed
+        if first.voxels > GOOD:
             return
         seed = zlib.crc32(case.name.encode())
         for number, (kind, voxels) in enumerate(PUT):
@@ -321,9 +328,8 @@ def scores(observations: list[Observation], expected: np.ndarray, green: float, 
     scale = np.array([min(o.numbers["diagonal_mm"] / DIAGONAL_MM, 1.0) for o in observations])
     is_green, is_red = expected <= green * scale, expected >= red * scale
     right, wrong = true <= RIGHT_MM * scale, true > WRONG_MM * scale
-    # An error below a quarter of a voxel, or beyond 20, is as good as that.
-    voxel = np.array([o.numbers["voxel_mm"] for o in observations])
-    shown, known = (np.clip(x / voxel, LEAST, MOST)[related] for x in (expected, true))
+    voxel = np.array([o.numbers["voxel_mm"] for o in observations])  # less than a quarter of it is not told apart
+    shown, known = (np.maximum(x / voxel, LEAST)[related] for x in (expected, true))
     percent = {
         "wrong, green %": is_green[wrong].mean() if wrong.any() else np.nan,
         "wrong, red %": is_red[wrong].mean() if wrong.any() else np.nan,
