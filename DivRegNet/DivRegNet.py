@@ -37,7 +37,7 @@ from slicer.util import VTKObservationMixin
 MODULE_FOLDER = Path(__file__).resolve().parent
 POLL_MS = 20  # between two steps of a run, see DivRegNetModule.run.STEP_SECONDS
 COARSER = 1.5  # times the spacing: memory divided by 3.4
-HELP = "https://github.com/DivRegNet/SlicerDivRegNet/blob/main/docs/user-guide.md"
+HELP = "https://github.com/DivRegNet/DivRegNet/blob/main/docs/guide.md"
 LAST = -100.0  # priority of an observer that is called after those of Slicer's own widgets
 
 
@@ -284,10 +284,13 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.initializeParameterNode()
 
     def _narrowSelectors(self) -> None:
-        """Long names of nodes and models must not make the panel wide: selectors shorten them."""
+        """Long names of nodes must not make the panel wide: selectors shorten them, as the other lists do by the .ui file."""
+        from DivRegNetModule.connectors import boxes_in
+
         for widget in list(vars(self.ui).values()):
-            if isinstance(widget, (slicer.qMRMLNodeComboBox, slicer.qMRMLCheckableNodeComboBox, qt.QComboBox)):
-                widget.sizeAdjustPolicy = qt.QComboBox.AdjustToMinimumContentsLengthWithIcon
+            if isinstance(widget, (slicer.qMRMLNodeComboBox, slicer.qMRMLCheckableNodeComboBox)):
+                for box in boxes_in(widget):
+                    box.setSizeAdjustPolicy(qt.QComboBox.AdjustToMinimumContentsLengthWithIcon)
 
     def cleanup(self) -> None:
         """The module is unloaded or the application closes: ends the run and removes all observers."""
@@ -522,7 +525,7 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             complaints = fit.complaints(card, inputs.facts(p.fixedVolume), inputs.facts(p.movingVolume))
             needed = fit.memory_text(card, p.fixedVolume, p.movingVolume, p.workingSpacing, p.refineSteps)
         self.ui.fitLabel.text = "\n".join(complaints)
-        self.ui.fitLabel.visible = bool(complaints)
+        self.ui.fitLabel.visible = bool(complaints) and self._outcome is None  # then there is a verdict instead
         self.ui.memoryLabel.text = needed
 
     # --- purpose

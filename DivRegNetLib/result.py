@@ -14,10 +14,11 @@ class Result:
     """A registration of a moving to a fixed image.
 
     warped: the moving volume on the fixed grid, at full resolution, in the moving volume's pixel type.
-    transform: displacement field on the fixed grid that maps fixed points to moving points (LPS, mm), the initial
-        alignment included; resampling the moving volume with it gives ``warped``. Where memory does not allow a
-        displacement at every voxel, there is one at every n-th.
-    inverse: displacement field on the moving grid that maps moving points to fixed points, likewise.
+    transform: maps fixed points to moving points (LPS, mm); resampling the moving volume with it gives ``warped``. The
+        composite of the initial alignment and a displacement field, which covers the fixed grid and fades out around it
+        (see :mod:`DivRegNetLib.core.composites`). Where memory does not allow a displacement at every voxel, there
+        is one at every n-th.
+    inverse: maps moving points to fixed points, likewise, with a field on the moving grid.
     initial: (4, 4) matrix of the initial alignment; maps fixed points to moving points (LPS, mm).
     quality: see :func:`DivRegNetLib.quality.metrics.quality`.
     timings: seconds per stage, by the names of :data:`DivRegNetLib.options.STAGES`.
@@ -29,8 +30,8 @@ class Result:
     """
 
     warped: sitk.Image
-    transform: sitk.DisplacementFieldTransform
-    inverse: sitk.DisplacementFieldTransform
+    transform: sitk.CompositeTransform
+    inverse: sitk.CompositeTransform
     initial: np.ndarray
     quality: dict
     timings: dict[str, float]

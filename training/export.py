@@ -120,14 +120,14 @@ def _try_out(file: Path, source: Source, split: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="the --output of training/train.py")
-    parser.add_argument("--models", type=Path, help=f"default: {models.own_folders()[0]}")
+    parser.add_argument("--models", type=Path, help="default: your own folder of models")
     args = parser.parse_args()
     try:
         settings = torch.load(args.run / LAST, map_location="cpu", weights_only=True)["config"]
         config = configs.build(settings)
         net, classes = load(args.run) if (args.run / CLASSES).exists() else (None, None)
         trainer = Trainer(config, source_of(config), Fabric(accelerator="cpu", devices=1), net)
-        file = export_model(trainer, args.run, args.models or models.own_folders()[0], classes)
+        file = export_model(trainer, args.run, args.models or models.own_folder(), classes)
     except (ValueError, FileNotFoundError) as error:
         print(f"export.py: {error}", file=sys.stderr)
         return 2

@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--from", dest="start", metavar="MODEL", help="fine-tune this model")
     group.add_argument("--steps", type=int)
     group.add_argument("--output", type=Path, help="folder of checkpoints and log (default: build/training/NAME)")
-    group.add_argument("--models", type=Path, help=f"folder of the model (default: {models.own_folders()[0]})")
+    group.add_argument("--models", type=Path, help="folder of the model (default: your own folder of models)")
     group.add_argument("--resume", action="store_true", help="continue an interrupted training")
     group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     made.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values of the configuration")
@@ -119,7 +119,7 @@ def main() -> int:
             kept = fabric.broadcast(kept)
             classnet = None if kept is None else network(kept)
             trainer = fit(config, source, output, fabric, classnet=classnet, resume=args.resume)
-            fabric.print(export_model(trainer, output, args.models or models.own_folders()[0], kept))
+            fabric.print(export_model(trainer, output, args.models or models.own_folder(), kept))
             fabric.barrier()
     except (ValueError, OSError, FloatingPointError, DivRegNetError) as error:
         print(f"train.py: {error}", file=sys.stderr)

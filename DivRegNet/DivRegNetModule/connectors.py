@@ -22,6 +22,11 @@ def connectors(ui) -> dict:
     return made
 
 
+def boxes_in(selector) -> list:
+    """The combo box inside a node selector, whose own access to it Python cannot call (it is protected)."""
+    return [child for child in selector.children() if child.inherits("QComboBox")]
+
+
 class Choices(GuiConnector):
     """A QComboBox whose items come and go <-> the string behind the current item (not the text shown).
 
@@ -106,4 +111,5 @@ class CheckedNodes(GuiConnector):
         for node in self._nodes():
             if node and bool(self._widget.checkState(node)) != (node.GetID() in wanted):
                 (self._widget.check if node.GetID() in wanted else self._widget.uncheck)(node)
-        self._widget.comboBox().update()  # ctkCheckableComboBox does not paint what a program has checked
+        for box in boxes_in(self._widget):
+            box.update()  # ctkCheckableComboBox does not paint what a program has checked

@@ -114,7 +114,7 @@ def memory_text(card: Card, fixed_node, moving_node, spacing: float, refine: int
         "host": memory.text(estimate.host),
         "size": " x ".join(map(str, estimate.working)),
         "mm": finest,
-        "asked": spacing,
+        "asked": spacing or asked,
     }
     if finest > max(spacing, asked) * 1.001 or (spacing and asked > spacing):
         text = _(

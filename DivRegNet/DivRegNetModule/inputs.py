@@ -238,10 +238,13 @@ def card_lines(name: str) -> tuple[str, str]:
         mm=f"{known.spacing_mm:g} mm" if known.spacing_mm else _("any resolution"),
         version=known.version,
     )
+    if known.classes:
+        made_for = _("{about}, guided by {count} classes").format(about=made_for, count=len(known.classes) - 1)
     trained = _("Trained on {data}").format(data=known.training.get("data", _("data that the card does not name")))
     scores = ", ".join(f"{task} {score:g}" for task, score in known.scores.items() if isinstance(score, int | float))
     words = [_("Good for: {what}").format(what=known.good_for)] if known.good_for else []
     words += [_("Limits: {what}").format(what=known.limits)] if known.limits else []
+    words += [_("Classes: {names}").format(names=", ".join(map(str, known.classes[1:])))] if known.classes else []
     parts = [made_for, *words, trained, _("License: {license}").format(license=known.license)]
     if scores:
         parts.append(_("Reached: {scores}").format(scores=scores))

@@ -254,7 +254,7 @@ class Run:
         align = options.get("align")
         if isinstance(align, str) and align.startswith(LANDMARKS):
             if self._pairs is None:
-                raise InputError("alignment by landmarks needs a list of landmarks in both volumes")
+                raise InputError(_("alignment by landmarks needs a list of landmarks in both volumes"))
             kind = align.removeprefix(LANDMARKS)
             options["align"] = affine_transform(align_landmarks(self._pairs.fixed, self._pairs.moving, kind))
         return options

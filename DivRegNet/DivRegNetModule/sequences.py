@@ -144,7 +144,9 @@ class SequenceRun:
         browser = _browser_of(self.sequence)
         with all_or_nothing(scene, [browser]) as changes:
             if browser is None:
-                browser = scene.AddNewNodeByClass("vtkMRMLSequenceBrowserNode", f"{self.sequence.GetName()} browser")
+                browser = scene.AddNewNodeByClass(
+                    "vtkMRMLSequenceBrowserNode", _("{name} browser").format(name=self.sequence.GetName())
+                )
                 browser.SetAndObserveMasterSequenceNodeID(self.sequence.GetID())
             added = []
             for node in (warped, fields):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from DivRegNetLib.errors import InputError, reason_of
 from DivRegNetLib.io.locks import FileIO, LocksUnsupported, acquire
-from DivRegNetLib.io.paths import VOLUME_SUFFIXES, check_name
+from DivRegNetLib.io.paths import VOLUME_SUFFIXES, utf8_name
 
 STAGING = ".divregnet-"
 """How the names of staging folders begin."""
@@ -21,8 +21,9 @@ ABANDONED_SECONDS = 24 * 3600.0  # age of a staging folder that is removed on a 
 
 
 def write_text(text: str, path: Path) -> None:
-    """Writes UTF-8 atomically. Raises InputError where the file cannot be written."""
-    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
+    """Writes UTF-8 atomically; what is no character, as in odd file names, is escaped. Raises InputError where the file
+    cannot be written."""
+    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
 def write_json(value: object, path: Path) -> None:
@@ -38,7 +39,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         InputError: names the file and why it cannot be written.
     """
-    check_name(path)
+    utf8_name(path)
     suffix = next((s for s in VOLUME_SUFFIXES if path.name.lower().endswith(s)), path.suffix)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

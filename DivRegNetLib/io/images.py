@@ -9,8 +9,9 @@ import SimpleITK as sitk
 from DivRegNetLib.errors import InputError, reason_of
 from DivRegNetLib.io import dicom, nifti
 from DivRegNetLib.io.atomic import write_atomically
-from DivRegNetLib.io.itk_messages import silenced
-from DivRegNetLib.io.paths import check_ending, check_file, check_name
+from DivRegNetLib.io.damage import reason_why_incomplete
+from DivRegNetLib.io.itk import file_access
+from DivRegNetLib.io.paths import check_ending, check_file, unchanged, utf8_name
 
 WRITTEN_VOLUMES = (".nii", ".nii.gz", ".nrrd", ".mha")  # formats that hold a 3D volume and its geometry in one file
 
@@ -22,14 +23,18 @@ def read_image(path: str | Path) -> sitk.Image:
         InputError: names the file and what is wrong with it.
     """
     path = Path(path)
-    check_name(path)
+    utf8_name(path)
     if os.path.isdir(path):
         return dicom.read_series(path)
     check_file(path)
+    if dicom.is_dicom(path):
+        return dicom.read_file(path)
     try:
-        with silenced():
+        with unchanged(path), file_access():
             header = nifti.check_complete(path)
-            image = sitk.ReadImage(str(path))
+            if missing := reason_why_incomplete(path):
+                raise RuntimeError(f"it lacks {missing}")
+            image = sitk.ReadImage(utf8_name(path))
     except (RuntimeError, TypeError, UnicodeError) as error:
         raise InputError(
             f"{path}: cannot be read as an image ({reason_of(error)}); is it complete, and of the format its name says?"
@@ -42,8 +47,9 @@ def read_image(path: str | Path) -> sitk.Image:
 
 def check_right_angles(image: sitk.Image, name: str) -> None:
     """Raises InputError unless the axes of an image are orthogonal, without which NIfTI cannot store its geometry."""
-    direction = np.reshape(image.GetDirection(), (3, 3))
-    if np.abs(direction.T @ direction - np.eye(3)).max() > 1e-4:
+    axes = image.GetDimension()
+    direction = np.reshape(image.GetDirection(), (axes, axes))
+    if np.abs(direction.T @ direction - np.eye(axes)).max() > 1e-4:
         raise InputError(
             f"{name}: the axes are not at right angles, as of a CT with tilted gantry, and results on this grid could "
             "not be saved as NIfTI; resample it to right angles, or use it as the moving image"
@@ -58,7 +64,13 @@ def read_labels(path: str | Path) -> sitk.Image:
     """
     image = read_image(path)
     if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
-        raise InputError(f"{path}: a label map is a 3D volume with one component per voxel")
+        layers = any(key.startswith("Segment0_") for key in image.GetMetaDataKeys())
+        raise InputError(
+            f"{path}: holds segments that overlap, in {image.GetNumberOfComponentsPerPixel()} layers, where one label per "
+            "voxel is needed; in Slicer, export it to a label map, or each segment to a file of its own"
+            if layers
+            else f"{path}: a label map is a 3D volume with one component per voxel"
+        )
     if "float" in image.GetPixelIDTypeAsString():
         values = sitk.GetArrayViewFromImage(image)
         fractions = values[~(np.isfinite(values) & (values == np.round(values)))]
@@ -80,8 +92,8 @@ def write_image(image: sitk.Image, path: Path) -> None:
         check_right_angles(image, str(path))
 
     def write(part: Path) -> None:
-        with silenced():
-            sitk.WriteImage(image, str(part), useCompression=True)
+        with file_access():
+            sitk.WriteImage(image, utf8_name(part), useCompression=True)
             nifti.check_complete(part)  # ITK does not notice a full disk when it writes NIfTI
 
     write_atomically(path, write)

@@ -1,9 +1,11 @@
 """Checks of paths before files are opened. Every error names the path and what to do."""
 
+import contextlib
 import errno
 import math
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from DivRegNetLib.errors import InputError
@@ -17,7 +19,7 @@ def check_file(path: Path, largest: float = math.inf) -> None:
     Args:
         largest: number of bytes that the file may have.
     """
-    check_name(path)
+    utf8_name(path)
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -38,11 +40,43 @@ def check_file(path: Path, largest: float = math.inf) -> None:
         raise InputError(f"{path}: has {status.st_size} bytes, more than {largest:g}; is this the right file?")
 
 
-def check_name(path: Path) -> None:
-    """Raises InputError for a name that is not valid UTF-8, over which ITK would end the process."""
+@contextlib.contextmanager
+def unchanged(*paths: Path) -> Iterator[None]:
+    """For reading files in several steps. Raises InputError where another process replaces or writes them meanwhile."""
+    before = [_state(path) for path in paths]
+
+    def check() -> None:
+        if changed := [path for path, state in zip(paths, before, strict=True) if _state(path) != state]:
+            raise InputError(f"{changed[0]}: was changed while it was read; wait until it is complete, and try again")
+
     try:
-        os.fspath(path).encode()
-    except UnicodeEncodeError as error:
+        yield
+    except Exception as error:
+        try:
+            check()
+        except InputError as changed:
+            raise changed from error
+        raise
+    check()
+
+
+def _state(path: Path) -> tuple[int, ...] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def utf8_name(path: Path) -> str:
+    """The name of a file for ITK, which expects UTF-8, also where Python takes names for ASCII (LC_ALL=C).
+
+    Raises:
+        InputError: the name is not valid UTF-8; over such a name ITK would end the process.
+    """
+    try:
+        return os.fsencode(path).decode()
+    except UnicodeDecodeError as error:
         raise InputError(f"{os.fspath(path)!a}: the name is not valid UTF-8; rename the file or its folder") from error
 
 

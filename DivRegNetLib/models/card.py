@@ -1,4 +1,4 @@
-"""Model cards: what a model is, what it is for and how it was made, as JSON beside its weights. Read without torch."""
+"""Model cards: purpose, settings and origin of a model, as JSON beside its weights. Read without torch."""
 
 import json
 import math
@@ -21,7 +21,7 @@ FINEST_MM = 0.1
 
 @dataclass(frozen=True)
 class Card:
-    """What a model is, what it is for and how it was made.
+    """Purpose, settings and origin of a model.
 
     name: also the name of the weight file, ``name.safetensors``.
     version: of the model.
@@ -39,10 +39,10 @@ class Card:
     classnet: fields of :class:`DivRegNetLib.similarity.classes.ClassNetConfig`; None if the file has no class network.
     classes: names of the classes that it tells apart, background first.
     training: data, its license, command, configuration.
-    scores: what it reached, by task.
+    scores: results by task.
     license: of the weights.
     sha256: of the weight file.
-    good_for, limits: sentences for the user: what it registers well, and what it does not.
+    good_for, limits: sentences for the user: the images that it registers well, and those that it does not.
     format: version of this card format.
     """
 
@@ -84,7 +84,7 @@ class Card:
         are no smaller than the shortest side of a voxel of either image.
 
         Args:
-            fixed, moving: of the images; only their ``size`` and ``spacing`` are looked at.
+            fixed, moving: grids of the images; only their ``size`` and ``spacing`` are used.
         """
         if self.spacing_mm:
             return self.spacing_mm
@@ -148,7 +148,7 @@ def read_card(file: Path) -> Card:
 
 
 def _upgraded(values: dict) -> dict:
-    """A card of format 1 as one of format 2; others stay as they are."""
+    """A card of format 1 converted to format 2; any other card unchanged."""
     if values.get("format") != 1 or not isinstance(values.get("regnet"), dict):
         return values
     values = {{"normalisation": "normalization", "licence": "license"}.get(k, k): v for k, v in values.items()}

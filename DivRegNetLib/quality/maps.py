@@ -1,4 +1,4 @@
-"""What a displacement field does at every voxel: how far it moves, and how it changes volumes. numpy alone."""
+"""Maps of a displacement field: its length, and its Jacobian determinant. Needs only numpy."""
 
 from collections.abc import Iterator
 
@@ -17,15 +17,15 @@ def displacement_length(field: np.ndarray) -> np.ndarray:
 
 
 def jacobian_determinant(field: np.ndarray, grid: Grid) -> np.ndarray:
-    """Determinant of the Jacobian of ``p -> p + u(p)``, (D, H, W): below 1 where tissue shrinks in the moving image's
-    space, above 1 where it grows, not positive where the map folds.
+    """Determinant of the Jacobian of ``p -> p + u(p)``, (D, H, W): below 1 where the map shrinks
+    volumes, above 1 where it enlarges them, not positive where the map folds.
 
     Args:
         field: u, (D, H, W, 3) in mm, in the axes of the grid's physical space; each side at least 2.
         grid: of the field.
     """
-    (whole,) = jacobian_determinant_slabs(field, grid, len(field))
-    return whole
+    (determinant,) = jacobian_determinant_slabs(field, grid, len(field))
+    return determinant
 
 
 def jacobian_determinant_slabs(field: np.ndarray, grid: Grid, step: int) -> Iterator[np.ndarray]:

@@ -1,5 +1,6 @@
 """The picture of a registration: fixed, moving, warped, both interleaved, and the deformed grid, in three planes."""
 
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
+from DivRegNetLib.core.composites import displacement_on
 from DivRegNetLib.core.grid import Grid, affine_transform, apply_matrix
 from DivRegNetLib.core.intensity import percentile_window, stretch, subsample
 from DivRegNetLib.io import atomic
@@ -60,7 +62,7 @@ def cut_planes(
         across, up = (a for a in range(3) if a != axis)
         cut, size = _middle(grid, axis), (grid.size[across], grid.size[up])
         f, m, w = (_cut(i, t, cut, axis, window) for (i, t), window in zip(shown, windows, strict=True))
-        # What the deformation does beyond the initial alignment, seen in the fixed space.
+        # The deformation without the initial alignment, in fixed space.
         points = cut.to_physical(np.stack(np.indices(cut.shape)[::-1], -1)) + displacement(cut)
         index = np.take(grid.to_index(apply_matrix(back, points)), 0, axis=2 - axis)[..., [across, up]]
         index[(index < 0).any(-1) | (index > np.array(size) - 1).any(-1)] = np.nan
@@ -87,7 +89,9 @@ def write_preview(fixed: sitk.Image, moving: sitk.Image, result, path: Path) -> 
     from matplotlib.collections import LineCollection
     from matplotlib.figure import Figure
 
-    displacement = field_displacement(result.transform.GetDisplacementField())
+    def displacement(grid: Grid) -> np.ndarray:
+        return sitk.GetArrayFromImage(displacement_on(result.transform, grid))
+
     planes, spacing = cut_planes(fixed, moving, result.warped, displacement, result.initial)
     height, width = (max(plane.images[0].shape[i] for plane in planes) for i in (0, 1))
     gap = max(width, height) // 12  # takes the titles
@@ -115,11 +119,13 @@ def write_preview(fixed: sitk.Image, moving: sitk.Image, result, path: Path) -> 
         axes.text((column + 0.5) * width, gap / 2, title, color="white", fontsize=10, ha="center", va="center")
     for plane, top in zip(planes, corners, strict=True):
         axes.text(1, top, plane.name, color="white", fontsize=8, va="bottom")
-    atomic.write_atomically(path, lambda part: figure.savefig(part, dpi=100, facecolor="black"))
+    picture = io.BytesIO()  # an error in drawing is not an error in writing
+    figure.savefig(picture, dpi=100, facecolor="black")
+    atomic.write_atomically(path, lambda part: part.write_bytes(picture.getvalue()))
 
 
 def _middle(grid: Grid, axis: int) -> Grid:
-    """The one slice across the middle of an axis: volumes would need a hundred times the memory."""
+    """The slice through the middle of an axis; whole volumes would need a hundred times the memory."""
     first, size = np.zeros(3), list(grid.size)
     first[axis], size[axis] = size[axis] // 2, 1
     matrix = grid.matrix.copy()
@@ -136,7 +142,7 @@ def _cut(image: sitk.Image, transform: sitk.Transform, cut: Grid, axis: int, win
 def checkerboard(
     one: np.ndarray, other: np.ndarray, squares: int = 8, *, side: int | None = None, first: int = 0
 ) -> np.ndarray:
-    """Two arrays of one shape (any number of axes) in alternate blocks: where they match, edges go on across blocks.
+    """Two arrays of one shape (any number of axes) in alternate blocks: where they match, edges continue across blocks.
 
     Args:
         squares: blocks along the longest side.

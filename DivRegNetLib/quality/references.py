@@ -1,4 +1,4 @@
-"""A registration measured with what a person has drawn: segments (Dice) and landmarks. No torch here."""
+"""Measures of a registration by segments (Dice) and landmarks that a person has drawn. No torch here."""
 
 from dataclasses import dataclass
 
@@ -28,7 +28,7 @@ class Segments:
 
 @dataclass(frozen=True)
 class References:
-    """What a registration is measured with; each pair may be missing.
+    """Segments and landmarks that a registration is measured with; each pair may be missing.
 
     fixed_segments, moving_segments: paired by name.
     fixed_points, moving_points: (n, 3) LPS mm, paired by order.
@@ -43,7 +43,7 @@ class References:
 
 
 def measure(references: References, result: Result) -> tuple[dict, list[str]]:
-    """What the references say of a result, and sentences about what could not be measured.
+    """Scores of a result by the references, and sentences about what could not be measured.
 
     Returns:
         entries of a quality card: ``dice`` ``{"before", "after"}``, the mean over ``segments``, a dictionary from name to
@@ -76,7 +76,7 @@ def measure(references: References, result: Result) -> tuple[dict, list[str]]:
 
 def _dice(fixed: Segments, moving: Segments, result: Result) -> dict[str, dict[str, float]]:
     """Dice of the segments of the same name, on the fixed grid, before and after. Each layer is resampled once, and
-    each voxel is looked at once for each pair of layers, however many segments there are."""
+    each pair of layers takes one pass over the voxels, for any number of segments."""
     common = [name for name in fixed.values if name in moving.values]
     pairs = {(fixed.values[name][0], moving.values[name][0]) for name in common}
     resampled = {}
@@ -104,7 +104,7 @@ def _on_grid(labels: sitk.Image, grid: sitk.Image, transform: sitk.Transform) ->
 def _joint_counts(
     one: sitk.Image, other: sitk.Image
 ) -> tuple[dict[tuple[int, int], int], dict[int, int], dict[int, int]]:
-    """How many voxels have each pair of labels, and each label of one and of the other image; only pairs that occur."""
+    """Number of voxels of each pair of labels that occurs, and of each label of one and of the other image."""
     a, b = (sitk.GetArrayViewFromImage(image) for image in (one, other))
     counts: dict[tuple[int, int], int] = {}
     step = max(SLAB_VOXELS // max(a[0].size, 1), 1)

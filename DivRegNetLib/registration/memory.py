@@ -15,6 +15,7 @@ from pathlib import Path
 
 import SimpleITK as sitk
 
+from DivRegNetLib.core.composites import LARGEST_GROWTH
 from DivRegNetLib.core.grid import Grid
 from DivRegNetLib.errors import DeviceError
 from DivRegNetLib.models.card import FINEST_MM, Card
@@ -98,7 +99,7 @@ def estimate(
         kept = 2 * FLOAT * classes / voxels
         running = PER_CHANNEL * sum(card.classnet.get("channels", (16, 32))[:2]) / voxels
         network = kept + max(network + PER_CLASS * classes / finest, SAMPLED + running)
-    in_fields = [g.voxels for g in fields or (fixed, moving)]
+    in_fields = [LARGEST_GROWTH * g.voxels for g in fields or (fixed, moving)]
     host = max(
         SMOOTHING * max(fixed.voxels, moving.voxels),
         FIELD * (sum(in_fields) + max(in_fields)),

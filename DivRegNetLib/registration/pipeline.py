@@ -23,6 +23,7 @@ from DivRegNetLib import models
 from DivRegNetLib.core import fields, physical_fields, resampling
 from DivRegNetLib.core.grid import Grid, affine_matrix
 from DivRegNetLib.core.intensity import AIR_HU, normalize
+from DivRegNetLib.core.torch_state import default_state
 from DivRegNetLib.errors import Cancelled, DivRegNetError, InputError, is_out_of_memory
 from DivRegNetLib.options import INTERPOLATIONS, STAGES, Options, Progress
 from DivRegNetLib.quality import evidence, expected_error, metrics
@@ -40,6 +41,7 @@ AIR_IN_CT = -900.0  # Hounsfield units; an image that holds lower values is take
 STAGE_END = dict(zip(STAGES, (0.02, 0.35, 0.45, 0.6, 0.75, 0.9, 1.0), strict=True))
 
 
+@default_state()
 def register(
     fixed: sitk.Image,
     moving: sitk.Image,
@@ -54,7 +56,7 @@ def register(
 
     Args:
         fixed, moving: 3D scalar images, each on a grid of its own.
-        fixed_mask, moving_mask: non-zero where the image is to be looked at, on any grid.
+        fixed_mask, moving_mask: non-zero where the image is compared, on any grid.
         progress: called with the stage and the fraction that is done; returning False cancels.
         model: name, path of a card, or a :class:`~DivRegNetLib.models.Model` already loaded, which is not changed.
         options: fields of :class:`~DivRegNetLib.options.Options`.
@@ -82,7 +84,7 @@ def register(
             return _deform_and_warp(inputs, matrix, resources, options, stages)
         except OutOfMemory as error:
             stage = error.stage
-        # Here the exception is gone, and with it what the attempt held in memory.
+        # The exception, and with it the memory of the attempt, is released here.
         memory.give_back()
         resources = resources.smaller(stage)
 
@@ -102,7 +104,7 @@ class Sampled:
     """Both images on the working grid.
 
     grid: isotropic, in fixed space.
-    images: what the methods get.
+    images: the input of the methods.
     unaligned: (1, 1, D, H, W) the moving image without the initial alignment.
     """
 
@@ -121,8 +123,8 @@ class Fields:
 
     displacement: Tensor
     inverse_displacement: Tensor
-    transform: sitk.DisplacementFieldTransform
-    inverse: sitk.DisplacementFieldTransform
+    transform: sitk.CompositeTransform
+    inverse: sitk.CompositeTransform
 
 
 def _deform_and_warp(
@@ -166,7 +168,8 @@ def check(
     options: Options,
 ) -> Inputs:
     """Raises InputError for an image, a mask or a default value that cannot be used."""
-    fixed, moving = check_image(fixed, "fixed"), check_image(moving, "moving")
+    # Copies share their voxels until the caller changes the originals: what is checked is what is registered.
+    fixed, moving = (sitk.Image(check_image(image, name)) for image, name in ((fixed, "fixed"), (moving, "moving")))
     masks = check_mask(fixed_mask, fixed, "fixed"), check_mask(moving_mask, moving, "moving")
     if options.default_value is not None:
         check_default(options.default_value, moving)
@@ -202,7 +205,7 @@ def sample(inputs: Inputs, matrix: np.ndarray, resources: Resources, *, progress
     """Both images and masks on the working grid, normalized, and what the model's class network sees in them.
 
     Raises:
-        InputError: there an image is flat, or a mask too small.
+        InputError: on the working grid an image is constant, or a mask too small.
     """
     grid, model, unmoved = resources.working, resources.model, np.eye(4)
     on_grid = partial(_on_working_grid, grid=grid, scheme=model.card.normalization, device=resources.device)
@@ -240,7 +243,7 @@ def deform(sampled: Sampled, resources: Resources, options: Options, *, progress
 def refine(
     sampled: Sampled, displacement: Tensor, resources: Resources, options: Options, *, progress: Callable[[float], None]
 ) -> Tensor:
-    """The displacement after the further steps that the options ask for, or as it was where they do not help."""
+    """The displacement after refinement, if the options ask for it and it improves the objective."""
     if not options.refine or options.method == "none":
         return displacement
     settings = replace(resources.model.card.refinement_settings, steps=options.refine)
@@ -264,7 +267,7 @@ def to_physical(
 
 
 def default_value(options: Options, moving: sitk.Image) -> float:
-    """What the warped volume holds outside the moving one: as asked, else air for a CT, else 0."""
+    """The value of the warped volume outside the moving one: that of the options, or air for a CT, or 0."""
     if options.default_value is not None:
         return options.default_value
     return AIR_HU if float(sitk.GetArrayViewFromImage(moving).min()) <= AIR_IN_CT else 0.0
@@ -274,7 +277,7 @@ def warp(inputs: Inputs, transform: sitk.Transform, options: Options, default: f
     """The moving volume on the fixed grid.
 
     Raises:
-        InputError: nothing of it is left there.
+        InputError: the warped volume is constant.
     """
     interpolator = INTERPOLATIONS[options.interpolation]
     warped = resampling.resample(inputs.moving, inputs.fixed, transform, interpolator, default)
@@ -344,7 +347,7 @@ def _on_working_grid(
 def _mask_on_working_grid(
     mask: sitk.Image | None, matrix: np.ndarray, *, grid: Grid, device: torch.device
 ) -> Tensor | None:
-    """A mask through a (4, 4) LPS map, (1, 1, D, H, W) bool on the device; None stays None."""
+    """A mask through a (4, 4) LPS map, (1, 1, D, H, W) bool on the device; None for None."""
     return None if mask is None else _tensor(resampling.resample_mask(mask, grid, matrix), device) > 0.5
 
 
@@ -397,7 +400,7 @@ class Stages:
         self._progress, self._reported = progress, 0.0
 
     def run(self, stage: str, function: Callable, *arguments, progress: bool = False):
-        """What ``function(*arguments)`` returns.
+        """Runs ``function(*arguments)`` and returns its result.
 
         Args:
             progress: the function has a keyword ``progress``, which it calls with the fraction of the stage that is done.

@@ -21,6 +21,7 @@ from DivRegNetLib.io.locks import acquire
 from DivRegNetLib.io.output_folder import LOCK, clear_abandoned, exclusive
 from DivRegNetLib.options import Options
 from DivRegNetLib.run.cohort import QUALITY, Pair
+from DivRegNetLib.run.cohort.origin import origin_of
 from DivRegNetLib.run.cohort.register_row import register_row
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,9 +95,11 @@ def test_a_pair_whose_process_was_killed_after_its_last_file_counts_as_done_and_
     folder = tmp_path / "p1"
     (folder / f"{STAGING}x").mkdir(parents=True)
     (folder / LOCK).touch()
-    report = {"quality": {"nmi": {"before": 1.1, "after": 1.2}, "folded_percent": 0.0}, "seconds": {}, "warnings": []}
-    (folder / QUALITY).write_text(json.dumps(report))
     pair = Pair(tmp_path / "fixed.nii.gz", tmp_path / "moving.nii.gz")
+    for path in pair.paths().values():
+        path.write_text("voxels")
+    report = {"quality": {"nmi": {"before": 1.1, "after": 1.2}, "folded_percent": 0.0}, "seconds": {}, "warnings": []}
+    (folder / QUALITY).write_text(json.dumps(report | {"origin": origin_of(pair, Options())}))
     row = register_row("p1", pair, tmp_path, Options(), lambda: pytest.fail("it is done"), overwrite=False)
     assert (row["status"], row["nmi_after"]) == ("ok", "1.2")
     assert [path.name for path in folder.iterdir()] == [QUALITY]

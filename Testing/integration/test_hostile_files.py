@@ -351,7 +351,10 @@ def test_missing_slices_are_noticed(image, tmp_path):
     write_slices(tmp_path / "dicom", image)
     for k in (4, 5):
         (tmp_path / f"dicom/1-{k:03d}.dcm").unlink()
-    refused(tmp_path / "dicom", "slices are missing .*: most are 3 mm from the next, but slice 4 is 9 mm; complete")
+    refused(
+        tmp_path / "dicom",
+        "slices are missing .*: most are 3 mm from the next, but slices 4 and 5 are 9 mm apart; complete",
+    )
 
 
 def test_a_localizer_is_refused(image, tmp_path):
@@ -363,7 +366,7 @@ def test_a_localizer_is_refused(image, tmp_path):
 def test_several_volumes_in_one_series_are_refused(image, tmp_path):
     write_slices(tmp_path / "dicom", image[:, :, :4])
     write_slices(tmp_path / "dicom", image[:, :, :4], first=4)
-    refused(tmp_path / "dicom", "several slices have the same position|not evenly apart")
+    refused(tmp_path / "dicom", "4 pairs of slices have the same position .* as of several volumes")
 
 
 # --- labels and landmarks
@@ -422,15 +425,32 @@ def test_landmarks_of_different_number_are_refused_before_the_work(good, tmp_pat
     assert "align" not in said, "the work had begun"
 
 
-def test_landmarks_outside_the_images_stay_where_no_displacement_is_known(image, tmp_path):
+def test_landmarks_beyond_what_the_transform_covers_are_named_and_marked(image, tmp_path, capsys):
     field = np.zeros((10, 11, 12, 3))
     field[..., 0] = 2.0
     transforms.write_transform(sitk.DisplacementFieldTransform(Grid.of(image).image(field)), tmp_path / "t.h5")
     (tmp_path / "m.csv").write_text("x,y,z,label\n9,0,20,in\n900,-900,0,out\n")
     assert main(["apply", str(tmp_path / "t.h5"), str(tmp_path / "m.csv"), f"--output={tmp_path / 'f.csv'}"]) == 0
-    np.testing.assert_allclose(
-        landmarks.read_landmarks(tmp_path / "f.csv").points, [(7, 0, 20), (900, -900, 0)], atol=1e-3
+    read = landmarks.read_landmarks(tmp_path / "f.csv")
+    np.testing.assert_allclose(read.points, [(7, 0, 20), [np.nan] * 3], atol=1e-3)
+    assert read.labels == ("in", "out")
+    assert "1 moving landmarks have no place in fixed space and are marked as undefined: out lies outside" in (
+        capsys.readouterr().err
     )
+    (tmp_path / "m.csv").write_text("x,y,z,label\n900,-900,0,out\n")
+    assert main(["apply", str(tmp_path / "t.h5"), str(tmp_path / "m.csv"), f"--output={tmp_path / 'g.csv'}"]) == 2
+    assert not (tmp_path / "g.csv").exists()
+
+
+def test_a_reference_beyond_what_the_transform_covers_is_refused(image, good, tmp_path, capsys):
+    field = np.full((10, 11, 12, 3), 2.0)
+    transforms.write_transform(sitk.DisplacementFieldTransform(Grid.of(image).image(field)), tmp_path / "t.h5")
+    larger = Grid((24, 11, 10), Grid.of(image).matrix)
+    images.write_image(larger.image(np.zeros(larger.shape, np.float32)), tmp_path / "larger.nii.gz")
+    apply = ["apply", str(tmp_path / "t.h5"), str(good), "--output", str(tmp_path / "o.nii.gz"), "--reference"]
+    assert main([*apply, str(good)]) == 0
+    assert main([*apply, str(tmp_path / "larger.nii.gz"), "--overwrite"]) == 2
+    assert "lie outside the region that the transform covers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["m.csv", "m.mrk.json"])

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from DivRegNetLib.core.composites import displacement_on, field_of
 from DivRegNetLib.core.grid import Grid, affine_transform
 from DivRegNetLib.errors import Cancelled, DeviceError, InputError, ModelError
 from DivRegNetLib.options import STAGES
@@ -89,7 +90,7 @@ def test_a_worker_gives_what_the_pipeline_gives(pair, tiny_model, folders, grid)
     assert found.warped.GetPixelID() == pair[1].GetPixelID()
     assert Grid.of(found.warped) == grid
     for name in ("transform", "inverse"):
-        ours, theirs = (getattr(r, name).GetDisplacementField() for r in (found, expected))
+        ours, theirs = (field_of(getattr(r, name)) for r in (found, expected))
         assert Grid.of(ours) == Grid.of(theirs)
         assert sitk.GetArrayFromImage(ours) == pytest.approx(sitk.GetArrayFromImage(theirs), abs=1e-4)
     assert np.array_equal(found.initial, expected.initial)
@@ -395,6 +396,33 @@ def test_leaving_or_forgetting_a_worker_ends_it(pair, tiny_model, folders):
     assert folders() == []
 
 
+NO_LOCKS = """
+import errno, fcntl
+def flock(*_): raise OSError(errno.ENOLCK, "No locks available")
+fcntl.flock = flock
+"""
+
+
+@pytest.fixture
+def without_locks(tmp_path):
+    """Variables of an environment in which no file can be locked, as on some network and FUSE file systems."""
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(NO_LOCKS)
+    root = Path(__file__).resolve().parents[2]
+    return os.environ | {"PYTHONPATH": f"{site}{os.pathsep}{root}"}
+
+
+@posix
+def test_a_temporary_folder_without_locks_ends_no_worker(pair, tiny_model, folders, without_locks):
+    """Issue 18, fault 5: the lock that could be had was taken for the end of the parent."""
+    worker = Worker(*pair, **OPTIONS, environment=without_locks).start()
+    events = finish(worker)
+    assert [e.message for e in events if e.kind == "error"] == []
+    assert worker.result().warped.GetSize() == pair[0].GetSize()
+    assert folders() == []
+
+
 PARENT = """
 import sys, time
 import SimpleITK as sitk
@@ -411,8 +439,8 @@ print(worker.pid, flush=True)
 
 
 @posix
-@pytest.mark.parametrize("ending", ["killed", "returns", "killed, a launcher between"])
-def test_when_the_parent_ends_the_worker_and_its_folder_go(pair, tiny_model, folders, tmp_path, ending):
+@pytest.mark.parametrize("ending", ["killed", "returns", "killed, a launcher between", "killed, no locks"])
+def test_when_the_parent_ends_the_worker_and_its_folder_go(pair, tiny_model, folders, tmp_path, without_locks, ending):
     python = Path(sys.executable)
     if "launcher" in ending:
         python = tmp_path / "launcher"
@@ -424,7 +452,8 @@ def test_when_the_parent_ends_the_worker_and_its_folder_go(pair, tiny_model, fol
     code = PARENT.format(ending="" if ending == "returns" else "time.sleep(600)")
     place = tmp_path / "temporary"
     root = Path(__file__).resolve().parents[2]
-    environment = os.environ | {"TMPDIR": str(place), "PYTHONPATH": str(root)}
+    environment = without_locks if "no locks" in ending else os.environ | {"PYTHONPATH": str(root)}
+    environment = environment | {"TMPDIR": str(place)}
     command = [sys.executable, "-c", code, *paths, str(python)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as parent:
         pid = int(parent.stdout.readline())
@@ -511,7 +540,7 @@ def test_a_result_can_stay_in_files_and_is_read_bit_by_bit(pair, folders, tiny_m
         assert not is_alive(pid) and folders()
         assert files.quality == expected.quality and files.grid("transform") == Grid.of(expected.warped)
         assert np.array_equal(files.array("warped"), sitk.GetArrayFromImage(expected.warped))
-        field = sitk.GetArrayFromImage(expected.transform.GetDisplacementField())
+        field = sitk.GetArrayFromImage(displacement_on(expected.transform, Grid.of(expected.warped)))
         assert files.array("transform").dtype == np.float32
         assert files.array("transform") == pytest.approx(field, abs=1e-4)
         with pytest.raises(FileNotFoundError):

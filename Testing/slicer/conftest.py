@@ -67,8 +67,13 @@ def registered(fixed, moving, register, center):
 
 @pytest.fixture
 def app():
+    """Slicer's application. What a test leaves is never collected: VTK would call observers that Python's collector has
+    taken apart already, which ends the process."""
+    gc.disable()
     with stand_in() as application:
         yield application
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture
@@ -95,7 +100,6 @@ def widget(module):
     made = make_widget(module)
     yield made
     made.cleanup()
-    gc.freeze()  # Qt's objects hold each other and end the process where they are collected in another order
 
 
 @pytest.fixture

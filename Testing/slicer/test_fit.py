@@ -51,3 +51,39 @@ def test_the_limits_of_a_model_are_told_when_something_does_not_fit_and_only_the
 
 def test_an_offset_ct_is_not_taken_for_a_misfit_of_a_ct_model():
     assert "looks like" not in complaints(card(modalities=["CT"]), low=0.0, high=4095.0)
+
+
+class _VolumeNode:
+    """What the estimate reads of a volume node; a real one of this size would fill the memory."""
+
+    def __init__(self, image, matrix) -> None:
+        self._image, self._matrix = image, matrix
+
+    def GetImageData(self):
+        return self._image
+
+    def GetIJKToRASMatrix(self, matrix) -> None:
+        matrix.DeepCopy(self._matrix)
+
+
+@pytest.mark.parametrize(
+    ("size", "spacing", "start"),
+    [
+        ((64, 64, 64), 0.0, "About"),
+        ((64, 64, 64), 2.0, "About"),
+        ((1500, 1500, 1500), 0.2, "0.2 mm is too fine"),
+        ((1500, 1500, 1500), 0.0, "2 mm is too fine"),
+        ((40, 40, 40), 0.01, "0.01 mm is too fine"),
+    ],
+)
+def test_the_memory_line_says_where_the_working_grid_is_coarser_than_asked_for(app, size, spacing, start):
+    """Fault 20."""
+    import vtk
+    from DivRegNetModule import fit
+
+    image, matrix = vtk.vtkImageData(), vtk.vtkMatrix4x4()
+    image.SetDimensions(size)
+    node = _VolumeNode(image, matrix)
+    text = fit.memory_text(card(spacing_mm=2.0), node, node, spacing, 0)
+    assert (start if start == "About" else "in main memory. " + start) in text
+    assert ("too fine" in text) == (start != "About") and "voxels" in text

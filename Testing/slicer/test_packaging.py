@@ -144,3 +144,39 @@ def test_the_description_for_the_extensions_index_is_of_this_extension():
     assert description["category"] == "Registration" and description["build_dependencies"] == ["PyTorch"]
     home = re.search(r'EXTENSION_HOMEPAGE "([^"]+)"', text).group(1)
     assert description["scm_url"].removesuffix(".git") == home
+
+
+def test_what_the_extensions_index_checks_of_a_description_holds():
+    """scripts/check_description_files.py and the schema of github.com/Slicer/ExtensionsIndex, less what needs a network."""
+    content = (MODULE / "DivRegNet.json").read_bytes()
+    description = json.loads(content)
+    assert content.endswith(b"\n") and not any(mark in content for mark in (b"\r", b"\t"))
+    assert "slicer-extension-catalog-entry-schema-v1" in description["$schema"]
+    assert {"$schema", "category", "scm_url"} <= set(description)
+    assert set(description) <= {
+        *("$schema", "category", "scm_url", "scm_revision", "scm_type"),
+        *("build_dependencies", "build_subdirectory", "enabled", "tier"),
+    }
+    assert type(description["tier"]) is int and 1 <= description["tier"] <= 5
+    assert description["scm_url"].startswith(("https://", "git://"))
+    assert not MODULE.name.lower().startswith("slicer") and (ROOT / "LICENSE").is_file()
+
+
+def test_the_pictures_for_the_extensions_index_are_in_the_repository():
+    """Its checks read these lines with expressions like the following, and load each picture."""
+    text = (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")
+    (icon,) = re.findall(r'set\s*\(EXTENSION_ICONURL\s*"([^"]+)"[ ]*\)', text)
+    (screenshots,) = re.findall(r'set\s*\(EXTENSION_SCREENSHOTURLS\s*"([^"]+)"\)', text)
+    start = "https://raw.githubusercontent.com/DivRegNet/DivRegNet/main/"
+    for url in (icon, *screenshots.split()):
+        assert url.startswith(start)  # the data, not the page that shows it
+        assert (ROOT / url.removeprefix(start)).read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def test_the_home_page_says_what_the_extensions_index_asks_for():
+    """Name, description, a picture, the modules, the publication and the license: its pull request template, tier 1."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.startswith("# DivRegNet\n") and re.search(r"!\[[^]]+\]\(Resources/Screenshots/\w+\.png\)", text)
+    assert (
+        "3D Slicer" in text and "Apache License" in text and re.search(r"https://doi\.org/|arXiv|CITATION\.cff", text)
+    )

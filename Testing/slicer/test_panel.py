@@ -1,5 +1,7 @@
 """The panel on the stand-in for Slicer: parameters, choices and reasons."""
 
+import json
+
 import pytest
 from mrml_scenes import add_segmentation
 
@@ -46,6 +48,16 @@ def test_a_model_of_another_computer_is_kept_and_shown_as_missing(widget):
     assert "no model 'elsewhere'" in widget.ui.cardLabel.text
     widget.enter()
     assert widget._parameterNode.model == "elsewhere"
+
+
+def test_a_model_with_a_class_network_says_so(widget):
+    assert "classes" not in widget.ui.cardLabel.text
+    card = models.find("other")
+    told = {"classes": ["background", "liver", "spleen"], "classnet": {"classes": 3}}
+    card.write_text(json.dumps(json.loads(card.read_text()) | told))
+    widget._parameterNode.model = "other"
+    assert "guided by 2 classes" in widget.ui.cardLabel.text
+    assert "Classes: liver, spleen" in widget.ui.cardLabel.toolTip
 
 
 @pytest.mark.parametrize("kind", ["label map", "same", "empty", "no transform"])

@@ -172,10 +172,12 @@ def test_undo_after_a_run_chooses_no_other_output(ready, pair):
 
 def test_also_apply_to_is_painted_again_after_a_program_has_changed_it(furnished, app):
     """Fault 20: ctkCheckableComboBox does not repaint by itself."""
+    from DivRegNetModule.connectors import boxes_in
+
     furnished.ui.outputsCollapsibleButton.collapsed = False
     for _ in range(5):
         app.processEvents()
-    box = furnished.ui.alsoApplyToSelector.comboBox()
+    (box,) = boxes_in(furnished.ui.alsoApplyToSelector)
     assert box.painted.count(",") == 1
     furnished._parameterNode.alsoApplyTo = []
     for _ in range(5):

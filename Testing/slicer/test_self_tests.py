@@ -37,8 +37,11 @@ def names(module) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("testing", [True, False], ids=["--testing", "interactive"])
-@pytest.mark.parametrize("with_torch", [True, False], ids=["torch", "no torch"])
+@pytest.mark.parametrize(
+    ("testing", "with_torch"),
+    [(True, True), (False, False), (True, False)],
+    ids=["testing", "no torch", "testing, no torch"],
+)
 def test_every_self_test_passes_in_either_order_and_opens_no_dialog(
     slicer_module, app, monkeypatch, testing, with_torch
 ):

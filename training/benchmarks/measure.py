@@ -7,12 +7,14 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
 import torch
 
+import DivRegNetLib
 from DivRegNetLib.core.grid import Grid, affine_transform
 from DivRegNetLib.io import atomic
 from DivRegNetLib.quality import metrics
@@ -47,24 +49,25 @@ class Settings:
 
     def of(self, method: str) -> dict:
         """The settings that a method gets."""
-        given = {"device": self.device, "threads": self.threads}
-        if method in methods.OURS:
-            given |= {"model": self.model, "refine": self.refine if method == "DivRegNet, refined" else 0}
-        if method == "Newton steps alone":
-            given |= {"methods": ["variational"]}
+        given: dict = {"device": self.device, "threads": self.threads}
+        about = methods.METHODS[method]
+        if about.options is not None:
+            options = about.all_options() | ({"refine": self.refine} if "refine" in about.options else {})
+            given |= {"model": self.model, "options": options}
         return given
 
 
 def row(prepared: Prepared, method: str, settings: Settings, kept: Path) -> dict:
     """Scores, time and memory of a method on a pair.
 
-    The folder ``kept`` holds the row and the displacement, and they are used again while method, settings and pair are the
-    same. The row of a method that fails has only ``failed``, the reason; it is tried again the next time.
+    The folder ``kept`` holds the row and the displacement. They are used again while method, settings, pair and, for
+    DivRegNet, weights and code are the same. The row of a method that fails has only ``failed``, the reason; it is tried
+    again the next time.
     """
     about = methods.METHODS[method]
     key = {"settings": settings.of(method), "pair": _digest(prepared), "with": about.settings}
     if method in methods.OURS:
-        key["weights"] = _weights(settings.model)
+        key |= {"weights": _weights(settings.model), "code": _code()}
     file = kept / "row.json"
     if file.exists() and (stored := json.loads(file.read_text()))["key"] == key:
         return stored["row"]
@@ -104,7 +107,7 @@ def _run(pair: Path, method: str, settings: Settings, kept: Path) -> dict:
         measured = json.loads((Path(folder) / "measured.json").read_text())
     return {
         "seconds": measured["seconds"],
-        "forward s": measured["predicted"],
+        "deformation s": measured["predicted"],
         "CPU s": measured["cpu"],
         "peak MiB": measured["peak"] / MIB,
         "above start MiB": measured["added"] / MIB,
@@ -172,6 +175,17 @@ def _digest(prepared: Prepared) -> str:
     return about.hexdigest()[:16]
 
 
+@lru_cache
+def _code() -> str:
+    """A digest of the library's modules that a registration depends on."""
+    about = hashlib.sha256()
+    for room in ("core", "similarity", "registration"):
+        for file in sorted((Path(DivRegNetLib.__file__).parent / room).rglob("*.py")):
+            about.update(file.read_bytes())
+    return about.hexdigest()[:16]
+
+
+@lru_cache
 def _weights(model: str) -> str:
     from DivRegNetLib import models
 

@@ -8,17 +8,24 @@ timed, not imports and the loading of a model.
 """
 
 import importlib.metadata
+import io
 import json
 import resource
+import shutil
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import SimpleITK as sitk
+
+from DivRegNetLib.presets import PRESETS
 
 
 class Registered(NamedTuple):
@@ -44,15 +51,27 @@ class Method:
     package: the distribution it needs besides DivRegNet; None: none.
     settings: its settings, described for the report.
     start: ``settings -> register``; None: nothing is run, and the initial alignment is scored.
+    options: options of DivRegNet; None for other methods.
+    preset: preset of DivRegNet that the options are laid over.
     """
 
     package: str | None
     settings: str
     start: Callable[[dict], Register] | None = None
+    options: dict | None = None
+    preset: str = "general"
+
+    def all_options(self) -> dict:
+        """The options of the preset, replaced by the method's own. The alignment is left out, as pairs are aligned."""
+        return {k: v for k, v in (PRESETS[self.preset].options | (self.options or {})).items() if k != "align"}
 
 
-def syn(settings: dict) -> Register:
-    """Symmetric normalization (Avants et al., Medical Image Analysis 2008) of ANTs."""
+def syn(settings: dict, metric: str, sampling: int) -> Register:
+    """Symmetric normalization (Avants et al., Medical Image Analysis 2008) of ANTs.
+
+    Args:
+        metric, sampling: ``CC`` and its radius, or ``mattes`` and its bins.
+    """
     import ants
 
     def convert(image: sitk.Image):
@@ -62,8 +81,9 @@ def syn(settings: dict) -> Register:
 
     def register(fixed: sitk.Image, moving: sitk.Image):
         result = ants.registration(
-            convert(fixed), convert(moving), "SyNOnly", initial_transform="Identity", syn_metric="mattes",
-            syn_sampling=32, reg_iterations=syn_iterations(fixed.GetSize(), fixed.GetSpacing()),
+            convert(fixed), convert(moving), "SyNOnly", initial_transform="Identity", grad_step=0.2, flow_sigma=3,
+            total_sigma=0, syn_metric=metric, syn_sampling=sampling,
+            reg_iterations=syn_iterations(fixed.GetSize(), fixed.GetSpacing()),
         )  # fmt: skip
         fields = [next(f for f in result[k] if f.endswith("Warp.nii.gz")) for k in ("fwdtransforms", "invtransforms")]
         displacement, inverse = (sitk.ReadImage(f, sitk.sitkVectorFloat32) for f in fields)
@@ -83,6 +103,14 @@ def syn_iterations(size: tuple[int, ...], spacing: tuple[float, ...]) -> tuple[i
     return tuple(fit)
 
 
+ELASTIX_SETTINGS = (
+    "default parameter map bspline (Mattes MI, 10 mm control points, 256 iterations a resolution, as many of these as SyN has "
+    "levels), with a weight of 1000 for the bending energy, inside a mask of the fixed image's foreground: with the default "
+    "weight of 1 it ends far below its start on IXI012"
+)
+ELASTIX_PARAMETERS = {"Metric1Weight": "1000"}
+
+
 def elastix(settings: dict) -> Register:
     """Cubic B-splines under mutual information (Klein et al., IEEE TMI 2010)."""
     import itk
@@ -94,19 +122,28 @@ def elastix(settings: dict) -> Register:
         converted.SetDirection(itk.matrix_from_array(np.reshape(image.GetDirection(), (3, 3))))
         return converted
 
-    def register(fixed: sitk.Image, moving: sitk.Image):
-        parameters = itk.ParameterObject.New()
+    def register(fixed: sitk.Image, moving: sitk.Image) -> Registered:
         levels = len(syn_iterations(fixed.GetSize(), fixed.GetSpacing()))
+        parameters = itk.ParameterObject.New()
         parameters.AddParameterMap(itk.ParameterObject.GetDefaultParameterMap("bspline", levels))
+        for name, value in ELASTIX_PARAMETERS.items():
+            parameters.SetParameter(0, name, value)
         converted = convert(moving)
         _, transform = itk.elastix_registration_method(
-            convert(fixed), converted, parameter_object=parameters, log_to_console=False
-        )
+            convert(fixed), converted, parameter_object=parameters, fixed_mask=convert(foreground(fixed)),
+            number_of_threads=settings["threads"], log_to_console=False,
+        )  # fmt: skip
         return Registered(
             _vectors(itk.array_from_image(itk.transformix_deformation_field(converted, transform)), fixed)
         )
 
     return register
+
+
+def foreground(image: sitk.Image) -> sitk.Image:
+    """A mask (uint8) of what is not air: Otsu's threshold, closed, holes filled."""
+    inside = sitk.BinaryMorphologicalClosing(sitk.OtsuThreshold(image, 0, 1), [3] * 3)
+    return sitk.Cast(sitk.BinaryFillhole(inside), sitk.sitkUInt8)
 
 
 def convex_adam(settings: dict) -> Register:
@@ -127,51 +164,103 @@ def convex_adam(settings: dict) -> Register:
     return _warmed(register)
 
 
+NIFTYREG_SETTINGS = "reg_f3d with its defaults: NMI of 64 bins, 3 levels, control points 5 voxels apart, bending energy"
+
+
+def niftyreg(settings: dict) -> Register:
+    """Free-form deformation of NiftyReg (Modat et al., Computer Methods and Programs in Biomedicine 2010)."""
+    commands = {
+        name: shutil.which(name) or str(Path(sys.executable).parent / name) for name in ("reg_f3d", "reg_transform")
+    }
+
+    def register(fixed: sitk.Image, moving: sitk.Image) -> Registered:
+        with tempfile.TemporaryDirectory() as folder:
+            names = [f"{folder}/{name}.nii" for name in ("fixed", "moving", "grid", "warped", "displacement")]
+            for image, name in zip((fixed, moving), names, strict=False):
+                sitk.WriteImage(image, name)
+            f, m, grid, warped, displacement = names
+            threads = ["-omp", str(settings["threads"])]
+            for command in (
+                [commands["reg_f3d"], "-ref", f, "-flo", m, "-cpp", grid, "-res", warped, *threads, "-voff"],
+                [commands["reg_transform"], "-ref", f, "-disp", grid, displacement],
+            ):
+                subprocess.run(command, check=True, capture_output=True)
+            array = sitk.GetArrayFromImage(sitk.ReadImage(displacement)).reshape(*fixed.GetSize()[::-1], 3)
+        return Registered(_vectors(array * [-1, -1, 1], fixed))  # NIfTI is RAS
+
+    return register
+
+
+def greedy(settings: dict) -> Register:
+    """Greedy diffeomorphic registration (Yushkevich et al., Alzheimer's & Dementia 2016; the successor of SyN's authors)."""
+    from picsl_greedy import Greedy3D
+
+    def register(fixed: sitk.Image, moving: sitk.Image) -> Registered:
+        run = Greedy3D()
+        command = f"-i fixed moving -m NMI -n 100x50x10 -s 1.732vox 0.7071vox -o warp -threads {settings['threads']}"
+        said = io.StringIO()  # it prints a lot
+        run.execute(command, fixed=fixed, moving=moving, warp=None, out=said, err=said)
+        return Registered(sitk.Cast(run["warp"], sitk.sitkVectorFloat32))
+
+    return register
+
+
 def divregnet(settings: dict) -> Register:
-    """DivRegNet without its own alignment, as the pair is aligned."""
+    """DivRegNet without its own alignment, as the pair is aligned; everything else is as its options say."""
     from DivRegNetLib import models
+    from DivRegNetLib.core.composites import displacement_on
     from DivRegNetLib.core.device import pick_device
+    from DivRegNetLib.core.grid import Grid
     from DivRegNetLib.registration import pipeline
 
     model = models.load(settings["model"], pick_device(settings["device"]))
-    if "methods" in settings:
-        model = replace(model, card=replace(model.card, methods=settings["methods"]))
-    options = {"model": model, "device": settings["device"], "align": "none"}
+    options = {"model": model, "device": settings["device"], "align": "none"} | settings["options"]
 
-    def register(fixed: sitk.Image, moving: sitk.Image):
-        result = pipeline.register(
-            fixed, moving, spacing=fixed.GetSpacing()[0], refine=settings.get("refine", 0), **options
+    def register(fixed: sitk.Image, moving: sitk.Image) -> Registered:
+        result = pipeline.register(fixed, moving, **options)
+        displacement, inverse = (
+            displacement_on(t, Grid.of(i)) for t, i in ((result.transform, fixed), (result.inverse, moving))
         )
-        displacement, inverse = (t.GetDisplacementField() for t in (result.transform, result.inverse))
         return Registered(displacement, inverse, result.timings["deform"])
 
     return _warmed(register)
 
 
 REFINE_STEPS = 16
+DEFAULT = "DivRegNet"
 
 METHODS = {
-    "initial": Method(None, "as the images lie in space"),
-    "affine": Method(None, "DivRegNet's own affine stage (phantoms and limbs: none); where all below start"),
+    "initial": Method(None, "the images as they lie in space"),
+    "affine": Method(None, "DivRegNet's own affine alignment (none for pairs in one frame); where all methods start"),
     "ANTs SyN": Method(
-        "antspyx", "SyNOnly, Mattes MI of 32 bins, gradient step 0.2, flow sigma 3, iterations 100 x 70 x 50 x 20 on levels "
-        "shrunk 8, 4, 2 and 1 times, without those of more than 8 mm or fewer than 8 voxels", syn,
+        "antspyx", "antsRegistrationSyN.sh without its linear stages, as in ANTsPy, with the metric of "
+        "antsRegistrationSyNQuick.sh, Mattes MI of 32 bins: gradient step 0.2, flow sigma 3, 100 x 70 x 50 x 20 iterations at "
+        "shrink factors 8, 4, 2 and 1, without levels of more than 8 mm or fewer than 8 voxels",
+        partial(syn, metric="mattes", sampling=32),
     ),
-    "elastix": Method(
-        "itk-elastix", "default parameter map bspline: 256 iterations a resolution, as many of these as SyN has levels, Mattes "
-        "MI and bending energy, 10 mm control points", elastix,
+    "ANTs SyN, CC": Method(
+        "antspyx", "the same with the metric of antsRegistrationSyN.sh, cross-correlation of radius 2",
+        partial(syn, metric="CC", sampling=2),
     ),
+    "elastix": Method("itk-elastix", ELASTIX_SETTINGS, elastix),
     "ConvexAdam": Method(
         "convexadam", "MIND-SSC, defaults of convex_adam_pt (80 iterations of Adam); sides padded to multiples of 6",
         convex_adam,
     ),
-    "Newton steps alone": Method(None, "method variational of the model, align=none", divregnet),
-    "DivRegNet": Method(None, "forward pass, align=none", divregnet),
-    "DivRegNet, refined": Method(None, "align=none, as many steps as --refine says", divregnet),
+    "NiftyReg": Method("niftyreg", NIFTYREG_SETTINGS, niftyreg),
+    "greedy": Method(
+        "picsl-greedy", "normalized mutual information, 100 x 50 x 10 iterations at shrink factors 4, 2 and 1, "
+        "default smoothing", greedy,
+    ),
+    "without network": Method(None, "the variational method alone", divregnet, {"method": "variational"}),
+    "DivRegNet, fast": Method(None, "preset fast", divregnet, {}, "fast"),
+    DEFAULT: Method(None, "all options as they are", divregnet, {}),
+    "DivRegNet, refined": Method(None, "as many steps of refinement as --refine says", divregnet, {"refine": REFINE_STEPS}),
+    "DivRegNet, thorough": Method(None, "preset thorough", divregnet, {}, "thorough"),
 }  # fmt: skip
 """Name -> method, in the order of the table."""
 
-OURS = ("DivRegNet", "DivRegNet, refined", "Newton steps alone")
+OURS = tuple(name for name, method in METHODS.items() if method.options is not None)
 
 
 def version(package: str) -> str | None:
@@ -179,10 +268,12 @@ def version(package: str) -> str | None:
     return next((d.version for d in importlib.metadata.distributions(name=package)), None)
 
 
-def is_installed(method: str) -> bool:
-    """Whether the package of a method is installed."""
-    package = METHODS[method].package
-    return package is None or version(package) is not None
+def missing(method: str) -> str | None:
+    """Why a method cannot be run, or None: its package is not installed, or this DivRegNet has no such preset."""
+    about = METHODS[method]
+    if about.package is not None and version(about.package) is None:
+        return f"{about.package} is not installed; install it with pip install -e '.[benchmark]'"
+    return None if about.preset in PRESETS else f"this version has no preset {about.preset}"
 
 
 def reset_peak() -> int:

@@ -102,7 +102,7 @@ class ClassTraining:
 
     steps: 0: there is no class network.
     names: of the classes but background, in their order; empty: those that the sources name, in the order of their labels.
-    sources: what is learnt from.
+    sources: what is learned from.
     shape: sides (D, H, W) of the images that are looked at, in voxels; empty: those of the source's cohort. Smaller ones are
         parts that may lie anywhere.
     spacing: mm of their voxels, from and to, drawn anew each time; 0: that of the source's cohort.

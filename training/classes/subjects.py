@@ -16,7 +16,7 @@ from training.classes.config import ClassTraining, Source
 from training.data import cohort as cohorts
 
 LABELS = 256
-LABELED = ("images", "paint")  # kinds of sources whose labels are learnt
+LABELED = ("images", "paint")  # kinds of sources whose labels are learned
 OUTSIDE = 0  # number of the set that holds background alone
 
 

@@ -259,7 +259,7 @@ def fit_to_cohort(
     None where the configuration asks for no class network, or where the cohort has no labels.
 
     Args:
-        cohort: what is learnt from where the configuration names no sources.
+        cohort: what is learned from where the configuration names no sources.
         output, resume: as in :func:`fit`.
     """
     if not config.steps:

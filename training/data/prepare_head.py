@@ -2,7 +2,8 @@
 
     python training/data/prepare_head.py --data DIR --output build/cohorts/head
 
-DIR holds ``brain_t1t2pd`` and ``brain_labelmaps``. Each label map is aligned to BrainWeb by the affine alignment that a
+DIR holds ``brain_t1t2pd`` and ``brain_labelmaps``. Three label maps are for validation and tests
+(training/data/label_maps.py). Each label map is aligned to BrainWeb by the affine alignment that a
 registration starts with. ``--template`` prepares BrainWeb alone.
 """
 
@@ -18,26 +19,11 @@ from DivRegNetLib.core.grid import Grid, affine_transform
 from DivRegNetLib.registration import alignment
 from training.data.brainweb import CONTRASTS, aal, brain_mask, brainweb, to_unit
 from training.data.cohort import FORMAT
+from training.data.label_maps import BRAIN, HELD_OUT, tissue
 
 SPACING_MM = 2.0
 MULTIPLE = 16
-# FreeSurfer's classes: https://surfer.nmr.mgh.harvard.edu/fswiki/FsTutorial/AnatomicalROI/FreeSurferColorLUT
-WHITE = {2, 7, 13, 16, 28, 41, 46, 52, 60, 85}
-GRAY = {3, 8, 10, 11, 12, 17, 18, 26, 42, 47, 49, 50, 51, 53, 54, 58}
-FLUID = {4, 5, 14, 15, 24, 43, 44, 72}
-BRAIN = WHITE | GRAY | FLUID | {25, 30, 57, 62}
 T1_OF_TISSUE = {"white": 0.55, "gray": 0.4, "fluid": 0.18, "other": 0.35, "background": 0.0}
-
-
-def tissue(label: int) -> str:
-    """The tissue of a FreeSurfer class: white, gray, fluid, other or background."""
-    if label == 0:
-        return "background"
-    return "white" if label in WHITE else "gray" if label in GRAY else "fluid" if label in FLUID else "other"
-
-
-HELD_OUT = ("validation", "test", "test")
-"""Splits of the last label maps by name."""
 
 
 def entry(name: str, contrasts: tuple[str, ...], split: str = "train") -> dict:
@@ -86,8 +72,7 @@ def main() -> None:
         array = sitk.GetArrayFromImage(on_grid(labels, to_subject))
         name = file.name.removesuffix(".nii.gz")
         np.savez_compressed(args.output / f"{name}.npz", labels=index[array], brain=np.isin(array, sorted(BRAIN)))
-        held_out = dict(zip(files[-len(HELD_OUT) :], HELD_OUT, strict=False))
-        volumes.append(entry(name, (), held_out.get(file, "train")))
+        volumes.append(entry(name, (), HELD_OUT.get(name, "train")))
     about = {
         "format": FORMAT,
         "spacing": args.spacing,

@@ -105,16 +105,16 @@ def line(name: str, rows: list[Row]) -> list[str]:
 
 
 def trained(data: Path, count: int, args: argparse.Namespace) -> models.Model:
-    """A model whose class network has learnt from the first ``count`` cases alone."""
+    """A model whose class network has learned from the first ``count`` cases alone."""
     cohort = args.output / "cohort"
-    learnt = names(data)[:-HELD_OUT]
-    held = learnt[-VALIDATION:]
+    learned = names(data)[:-HELD_OUT]
+    held = learned[-VALIDATION:]
     rows = [
         layouts.Source(
             name.removesuffix(".nii.gz"), name, (data / "hippocampus/images" / name,), ("MR",),
             data / "hippocampus/labels" / name, split="validation" if name in held else "train",
         )
-        for name in learnt
+        for name in learned
     ]  # fmt: skip
     prepare.prepare_cohort(rows, cohort, prepare.Preparation(spacing_mm=1.0, workers=args.workers))
     run, steps = args.output / f"cases-{count}", {"steps": args.steps} if args.steps else {}

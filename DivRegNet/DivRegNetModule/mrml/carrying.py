@@ -101,7 +101,9 @@ def place_copy(copy, node, fixed_node, target=None):
             target.SetAndObserveTransformNodeID(None)
             target.CopyContent(copy, False)
     else:
-        name = f"{node.GetName()} warped" + (f" to {fixed_node.GetName()}" if fixed_node is not None else "")
+        name = _("{name} warped").format(name=node.GetName())
+        if fixed_node is not None:
+            name = _("{moving} warped to {fixed}").format(moving=node.GetName(), fixed=fixed_node.GetName())
         copy.SetName(scene.GenerateUniqueName(name))
         # Before it is in the scene: modules that observe the scene give a node without displays one of their own, which is
         # shown (vtkSlicerMarkupsLogic::OnMRMLSceneNodeAdded).

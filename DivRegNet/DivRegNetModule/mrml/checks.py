@@ -52,15 +52,26 @@ def check_nodes(fixed_node, moving_node, *, warped_node=None, transform_node=Non
 
 
 def check_volume(node, role: str) -> None:
-    """Raises InputError unless the node is a scalar volume, in a scene, with several slices of one value per voxel."""
-    fixed = role == "fixed"
+    """Raises InputError unless the node is a scalar volume, in a scene, with several slices of one value per voxel.
+
+    Args:
+        role: ``fixed``, ``moving`` or ``reference``, for the message.
+    """
     name = name_of(node)
     if node is None:
-        raise InputError(_("there is no fixed volume; choose one") if fixed else _no_volume(role))
+        missing = {
+            "fixed": _("there is no fixed volume; choose one"),
+            "moving": _("there is no moving volume; choose one"),
+            "reference": _("there is no reference volume; choose one"),
+        }
+        raise InputError(missing[role])
     if not is_a(node, "vtkMRMLNode"):
-        text = _("the fixed volume must be a volume node, got {what}")
-        text = text if fixed else _("the moving volume must be a volume node, got {what}")
-        raise InputError(text.format(what=f"{node!r:.80}"))
+        wrong = {
+            "fixed": _("the fixed volume must be a volume node, got {what}"),
+            "moving": _("the moving volume must be a volume node, got {what}"),
+            "reference": _("the reference volume must be a volume node, got {what}"),
+        }
+        raise InputError(wrong[role].format(what=f"{node!r:.80}"))
     if is_a(node, "vtkMRMLLabelMapVolumeNode"):
         text = _(
             "{name} is a label map, which has no intensities to register; choose a scalar volume as fixed and as moving "
@@ -72,24 +83,22 @@ def check_volume(node, role: str) -> None:
         text = _("{name} is no scalar volume; choose, as fixed and as moving volume, one with one value per voxel")
         raise InputError(text.format(name=name))
     if is_empty(image):
-        text = _("the fixed volume {name} is empty; load an image into it or choose another")
-        text = text if fixed else _("the moving volume {name} is empty; load an image into it or choose another")
-        raise InputError(text.format(name=name))
+        empty = {
+            "fixed": _("the fixed volume {name} is empty; load an image into it or choose another"),
+            "moving": _("the moving volume {name} is empty; load an image into it or choose another"),
+            "reference": _("the reference volume {name} is empty; load an image into it or choose another"),
+        }
+        raise InputError(empty[role].format(name=name))
     if min(image.GetDimensions()) < 2:
         text = _("{name} has a single slice; choose, as fixed and as moving volume, one with several slices")
         raise InputError(text.format(name=name))
     if node.GetScene() is None:
-        text = _("the fixed volume {name} is in no scene; add it to one or choose another")
-        text = text if fixed else _("the moving volume {name} is in no scene; add it to one or choose another")
-        raise InputError(text.format(name=name))
-
-
-def _no_volume(role: str) -> str:
-    return (
-        _("there is no reference volume; choose one")
-        if role == "reference"
-        else _("there is no moving volume; choose one")
-    )
+        alone = {
+            "fixed": _("the fixed volume {name} is in no scene; add it to one or choose another"),
+            "moving": _("the moving volume {name} is in no scene; add it to one or choose another"),
+            "reference": _("the reference volume {name} is in no scene; add it to one or choose another"),
+        }
+        raise InputError(alone[role].format(name=name))
 
 
 def check_carried(node, scene, transform_node=None) -> None:

@@ -9,6 +9,7 @@ import SimpleITK as sitk
 import vtk
 
 from DivRegNetLib.core.grid import Grid
+from DivRegNetModule import _
 from DivRegNetModule.mrml import transforms, volumes
 from DivRegNetModule.mrml.carrying import FIXED, MOVING
 from DivRegNetModule.mrml.checks import check_nodes
@@ -139,7 +140,7 @@ def content_of_result(result: "Result", scalar_type: int, *, inverse: bool) -> C
     return Content(
         finish(vtk_image_steps(sitk.GetArrayViewFromImage(result.warped), scalar_type)),
         Grid.of(result.warped).ras_matrix,
-        transforms.grid_transform(result.transform),
+        transforms.grid_transform(result.transform, Grid.of(result.warped)),
         transforms.grid_transform(result.inverse) if inverse else None,
         result.quality,
         _attributes(result),
@@ -198,19 +199,19 @@ def fill_nodes(
     outputs = {"warped_node": warped_node, "transform_node": transform_node, "inverse_node": inverse_node}
     check_nodes(fixed_node, moving_node, **outputs)
     scene = fixed_node.GetScene()
-    fixed_name, moving_name = fixed_node.GetName(), moving_node.GetName()
+    names = {"fixed": fixed_node.GetName(), "moving": moving_node.GetName()}
     with all_or_nothing(scene, outputs.values()):
         if warped_node is None:
-            warped_node = add_node(scene, "vtkMRMLScalarVolumeNode", f"{moving_name} warped to {fixed_name}")
+            warped_node = add_node(scene, "vtkMRMLScalarVolumeNode", _("{moving} warped to {fixed}").format(**names))
         volumes.fill_volume(warped_node, content.warped, content.matrix)
         volumes.show_like(warped_node, moving_node)
         warped_node.SetNodeReferenceID(FIXED, fixed_node.GetID())
         warped_node.SetNodeReferenceID(MOVING, moving_node.GetID())
         if transform_node is None:
-            transform_node = add_node(scene, "vtkMRMLTransformNode", f"{moving_name} to {fixed_name}")
+            transform_node = add_node(scene, "vtkMRMLTransformNode", _("{moving} to {fixed}").format(**names))
         transforms.fill_transform(transform_node, content.forward, fixed_node, moving_node, content.attributes)
         if inverse_node is True:
-            inverse_node = add_node(scene, "vtkMRMLTransformNode", f"{fixed_name} to {moving_name}")
+            inverse_node = add_node(scene, "vtkMRMLTransformNode", _("{fixed} to {moving}").format(**names))
         if inverse_node is not None:
             transforms.fill_transform(inverse_node, content.inverse, moving_node, fixed_node, content.attributes)
     return Registration(warped_node, transform_node, inverse_node, content.quality, result)

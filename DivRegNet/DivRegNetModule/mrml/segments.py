@@ -41,15 +41,11 @@ def segment_image_steps(node, segment_id: str) -> Steps[sitk.Image]:
         raise InputError(text.format(name=name_of(node), segment=repr(segment_id)))
     layer, value = yield from _label_map(segmentation, segment_id)
     if is_empty(layer):
-        raise InputError(
-            f"the segment {segment.GetName()!r} of {name_of(node)} is empty; draw it or leave the mask out"
-        )
+        raise InputError(_empty(node, segment))
     image = yield from world_image_steps(layer, _geometry(layer), node, linear=False)
     inside = image == value
     if not sitk.GetArrayViewFromImage(inside).any():
-        raise InputError(
-            f"the segment {segment.GetName()!r} of {name_of(node)} is empty; draw it or leave the mask out"
-        )
+        raise InputError(_empty(node, segment))
     return inside
 
 

@@ -7,6 +7,7 @@ import slicer.util
 import vtk
 from vtk.util import numpy_support
 
+from DivRegNetLib.core.composites import displacement_on, field_of
 from DivRegNetLib.core.grid import LPS_FROM_RAS, Grid, affine_transform
 from DivRegNetLib.errors import InputError
 from DivRegNetModule import _
@@ -38,9 +39,16 @@ def initial_transform(node, moving_node) -> sitk.AffineTransform:
     return affine_transform(LPS_FROM_RAS @ np.linalg.inv(matrix_to_world(node)) @ LPS_FROM_RAS)
 
 
-def grid_transform(transform: sitk.DisplacementFieldTransform) -> "slicer.vtkOrientedGridTransform":
-    """A displacement field (LPS, mm) as VTK's (RAS, mm)."""
-    field = transform.GetDisplacementField()
+def grid_transform(transform: sitk.Transform, grid: Grid | None = None) -> "slicer.vtkOrientedGridTransform":
+    """A displacement field, or a result's transform on a grid, (LPS, mm) as VTK's (RAS, mm).
+
+    Args:
+        grid: None: that of the displacement field.
+    """
+    if transform.GetTransformEnum() == sitk.sitkDisplacementField:
+        field = sitk.DisplacementFieldTransform(transform).GetDisplacementField()
+    else:
+        field = displacement_on(transform, grid or Grid.of(field_of(transform)))
     return finish(grid_transform_steps(sitk.GetArrayViewFromImage(field), Grid.of(field)))
 
 

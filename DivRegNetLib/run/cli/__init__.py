@@ -1,12 +1,15 @@
 """The command line: ``divregnet register | apply | evaluate | report | models``, a module for each command."""
 
 import argparse
+import contextlib
 import os
 import sys
 
 from DivRegNetLib import __version__
 from DivRegNetLib.errors import DivRegNetError, missing_package
 from DivRegNetLib.run.cli import apply, evaluate, models, register, report
+from DivRegNetLib.run.process import prepare_process
+from DivRegNetLib.run.threads import prepare_threads
 
 BAD_INPUT, UNEXPECTED, INTERRUPTED = 2, 1, 130
 COMMANDS = {"register": register, "apply": apply, "evaluate": evaluate, "report": report, "models": models}
@@ -14,6 +17,8 @@ COMMANDS = {"register": register, "apply": apply, "evaluate": evaluate, "report"
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command; returns its exit code: 0, 2 for an error that the user can correct, 1 for an unexpected one."""
+    prepare_process()
+    prepare_threads()
     args = _parser().parse_args(arguments)
     try:
         return args.run(args) or 0
@@ -27,7 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        return _report(args, f"{error.filename}: {error.strerror or error}", BAD_INPUT)
+        where = f"{error.filename}: " if error.filename else "the system refused: "
+        return _report(args, where + (error.strerror or str(error)), BAD_INPUT)
     except Exception as error:
         return _report(args, f"unexpected {type(error).__name__}: {error} (--debug shows where)", UNEXPECTED)
 
@@ -36,7 +42,8 @@ def _report(args: argparse.Namespace, message: str, code: int) -> int:
     """Prints an error in one line; with ``--debug`` raises it again."""
     if args.debug:
         raise
-    print(f"divregnet: {' '.join(message.split())}", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        print(f"divregnet: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return code
 
 

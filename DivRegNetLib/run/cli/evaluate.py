@@ -30,22 +30,17 @@ def add_comparison_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     import SimpleITK as sitk
 
-    from DivRegNetLib.io import images, landmarks, transforms
-    from DivRegNetLib.quality import metrics
+    from DivRegNetLib.io.transforms import read_transform
+    from DivRegNetLib.run.comparison import LabelMaps, LandmarkLists
 
-    transform = sitk.Transform() if args.transform is None else transforms.read_transform(args.transform)
-    stages = {"before": sitk.Transform()} | ({"after": transform} if args.transform else {})
-    scores: dict = {}
-    if args.fixed_labels and args.moving_labels:
-        fixed, moving = images.read_labels(args.fixed_labels), images.read_labels(args.moving_labels)
-        scores["labels"] = {
-            name: metrics.label_overlap(fixed, sitk.Resample(moving, fixed, t, sitk.sitkNearestNeighbor, 0))
-            for name, t in stages.items()
-        }
-    if args.fixed_landmarks and args.moving_landmarks:
-        fixed, moving = (landmarks.read_landmarks(p) for p in (args.fixed_landmarks, args.moving_landmarks))
-        errors = {name: metrics.landmark_error(fixed.points, moving.points, t) for name, t in stages.items()}
-        scores["landmarks_mm"] = {n: {"mean": float(e.mean()), "largest": float(e.max())} for n, e in errors.items()}
+    stages = {"before": sitk.Transform()} | ({"after": read_transform(args.transform)} if args.transform else {})
+    scores, notes = {}, []
+    if labels := LabelMaps.read(args.fixed_labels, args.moving_labels):
+        scores["labels"], _ = labels.compare(stages)
+        notes += labels.notes
+    if landmarks := LandmarkLists.read(args.fixed_landmarks, args.moving_landmarks):
+        scores["landmarks_mm"] = landmarks.compare(stages)
+        notes += landmarks.pairs.notes
     if not scores:
         raise InputError(
             "give --fixed-labels and --moving-labels, or --fixed-landmarks and --moving-landmarks, or both"
@@ -59,4 +54,4 @@ def run(args: argparse.Namespace) -> None:
         if "landmarks_mm" in scores:
             error = scores["landmarks_mm"][stage]
             lines.append(f"{stage}: landmark error mean {error['mean']:.2f} mm, largest {error['largest']:.2f} mm")
-    show(args, scores, "\n".join(lines))
+    show(args, scores | ({"notes": notes} if notes else {}), "\n".join([*lines, *(f"note: {note}" for note in notes)]))

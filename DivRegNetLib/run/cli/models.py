@@ -29,7 +29,8 @@ def run(args: argparse.Namespace) -> None:
         modalities = ", ".join(map(str, card.modalities))
         spacing = f"{card.spacing_mm:g} mm" if card.spacing_mm else "any resolution"
         lines.append(f"{name} {card.version}: {card.summary} ({card.anatomy}; {modalities}; {spacing})\n  {file}")
-        advice = {"good for": card.good_for, "limits": card.limits}
+        classes = ", ".join(map(str, card.classes[1:]))
+        advice = {"good for": card.good_for, "limits": card.limits, "guided by classes": classes}
         lines += [
             textwrap.fill(f"{k}: {v}", 100, initial_indent="  ", subsequent_indent="    ")
             for k, v in advice.items()

@@ -1,13 +1,15 @@
 """What the commands print: results as text or JSON, and progress."""
 
 import argparse
+import contextlib
 import json
 import sys
 
 
 def show(args: argparse.Namespace, value: object, text: str) -> None:
     """Prints the text, or with ``--json`` the value."""
-    print(json.dumps(value, indent=2, ensure_ascii=False) if args.json else text)
+    utf8 = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "") == "utf8"
+    print(json.dumps(value, indent=2, ensure_ascii=not utf8) if args.json else text, flush=True)
 
 
 class ProgressBar:
@@ -28,7 +30,8 @@ class ProgressBar:
             self.bar.set_description(stage, refresh=False)
             self.bar.update(100 * fraction - self.bar.n)
         elif not self.quiet and stage != self.stage:
-            print(f"{stage} ...", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # a full disk must not cost the registration
+                print(f"{stage} ...", file=sys.stderr, flush=True)
         self.stage = stage
 
     def __exit__(self, *exception: object) -> None:

@@ -11,7 +11,7 @@ from DivRegNetLib.quality.verdict import AMBER, LEVELS, RED
 from DivRegNetLib.registration.landmark_alignment import KINDS, align_landmarks
 from DivRegNetLib.run.cli.evaluate import add_comparison_arguments
 from DivRegNetLib.run.cli.output import ProgressBar, show
-from DivRegNetLib.run.cohort import TABLE, Pair, read_pairs, register_pairs
+from DivRegNetLib.run.cohort import TABLE, Pair, frames, read_pairs, register_pairs
 
 DESCRIPTION = "Register the moving to the fixed volume."
 FAILED_VERDICT = 3  # exit code
@@ -37,8 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--preset",
         choices=PRESETS,
         default="general",
-        help="options for a purpose; those given beside it come first. "
-        + " ".join(f"{p.name}: {p.help}" for p in PRESETS.values()),
+        help="named options for a purpose; options given as well take precedence",
     )
     for option in table().values():
         add_option(parser, option)
@@ -91,13 +90,31 @@ def run(args: argparse.Namespace) -> int:
 
         names = (f"{side}{what}" for what in ("", "_mask", "_labels", "_landmarks") for side in ("fixed", "moving"))
         pair = Pair(**{name: getattr(args, name) for name in names})
+        if frames.is_4d(pair.moving):
+            return _register_frames(args, pair, options)
         with ProgressBar(quiet=args.json) as progress:
             report = register_files(pair, args.output, options, overwrite=args.overwrite, progress=progress)
         show(args, report, _summary(report, args.output))
         return _exit_code(args, [report["verdict"]["level"]])
+    return _register_all(args, read_pairs(args.pairs), options)
+
+
+def _register_frames(args: argparse.Namespace, pair: Pair, options: Options) -> int:
+    """Registers each frame of a moving 4D file, and joins the warped frames. Returns the exit code."""
+    pairs = frames.split(pair, args.output)
+    code = _register_all(args, pairs, options)
+    frames.join_warped(list(pairs), args.output)
+    return code
+
+
+def _register_all(args: argparse.Namespace, pairs: dict[str, Pair], options: Options) -> int:
+    """Registers pairs into folders of their names, and a table. Returns the exit code.
+
+    Raises:
+        InputError: some of them failed.
+    """
     from tqdm import tqdm
 
-    pairs = read_pairs(args.pairs)
     with tqdm(total=len(pairs), desc="pairs", unit="pair", disable=args.json or None) as bar:
         rows = register_pairs(
             pairs, args.output, options, overwrite=args.overwrite, dask=args.dask, finished=bar.update
@@ -127,10 +144,10 @@ def _alignment(args: argparse.Namespace):
     if args.pairs is not None or args.fixed_landmarks is None or args.moving_landmarks is None:
         raise InputError(f"--align {args.align} needs --fixed-landmarks and --moving-landmarks of one pair")
     from DivRegNetLib.core.grid import affine_transform
-    from DivRegNetLib.io.landmarks import read_landmarks
+    from DivRegNetLib.run.comparison import LandmarkLists
 
-    fixed, moving = (read_landmarks(path).points for path in (args.fixed_landmarks, args.moving_landmarks))
-    return affine_transform(align_landmarks(fixed, moving, BY_LANDMARKS[args.align]))
+    pairs = LandmarkLists.read(args.fixed_landmarks, args.moving_landmarks).pairs
+    return affine_transform(align_landmarks(pairs.fixed, pairs.moving, BY_LANDMARKS[args.align]))
 
 
 def _summary(report: dict, output: Path) -> str:

@@ -12,7 +12,9 @@ DESCRIPTION = "Write the results of a registration as one HTML page with picture
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("results", metavar="DIR", type=Path, help="folder that divregnet register wrote")
-    parser.add_argument("--output", metavar="FILE", type=Path, help="default: report.html in that folder")
+    parser.add_argument(
+        "--output", metavar="FILE", type=Path, help="file that is written; default: report.html in that folder"
+    )
     for side in ("fixed", "moving"):
         parser.add_argument(
             f"--{side}", metavar="FILE", type=Path, help=f"the {side} volume, if it was moved elsewhere"
@@ -24,7 +26,6 @@ def run(args: argparse.Namespace) -> None:
     import SimpleITK as sitk
 
     from DivRegNetLib.io.images import read_image
-    from DivRegNetLib.io.landmarks import read_landmarks
     from DivRegNetLib.quality.preview import field_displacement
     from DivRegNetLib.quality.report import Registration, write_report
 
@@ -37,8 +38,8 @@ def run(args: argparse.Namespace) -> None:
     paths = [args.fixed or inputs["fixed"], args.moving or inputs["moving"]]
     fixed, moving = (read_image(path) for path in paths)
     landmarks = []
-    if "landmarks_mm" in quality and inputs["fixed_landmarks"].exists():
-        labels = read_landmarks(inputs["fixed_landmarks"]).labels
+    if "landmarks_mm" in quality:
+        labels = quality.get("landmark_labels", [])
         errors = [quality["landmarks_mm"][stage]["each"] for stage in ("before", "after")]
         landmarks = list(zip(labels, *errors, strict=False))
     output = args.output or args.results / "report.html"

@@ -7,7 +7,7 @@ from pathlib import Path
 from DivRegNetLib.io.atomic import write_text
 from DivRegNetLib.io.output_folder import exclusive
 from DivRegNetLib.options import Options
-from DivRegNetLib.run.cohort.pairs import Pair, read_pairs
+from DivRegNetLib.run.cohort.pairs import Pair, check_names, read_pairs
 from DivRegNetLib.run.cohort.results import QUALITY, TABLE, csv_text
 
 __all__ = ["QUALITY", "TABLE", "Pair", "read_pairs", "register_pairs"]
@@ -24,8 +24,8 @@ def register_pairs(
 ) -> list[dict]:
     """Registers a cohort, each pair into a folder of its name. The table ``results.csv`` grows as pairs finish.
 
-    A model is loaded once per process. Pairs that have results already are skipped. A pair that fails becomes a row that
-    gives the reason.
+    A model is loaded once per process. Results that are there are kept if they were made from the same files with the same
+    options and model. A pair that fails becomes a row that gives the reason.
 
     Args:
         dask: where :mod:`DivRegNetLib.run.cohort.dask` finds its workers; None: in this process, one pair after another.
@@ -33,9 +33,11 @@ def register_pairs(
     Returns:
         The rows of the table, in the order of ``pairs``.
     Raises:
+        InputError: a name of a pair cannot be the name of a folder.
         DivRegNetError: the model, or with ``dask`` the scheduler or its workers, cannot be used; or another process
             registers a cohort into this folder.
     """
+    check_names(pairs)
     if dask is None:
         from DivRegNetLib.run.cohort import serial as scheduler
 

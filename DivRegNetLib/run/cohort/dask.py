@@ -28,6 +28,7 @@ from DivRegNetLib.io.output_folder import clear_abandoned
 from DivRegNetLib.options import Options
 from DivRegNetLib.run.cohort.pairs import Pair
 from DivRegNetLib.run.cohort.results import TABLE, csv_text, failed_row
+from DivRegNetLib.run.threads import COUNTS, prepare_threads, usable_processors
 
 if TYPE_CHECKING:
     import distributed
@@ -107,8 +108,8 @@ def _scheduler(address: str) -> Iterator[str]:
     number = address.removeprefix(LOCAL)
     if not (number.isdecimal() and int(number)):
         raise InputError(f"{address}: a number of processes is expected, as in {LOCAL}2")
-    share = max(1, dask.system.CPU_COUNT // int(number))
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"), share)
+    threads = dict.fromkeys(COUNTS, str(max(usable_processors() // int(number), 1)))
+    prepare_threads(threads)
     settings = {"distributed.nanny.pre-spawn-environ": threads, "distributed.scheduler.allowed-failures": 1}
     with (
         dask.config.set(settings),
@@ -197,6 +198,7 @@ def register_pair(name: str, pair: dict[str, Path], output: Path, options: dict,
     """
     from distributed import get_worker
 
+    prepare_threads()  # before the first pair imports torch
     from DivRegNetLib.run.cohort.register_row import register_row
 
     worker = get_worker()

@@ -1,29 +1,42 @@
 """One pair of files registered into one folder."""
 
+import json
 import os
 from pathlib import Path
 
 import SimpleITK as sitk
 
-from DivRegNetLib.core.grid import affine_transform
+from DivRegNetLib.core.composites import displacement_on
+from DivRegNetLib.core.grid import Grid, affine_transform
 from DivRegNetLib.core.points import invert_points
-from DivRegNetLib.errors import InputError
+from DivRegNetLib.errors import InputError, reason_of
 from DivRegNetLib.io.atomic import staging_folder, write_json
-from DivRegNetLib.io.images import check_right_angles, read_image, read_labels, write_image
-from DivRegNetLib.io.landmarks import Landmarks, read_landmarks, write_landmarks
+from DivRegNetLib.io.images import check_right_angles, read_image, write_image
+from DivRegNetLib.io.landmarks import Landmarks, write_landmarks
 from DivRegNetLib.io.output_folder import exclusive
+from DivRegNetLib.io.paths import unchanged, utf8_name
+from DivRegNetLib.io.segmentations import read_mask, write_segmentation
 from DivRegNetLib.io.transforms import write_transform
 from DivRegNetLib.models import Model
 from DivRegNetLib.options import Options, Progress
-from DivRegNetLib.quality import metrics
 from DivRegNetLib.quality.expected_error import on_grid
+from DivRegNetLib.quality.figures import default_style
 from DivRegNetLib.quality.preview import write_preview
 from DivRegNetLib.quality.verdict import judge
 from DivRegNetLib.registration.check import check_image
 from DivRegNetLib.registration.pipeline import register
 from DivRegNetLib.result import Result
+from DivRegNetLib.run.cohort.origin import origin_of
 from DivRegNetLib.run.cohort.pairs import Pair
 from DivRegNetLib.run.cohort.results import QUALITY
+from DivRegNetLib.run.comparison import LabelMaps, LandmarkLists, not_inverted
+
+WARPED_LABELS = ("warped_labels.nii.gz", "warped_labels.seg.nrrd")  # of label maps, and of segmentations with names
+PREVIEW, ERROR_MAP = "preview.png", "error_map.nii.gz"
+POSSIBLE_FILES = (
+    "warped.nii.gz", "transform.h5", "inverse.h5", "displacement.nii.gz", PREVIEW, *WARPED_LABELS,
+    "warped_landmarks.mrk.json", ERROR_MAP,
+)  # fmt: skip
 
 
 def register_files(
@@ -38,9 +51,9 @@ def register_files(
     """Registers files and writes the results, which appear in the folder together, ``quality.json`` last.
 
     Writes ``warped.nii.gz``, ``transform.h5``, ``inverse.h5``, ``displacement.nii.gz`` (3-vectors, LPS mm, on the fixed
-    grid), ``preview.png``, ``quality.json`` and, where labels or landmarks are given, ``warped_labels.nii.gz`` and
-    ``warped_landmarks.mrk.json`` (the moving landmarks in fixed space), and where it is asked for ``error_map.nii.gz`` (the
-    expected error, mm, on the fixed grid).
+    grid), ``preview.png``, ``quality.json`` and, where labels or landmarks are given, ``warped_labels.nii.gz`` (of a
+    segmentation ``warped_labels.seg.nrrd``) and ``warped_landmarks.mrk.json`` (the moving landmarks in fixed space), and where
+    it is asked for ``error_map.nii.gz`` (the expected error, mm, on the fixed grid).
 
     Args:
         model: already loaded; None: ``options.model`` is loaded.
@@ -59,15 +72,14 @@ def register_files(
 
 def _register_files(pair: Pair, output: Path, options: Options, model: Model | None, progress: Progress | None) -> dict:
     """:func:`register_files` in a folder that this process holds and whose results may be replaced."""
-    _both_or_none(pair.fixed_labels, pair.moving_labels, "labels")
-    _both_or_none(pair.fixed_landmarks, pair.moving_landmarks, "landmarks")
-    fixed, moving = (_read_checked(path) for path in (pair.fixed, pair.moving))
-    check_right_angles(fixed, str(pair.fixed))
-    masks = [None if path is None else read_image(path) for path in (pair.fixed_mask, pair.moving_mask)]
-    labels = [read_labels(p) for p in (pair.fixed_labels, pair.moving_labels) if p is not None]
-    landmarks = [read_landmarks(p) for p in (pair.fixed_landmarks, pair.moving_landmarks) if p is not None]
-    if landmarks:
-        metrics.landmark_error(*(marks.points for marks in landmarks))  # raises if they are not paired, before the work
+    _check_no_input(pair, output)
+    with unchanged(*pair.paths().values()):
+        fixed, moving = (_read_checked(path) for path in (pair.fixed, pair.moving))
+        check_right_angles(fixed, str(pair.fixed))
+        masks = [None if path is None else read_mask(path) for path in (pair.fixed_mask, pair.moving_mask)]
+        labels = LabelMaps.read(pair.fixed_labels, pair.moving_labels)
+        landmarks = LandmarkLists.read(pair.fixed_landmarks, pair.moving_landmarks)
+        origin = origin_of(pair, options, None if model is None else model.card)
     arguments = options.as_arguments() | ({} if model is None else {"model": model})
     result = register(fixed, moving, fixed_mask=masks[0], moving_mask=masks[1], progress=progress, **arguments)
 
@@ -76,69 +88,75 @@ def _register_files(pair: Pair, output: Path, options: Options, model: Model | N
         "transform.h5": lambda path: write_transform(result.transform, path),
         "inverse.h5": lambda path: write_transform(result.inverse, path),
         "displacement.nii.gz": lambda path: write_image(
-            sitk.Cast(result.transform.GetDisplacementField(), sitk.sitkVectorFloat32), path
+            displacement_on(result.transform, Grid.of(result.warped), sitk.sitkVectorFloat32), path
         ),
-        "preview.png": lambda path: write_preview(fixed, moving, result, path),
     }
     if result.error_map is not None:
-        writers["error_map.nii.gz"] = lambda path: write_image(on_grid(result.error_map, fixed), path)
-    report = {"quality": dict(result.quality)}
+        writers[ERROR_MAP] = lambda path: write_image(on_grid(result.error_map, fixed), path)
+    report, notes = {"quality": dict(result.quality)}, list(result.warnings)
+    stages = {"before": sitk.Transform(), "aligned": affine_transform(result.initial), "after": result.transform}
     if labels:
-        report["quality"]["labels"], warped_labels = _compare_labels(*labels, result)
-        writers["warped_labels.nii.gz"] = lambda path: write_image(warped_labels, path)
+        report["quality"]["labels"], warped_labels = labels.compare(stages)
+        notes += labels.notes
+        name = WARPED_LABELS[bool(labels.metadata)]
+        writers[name] = lambda path: write_segmentation(warped_labels, labels.metadata, path)
     if landmarks:
-        report["quality"]["landmarks_mm"], in_fixed = _compare_landmarks(*landmarks, result)
+        report["quality"]["landmarks_mm"] = landmarks.compare(stages)
+        report["quality"]["landmark_labels"] = list(landmarks.pairs.labels)
+        inverted = invert_points(result.transform, landmarks.moving.points, result.initial)
+        notes += [*landmarks.pairs.notes, *not_inverted(landmarks.moving.labels, inverted)]
+        in_fixed = Landmarks(inverted.points, landmarks.moving.labels)
         writers["warped_landmarks.mrk.json"] = lambda path: write_landmarks(in_fixed, path)
-    inputs = {os.path.realpath(path) for path in pair.paths().values()}
-    for name in (*writers, QUALITY):
-        if os.path.realpath(output / name) in inputs:
-            raise InputError(f"{output / name}: is an input of this registration; choose another output folder")
     report |= {
         "verdict": judge(report["quality"]).as_dict(),
-        "files": sorted([*writers, QUALITY]),
-        "inputs": {name: str(path) for name, path in pair.paths().items()},
+        "inputs": {name: utf8_name(path) for name, path in pair.paths().items()},
+        "origin": origin,
         "settings": result.settings,
         "seconds": {stage: round(s, 3) for stage, s in result.timings.items()},
         "initial_alignment_lps": result.initial.tolist(),
-        "warnings": list(result.warnings),
     }
     try:
         with staging_folder(output) as folder:
             for name, write in writers.items():
                 write(folder / name)
-            write_json(report, folder / QUALITY)
+            notes += _write_preview(fixed, moving, result, folder / PREVIEW)
+            names = [name for name in POSSIBLE_FILES if (folder / name).exists()]
+            write_json(report | {"files": sorted([*names, QUALITY]), "warnings": notes}, folder / QUALITY)
             (output / QUALITY).unlink(missing_ok=True)
-            for name in (*writers, QUALITY):
+            for name in POSSIBLE_FILES:
+                if name not in names:  # of an earlier registration into this folder
+                    (output / name).unlink(missing_ok=True)
+            for name in (*names, QUALITY):
                 os.replace(folder / name, output / name)
     except OSError as error:
         raise InputError(f"{output}: cannot be written ({error.strerror or error})") from error
-    return report
+    return json.loads((output / QUALITY).read_text(encoding="utf-8"))
+
+
+def _write_preview(fixed: sitk.Image, moving: sitk.Image, result: Result, path: Path) -> list[str]:
+    """Draws the preview. A sentence where that fails: it must not cost the registration.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    try:
+        with default_style():
+            write_preview(fixed, moving, result, path)
+    except InputError:
+        raise
+    except Exception as error:  # whatever is wrong with matplotlib
+        return [f"there is no preview, as it could not be drawn ({type(error).__name__}: {reason_of(error)})"]
+    return []
+
+
+def _check_no_input(pair: Pair, output: Path) -> None:
+    """Raises InputError where a result would replace an input of its own registration."""
+    inputs = {os.path.realpath(path) for path in pair.paths().values()}
+    for name in (*POSSIBLE_FILES, QUALITY):
+        if os.path.realpath(output / name) in inputs:
+            raise InputError(f"{output / name}: is an input of this registration; choose another output folder")
 
 
 def _read_checked(path: Path) -> sitk.Image:
     """An image that can be registered. Errors name its file."""
     return check_image(read_image(path), str(path))
-
-
-def _both_or_none(fixed: Path | None, moving: Path | None, what: str) -> None:
-    if (fixed is None) != (moving is None):
-        raise InputError(f"{what} are compared in pairs: give both the fixed and the moving {what}")
-
-
-def _compare_labels(fixed: sitk.Image, moving: sitk.Image, result: Result) -> tuple[dict, sitk.Image]:
-    """Overlap before and after the initial alignment and after registration, and the warped labels on the fixed
-    labels' grid."""
-    stages = {"before": sitk.Transform(), "aligned": affine_transform(result.initial), "after": result.transform}
-    warped = {name: sitk.Resample(moving, fixed, t, sitk.sitkNearestNeighbor, 0) for name, t in stages.items()}
-    return {name: metrics.label_overlap(fixed, image) for name, image in warped.items()}, warped["after"]
-
-
-def _compare_landmarks(fixed: Landmarks, moving: Landmarks, result: Result) -> tuple[dict, Landmarks]:
-    """Target registration error before and after the initial alignment and after registration, and the moving landmarks in
-    fixed space."""
-    stages = {"before": None, "aligned": affine_transform(result.initial), "after": result.transform}
-    errors = {name: metrics.landmark_error(fixed.points, moving.points, t) for name, t in stages.items()}
-    in_fixed = Landmarks(invert_points(result.transform, moving.points), moving.labels)
-    return {
-        name: {"mean": float(e.mean()), "largest": float(e.max()), "each": e.tolist()} for name, e in errors.items()
-    }, in_fixed

@@ -9,6 +9,7 @@ from DivRegNetLib.io.output_folder import clear_abandoned
 from DivRegNetLib.models import Model
 from DivRegNetLib.options import Options, Progress
 from DivRegNetLib.registration import memory
+from DivRegNetLib.run.cohort.origin import differences, origin_of
 from DivRegNetLib.run.cohort.pairs import Pair
 from DivRegNetLib.run.cohort.register_files import register_files
 from DivRegNetLib.run.cohort.results import QUALITY, failed_row, row_of
@@ -24,19 +25,28 @@ def register_row(
     overwrite: bool,
     progress: Progress | None = None,
 ) -> dict:
-    """Registers a pair of a cohort into ``output / name`` unless it has results there; returns its row.
+    """Registers a pair of a cohort into ``output / name``; returns its row.
+
+    Results that are there are kept, if they were made from the same files with the same options and model.
 
     Raises:
         Cancelled: the progress callback returned False.
     """
-    folder = output / name
+    folder, changes = output / name, []
     try:
         if (folder / QUALITY).exists() and not overwrite:
             clear_abandoned(folder)  # of a process that was killed after it wrote the last file
-            report = json.loads((folder / QUALITY).read_text(encoding="utf-8"))
-        else:
-            report = register_files(pair, folder, options, model=model(), overwrite=overwrite, progress=progress)
-        return row_of(name, report)
+            report = _read_report(folder / QUALITY)
+            changes = differences(report.get("origin"), origin_of(pair, options))
+            if not changes:
+                return row_of(name, report)
+        overwrite = overwrite or bool(changes)
+        row = row_of(name, register_files(pair, folder, options, model=model(), overwrite=overwrite, progress=progress))
+        if changes:
+            row["message"] = (
+                f"registered again, since in the earlier results {'; '.join(changes)}. {row['message']}".strip()
+            )
+        return row
     except Cancelled:
         raise
     except (DivRegNetError, OSError, ValueError) as error:
@@ -45,3 +55,12 @@ def register_row(
         return failed_row(name, f"unexpected {type(error).__name__}: {error}")
     finally:
         memory.give_back()
+
+
+def _read_report(path: Path) -> dict:
+    """The content of ``quality.json``; empty where it is damaged."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
+    return report if isinstance(report, dict) else {}

@@ -11,6 +11,7 @@ from pathlib import Path
 from DivRegNetLib.errors import DeviceError, DivRegNetError, is_out_of_memory, missing_package
 from DivRegNetLib.io.locks import LocksUnsupported, acquire
 from DivRegNetLib.quality.references import measure
+from DivRegNetLib.run.process import prepare_process
 from DivRegNetLib.run.worker.protocol import (
     JOB,
     PARENT,
@@ -26,6 +27,7 @@ PARENT_SECONDS = 1.0  # between looks at the parent on a file system without loc
 
 def main(folder: str | os.PathLike) -> None:
     """Does the job in a folder, reports on it, and waits to be ended. Does not return."""
+    prepare_process()
     folder = Path(folder)
     if not (folder / JOB).is_file():
         raise SystemExit(f"{folder}: there is no {JOB}; this is started by DivRegNetLib.run.worker.Worker")

@@ -22,6 +22,7 @@ from DivRegNetLib.options import Options
 from DivRegNetLib.quality.references import References
 from DivRegNetLib.registration.check import check_image
 from DivRegNetLib.result import Result
+from DivRegNetLib.run.threads import prepare_threads
 from DivRegNetLib.run.worker.protocol import (
     KINDS,
     PARENT,
@@ -78,12 +79,13 @@ class Worker:
         if options.get("model", "") is None:
             del options["model"]
         self._options = Options.of(**options)
-        images = {"fixed": check_image(fixed, "fixed"), "moving": check_image(moving, "moving")}
+        # Copies share their voxels until either is changed: what was checked is what is registered.
+        images = {n: sitk.Image(check_image(i, n)) for n, i in (("fixed", fixed), ("moving", moving))}
         for name, mask in (("fixed_mask", fixed_mask), ("moving_mask", moving_mask)):
             if mask is not None:
                 if not isinstance(mask, sitk.Image):
                     raise InputError(f"{name} must be a SimpleITK image, got {type(mask).__name__}")
-                images[name] = mask
+                images[name] = sitk.Image(mask)
         self._images, self._references = images, references
         self._keep_files, self._inverse = keep_files, inverse
         self._files: ResultFiles | None = None
@@ -312,7 +314,9 @@ def _environment(variables: dict[str, str]) -> dict[str, str]:
         "PYTHONFAULTHANDLER": "1",
         "PYTHONIOENCODING": "utf-8",
     }
-    return variables | own
+    environment = variables | own
+    prepare_threads(environment)
+    return environment
 
 
 def _own_group() -> dict:

@@ -36,7 +36,8 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from DivRegNetLib.core.grid import Grid, affine_transform
+from DivRegNetLib.core.composites import composite, displacement_on, field_of
+from DivRegNetLib.core.grid import Grid, affine_transform, apply_matrix
 from DivRegNetLib.errors import Cancelled, DeviceError, DivRegNetError, InputError, ModelError
 from DivRegNetLib.models.card import Card
 from DivRegNetLib.options import Options
@@ -155,9 +156,9 @@ def write_result(folder: Path, result: Result, inverse: bool = True) -> None:
         "warnings": result.warnings,
         "card": asdict(result.card),
     }
-    images = {"warped": result.warped, "transform": result.transform.GetDisplacementField()}
+    images = {"warped": result.warped, "transform": _whole_displacement(result.transform)}
     if inverse:
-        images["inverse"] = result.inverse.GetDisplacementField()
+        images["inverse"] = _whole_displacement(result.inverse)
     if result.error_map is not None:
         images["error_map"] = result.error_map
     for name, image in images.items():
@@ -165,6 +166,7 @@ def write_result(folder: Path, result: Result, inverse: bool = True) -> None:
         values = sitk.GetArrayViewFromImage(image)
         for _ in _save_array(folder, name, values, values.dtype if name == "warped" else np.dtype(np.float32)):
             pass
+    record["margin"] = _margin(images["transform"], result.warped)
     (folder / RESULT).write_text(json.dumps(record), encoding="utf-8")
 
 
@@ -183,6 +185,7 @@ class ResultFiles:
         """Raises whatever invalid files give rise to."""
         record = json.loads((folder / RESULT).read_text(encoding="utf-8"))
         self._folder, self._geometry = folder, record["images"]
+        self._margin = np.array(record["margin"], int)
         self.initial = np.array(record["initial"])
         self.quality: dict = record["quality"]
         self.timings: dict[str, float] = record["timings"]
@@ -193,15 +196,32 @@ class ResultFiles:
             self.array(name)
 
     def array(self, name: str) -> np.ndarray:
-        """The voxels of ``warped``, ``transform`` or ``inverse``, [k, j, i] (and component); read where they are used."""
-        return np.load(self._folder / f"{name}.npy", mmap_mode="r")
+        """The voxels of ``warped``, ``transform`` or ``inverse``, [k, j, i] (and component); read where they are used.
+
+        Of the transforms the displacement ``T(p) - p``, LPS mm; that of ``transform`` covers the fixed image.
+        """
+        whole = self._whole(name)
+        if name != "transform":
+            return whole
+        i, j, k = self._margin
+        return whole[k : len(whole) - k, j : whole.shape[1] - j, i : whole.shape[2] - i]
 
     def grid(self, name: str) -> Grid:
-        """The grid of ``warped``, ``transform`` or ``inverse``."""
-        geometry = self._geometry[name]
+        """The grid of :meth:`array`."""
+        grid = self._whole_grid(name)
+        if name != "transform":
+            return grid
+        matrix = grid.matrix.copy()
+        matrix[:3, 3] = grid.to_physical(self._margin)
+        return Grid(tuple(np.array(grid.size) - 2 * self._margin), matrix)
+
+    def _whole(self, name: str) -> np.ndarray:
+        return np.load(self._folder / f"{name}.npy", mmap_mode="r")
+
+    def _whole_grid(self, name: str) -> Grid:
         image = sitk.Image(1, 1, 1, sitk.sitkUInt8)
-        _stamp(image, geometry)
-        return Grid(self.array(name).shape[2::-1], Grid.of(image).matrix)
+        _stamp(image, self._geometry[name])
+        return Grid(self._whole(name).shape[2::-1], Grid.of(image).matrix)
 
     def result(self) -> Result:
         """All of it, read into memory.
@@ -210,8 +230,10 @@ class ResultFiles:
             KeyError: the inverse was not written.
         """
         warped = _load_image(self._folder, "warped", self._geometry["warped"])
-        fields = (_load_image(self._folder, name, self._geometry[name]) for name in ("transform", "inverse"))
-        transforms = (sitk.DisplacementFieldTransform(sitk.Cast(f, sitk.sitkVectorFloat64)) for f in fields)
+        matrices = {"transform": self.initial, "inverse": np.linalg.inv(self.initial)}
+        transforms = (
+            _composite(matrix, self._whole(name), self._whole_grid(name)) for name, matrix in matrices.items()
+        )
         values = self.initial, self.quality, self.timings, self.settings, self.warnings, self.card
         return Result(warped, *transforms, *values, self.error_map())
 
@@ -219,6 +241,28 @@ class ResultFiles:
         """The map of the expected error; None where it was not asked for."""
         geometry = self._geometry.get("error_map")
         return None if geometry is None else _load_image(self._folder, "error_map", geometry)
+
+
+def _whole_displacement(transform: sitk.Transform) -> sitk.Image:
+    """``T(p) - p`` on the grid of the field in a result's transform, in single precision."""
+    return displacement_on(transform, Grid.of(field_of(transform)), sitk.sitkVectorFloat32)
+
+
+def _margin(field: sitk.Image, image: sitk.Image) -> list[int]:
+    """Voxels by which a field begins before an image and ends after it, along i, j and k."""
+    return np.round(Grid.of(field).to_index(image.GetOrigin())).astype(int).tolist()
+
+
+def _composite(matrix: np.ndarray, displacement: np.ndarray, grid: Grid) -> sitk.CompositeTransform:
+    """The transform of a :func:`_whole_displacement` (D, H, W, 3): the matrix and the field that comes before it."""
+    back = np.linalg.inv(matrix)
+    k, j, i = np.indices(grid.shape, sparse=True)
+    field = np.empty(displacement.shape)
+    for axis, origin in enumerate(grid.matrix[:3]):
+        field[..., axis] = origin[0] * i + origin[1] * j + origin[2] * k + origin[3]
+    points = field.copy()
+    field = apply_matrix(back, field + displacement) - points
+    return composite(matrix, grid.image(field))
 
 
 def with_measurements(result: Result, scores: dict, notes: list[str]) -> Result:

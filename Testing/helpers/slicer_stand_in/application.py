@@ -1,5 +1,6 @@
 """Puts the stand-in in place and takes it away again."""
 
+import ctypes
 import importlib
 import importlib.util
 import os
@@ -22,7 +23,7 @@ class Application:
     answers: what the next confirmations return; True where there are none left.
     """
 
-    applicationName = "Slicer"
+    applicationName, applicationVersion = "Slicer", "stand-in"
 
     def __init__(self) -> None:
         self.testing = False
@@ -60,6 +61,12 @@ class Application:
         from PySide6.QtWidgets import QApplication
 
         QApplication.processEvents()
+
+    def select_module(self, name: str) -> None:
+        """``slicer.util.selectModule``: leaves the module DivRegNet, or enters it."""
+        widget = slicer.modules.divregnet.widgetRepresentation().self()
+        widget.parent.isEntered = name == "DivRegNet"
+        (widget.enter if widget.parent.isEntered else widget.exit)()
 
     def confirm(self, text: str, *_args, **_kwargs) -> bool:
         """In testing mode there is no dialog, and the answer is yes (Base/Python/slicer/util.py, _messageDisplay)."""
@@ -109,6 +116,13 @@ class LayoutManager:
         return self._collection
 
 
+def _keep_none() -> None:
+    """PySide6 takes None for immortal, as it is since Python 3.12: on older ones each call of a method that returns nothing
+    takes a reference away, until None itself would be freed and the process ends."""
+    if sys.version_info < (3, 12):
+        ctypes.c_ssize_t.from_address(id(None)).value += 10**9
+
+
 @contextmanager
 def running() -> Iterator[Application]:
     """``qt``, ``ctk`` and the rest of ``slicer`` can be imported inside, with an empty ``slicer.mrmlScene``; not outside.
@@ -121,6 +135,7 @@ def running() -> Iterator[Application]:
 
     from slicer_stand_in import files, widgets
 
+    _keep_none()
     qt_application = QApplication.instance() or QApplication([])
     app = Application()
     app.qt = qt_application
@@ -137,13 +152,17 @@ def running() -> Iterator[Application]:
             "loadVolume",
             "loadSegmentation",
             "loadMarkups",
+            "saveScene",
+            "loadScene",
         )
     }
     scene = slicer.vtkMRMLScene()
     # What observes the scene in Slicer, too: the Markups module gives a new list a display, which is shown.
     logic, markups = slicer.vtkMRMLApplicationLogic(), slicer.vtkSlicerMarkupsLogic()
-    logic.SetMRMLScene(scene)  # selection and interaction nodes
-    markups.SetMRMLScene(scene)
+    sequences = slicer.vtkSlicerSequencesLogic()
+    logics = (logic, markups, sequences)
+    for each in logics:  # the first makes the selection and the interaction node
+        each.SetMRMLScene(scene)
     try:
         sys.modules["qt"], sys.modules["ctk"] = widgets.qt_module(), widgets.ctk_module()
         slicer.app, slicer.mrmlScene = app, scene
@@ -159,9 +178,8 @@ def running() -> Iterator[Application]:
         slicer.util.loadSegmentation = files.load_segmentation
         sys.modules["SampleData"] = importlib.import_module("slicer_stand_in.SampleData")
         slicer.util.mainWindow = lambda verbose=True: app.window
-        slicer.util.selectModule = lambda name: (
-            getattr(slicer.modules, name.lower()).widgetRepresentation().self().enter()
-        )
+        slicer.util.saveScene, slicer.util.loadScene = files.save_scene, files.load_scene
+        slicer.util.selectModule = app.select_module
         for name in ("i18n", "parameterNodeWrapper", "ScriptedLoadableModule"):
             module = _slicers_own(name) or importlib.import_module(f"slicer_stand_in.{name}")
             sys.modules[f"slicer.{name}"] = module
@@ -189,8 +207,8 @@ def running() -> Iterator[Application]:
             setattr(slicer, name, value)
         for name, value in util_before.items():
             setattr(slicer.util, name, value)
-        markups.SetMRMLScene(None)
-        logic.SetMRMLScene(None)
+        for each in reversed(logics):
+            each.SetMRMLScene(None)
         app.views = None
         scene.Clear(1)
 

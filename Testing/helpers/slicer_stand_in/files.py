@@ -1,5 +1,7 @@
 """``slicer.util.loadVolume`` and its like, by MRML's own storage nodes: Slicer's need the application's readers."""
 
+import tempfile
+
 import slicer
 import slicer.util
 
@@ -32,3 +34,21 @@ def load_segmentation(file: str, properties=None):
 
 def load_markups(file: str):
     return _load("vtkMRMLMarkupsFiducialNode", "vtkMRMLMarkupsJsonStorageNode", file)
+
+
+def save_scene(file: str, properties=None) -> bool:
+    """As a bundle, ``.mrb``."""
+    return bool(slicer.mrmlScene.WriteToMRB(file, None))
+
+
+def load_scene(file: str, properties=None) -> bool:
+    """Adds a bundle to the scene."""
+    with tempfile.TemporaryDirectory() as folder:
+        cache, manager = slicer.vtkCacheManager(), slicer.vtkDataIOManager()
+        cache.SetRemoteCacheDirectory(folder)
+        manager.SetCacheManager(cache)
+        slicer.mrmlScene.SetDataIOManager(manager)
+        try:
+            return bool(slicer.mrmlScene.ReadFromMRB(file, False))
+        finally:
+            slicer.mrmlScene.SetDataIOManager(None)

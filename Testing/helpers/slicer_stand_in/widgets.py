@@ -17,6 +17,8 @@ class PythonQt:
     def __getattribute__(self, name: str):
         if name == "connect":  # PySide6 hands out its own QObject.connect before any other
             return types.MethodType(PythonQt.connect, self)
+        if name in ("minimumSizeHint", "sizeHint") or (name == "text" and isinstance(self, QtWidgets.QProgressBar)):
+            return super().__getattribute__(name)  # virtual: Qt asks here for an override, and would come back for ever
         if not name.startswith("_") and super().__getattribute__("metaObject")().indexOfProperty(name) >= 0:
             return super().__getattribute__("property")(name)
         return super().__getattribute__(name)
@@ -179,14 +181,8 @@ class qMRMLNodeComboBox(PythonQt, QtWidgets.QWidget):
         self._none = text
         self._fill()
 
-    def _set_policy(self, policy) -> None:
-        self._box.setSizeAdjustPolicy(policy)
-
     nodeTypes = Property("QStringList", lambda self: self._types, _set_types)
     noneDisplay = Property(str, lambda self: self._none, _set_none)
-    sizeAdjustPolicy = Property(
-        QtWidgets.QComboBox.SizeAdjustPolicy, lambda self: self._box.sizeAdjustPolicy(), _set_policy
-    )
 
     def sortFilterProxyModel(self) -> _SortFilterProxyModel:
         return self._proxy
@@ -307,9 +303,6 @@ class qMRMLCheckableNodeComboBox(qMRMLNodeComboBox):
 
     def _new_box(self) -> QtWidgets.QComboBox:
         return _CheckableBox(self)
-
-    def comboBox(self) -> QtWidgets.QComboBox:
-        return self._box
 
     def names(self) -> str:
         checked = [i for i in self._ids if i in self.__dict__.get("_checked", ())]
