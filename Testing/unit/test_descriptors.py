@@ -52,7 +52,9 @@ def test_what_was_not_measured_reaches_no_further_than_radius_and_dilation():
     known = believable(valid, radius=1, dilation=2)
     assert known[..., 9:].all() and not known[..., :9].any()
     usual = mind_ssc(image, dilation=2, valid=known)
-    torch.testing.assert_close(mind_ssc(other, dilation=2, valid=known)[known.expand_as(usual)], usual[known.expand_as(usual)])
+    torch.testing.assert_close(
+        mind_ssc(other, dilation=2, valid=known)[known.expand_as(usual)], usual[known.expand_as(usual)]
+    )
 
 
 def test_a_flat_image_has_finite_descriptors():
