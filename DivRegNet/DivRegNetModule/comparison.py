@@ -18,7 +18,7 @@ from DivRegNetLib.quality.preview import checkerboard
 from DivRegNetModule import _, views
 from DivRegNetModule.background import Task
 from DivRegNetModule.mrml.geometry import ijk_to_ras, vtk_image_steps
-from DivRegNetModule.mrml.scene import remove_with_display
+from DivRegNetModule.mrml.scene import automatic_levels_off, remove_with_display
 from DivRegNetModule.mrml.volumes import volume_image_steps
 from DivRegNetModule.steps import Steps, slabs
 
@@ -155,12 +155,13 @@ class Comparison:
         twin = self._new_volume(volume.GetName())
         twin.SetIJKToRASMatrix(slicer.util.vtkMatrixFromArray(ijk_to_ras(volume)))
         twin.SetAndObserveTransformNodeID(volume.GetTransformNodeID())
-        twin.SetAndObserveImageData(volume.GetImageData())
         display = twin.GetDisplayNode()
         if volume.GetDisplayNode() is not None:
             display.CopyContent(volume.GetDisplayNode())
+            automatic_levels_off(display)
         display.SetAndObserveColorNodeID(TINT)
         self._unsaved(display)
+        twin.SetAndObserveImageData(volume.GetImageData())
         return twin
 
     def _board_steps(self) -> Steps:
@@ -177,9 +178,9 @@ class Comparison:
         image = yield from vtk_image_steps(board, vtk.VTK_UNSIGNED_CHAR)
         node = self._new_volume(_("Fixed-warped checkerboard"))
         node.SetIJKToRASMatrix(slicer.util.vtkMatrixFromArray(ijk_to_ras(self.warped)))
-        node.SetAndObserveImageData(image)
-        node.GetDisplayNode().AutoWindowLevelOff()
+        automatic_levels_off(node.GetDisplayNode())
         node.GetDisplayNode().SetWindowLevelMinMax(0.0, 255.0)
+        node.SetAndObserveImageData(image)
         return node
 
     def _on_warped_grid(self) -> Steps[np.ndarray]:

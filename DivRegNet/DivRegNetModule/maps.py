@@ -11,7 +11,7 @@ from vtk.util import numpy_support
 from DivRegNetLib.core.grid import Grid
 from DivRegNetLib.quality.maps import displacement_length, jacobian_determinant_slabs
 from DivRegNetModule import _
-from DivRegNetModule.mrml.scene import add_node
+from DivRegNetModule.mrml.scene import add_node, automatic_levels_off
 from DivRegNetModule.steps import Steps, slabs
 
 LENGTH, JACOBIAN = "displacement length", "Jacobian determinant"
@@ -65,12 +65,12 @@ def _add(transform_node, kind: str, image: vtk.vtkImageData, matrix: np.ndarray,
     node.SetNodeReferenceID(ROLE, transform_node.GetID())
     node.SetIJKToRASMatrix(slicer.util.vtkMatrixFromArray(matrix))
     node.SetAndObserveImageData(image)
-    node.CreateDefaultDisplayNodes()
-    display = node.GetDisplayNode()
+    display = scene.AddNewNodeByClass("vtkMRMLScalarVolumeDisplayNode")
     display.SetAndObserveColorNodeID(COLORS[kind])
-    display.AutoWindowLevelOff()
+    automatic_levels_off(display)
     low, high = (0.0, largest) if kind == LENGTH else (0.0, 2.0)  # 1, no change, in the middle
     display.SetWindowLevelMinMax(low, max(high, low + 1e-3))
     display.SetInterpolate(True)
+    node.SetAndObserveDisplayNodeID(display.GetID())
     slicer.vtkSlicerColorLogic.AddDefaultColorLegendDisplayNode(node)
     return node

@@ -244,7 +244,7 @@ class Run:
         for i, node in enumerate(request.also):
             copies += yield from self._copy(node, content.forward.GetInverse(), grid)
             self._report("carry", RECEIVED + (1 - RECEIVED) * (i + 1) / len(request.also))
-        worker.close()
+        yield from worker.closing()
         self._report("carry", 1.0)
         return content, files, copies
 

@@ -201,7 +201,7 @@ class SequenceRun:
             yield WAIT
         self.log += worker.log
         content = yield from content_of_files(worker.files, node.GetImageData().GetScalarType(), inverse=False)
-        worker.close()
+        yield from worker.closing()
         return content
 
     def _keep(self, index: str, content, warped, fields, i: int) -> Steps[None]:

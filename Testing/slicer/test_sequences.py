@@ -97,3 +97,18 @@ def test_deleting_the_sequence_ends_the_run(ready, sequence):
     pid = worker_pid(ready)
     slicer.mrmlScene.RemoveNode(sequence)
     assert ready._sequenceRun is None and not alive(pid) and "was deleted" in ready.ui.messageLabel.text
+
+
+def test_a_sequence_without_a_browser_gets_one_that_undo_takes_away(ready, sequence):
+    import slicer
+
+    slicer.mrmlScene.RemoveNode(slicer.util.getNode("browser"))
+    before = census()
+    ready.ui.registerSequenceButton.click()
+    wait(ready)
+    outcome = ready._sequenceOutcome
+    assert outcome is not None, ready.ui.messageLabel.text
+    assert outcome.browser.GetName() == "heart browser" and outcome.browser.GetMasterSequenceNode() is sequence
+    assert outcome.browser.IsSynchronizedSequenceNode(outcome.warped, True)
+    outcome.undo()
+    assert not slicer.mrmlScene.IsNodePresent(outcome.browser) and census() >= before

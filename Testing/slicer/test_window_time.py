@@ -92,3 +92,19 @@ def test_only_what_was_asked_for_is_read_and_in_single_precision(ready, monkeypa
     assert ready._outcome is not None and set(read) == {"warped", "transform"}
     grid = ready._outcome.registration.transform_node.GetTransformFromParentAs("vtkOrientedGridTransform", True, True)
     assert grid.GetDisplacementGrid().GetScalarTypeAsString() == "float"
+
+
+def test_windows_of_outputs_are_copied_and_not_computed_from_all_voxels(ready):
+    """vtkMRMLScalarVolumeDisplayNode::CalculateAutoLevels makes a histogram of the volume whenever the node changes."""
+    import slicer
+
+    given = ready._parameterNode.movingVolume.GetDisplayNode()
+    ready.onRegister()
+    wait(ready)
+    ready.ui.jacobianMapButton.click()
+    wait_for(lambda: not ready._task.running)
+    shown = ready._outcome.registration.warped_node.GetDisplayNode()
+    assert (shown.GetWindow(), shown.GetLevel()) == (given.GetWindow(), given.GetLevel())
+    old = {ready._parameterNode.fixedVolume.GetDisplayNode(), given}
+    made = [d for d in slicer.util.getNodesByClass("vtkMRMLScalarVolumeDisplayNode") if d not in old]
+    assert len(made) >= 3 and not any(d.GetAutoWindowLevel() for d in made)

@@ -50,13 +50,25 @@ def remove_with_display(node) -> None:
 
 
 def copy_display(node, model) -> None:
-    """Gives a node display nodes like those of another node, colors included."""
+    """Gives a node display nodes like those of another node, colors included.
+
+    A volume gets the present window and level of the other, so that the two can be compared.
+    """
     scene = node.GetScene()
     for shown in display_nodes(model):
         display = scene.AddNewNodeByClass(shown.GetClassName())
         display.CopyContent(shown)
         display.CopyReferences(shown)
+        if is_a(display, "vtkMRMLScalarVolumeDisplayNode"):
+            automatic_levels_off(display)
         node.AddAndObserveDisplayNodeID(display.GetID())
+
+
+def automatic_levels_off(display) -> None:
+    """Keeps Slicer from computing window and level from all voxels, which takes long in a large volume; to be called before
+    a display node is given its image."""
+    display.AutoWindowLevelOff()
+    display.AutoThresholdOff()
 
 
 def parent_transforms(node) -> list:

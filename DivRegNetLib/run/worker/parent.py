@@ -220,6 +220,15 @@ class Worker:
         self._files = None
         self._end()
 
+    def closing(self) -> Iterator[None]:
+        """As :meth:`close`, file by file, for a thread that must not wait long: to remove a large file takes a while."""
+        self._files = None
+        for file in self._folder.glob("*.npy"):
+            with suppress(OSError):
+                file.unlink()
+            yield
+        self._end()
+
     @property
     def pid(self) -> int | None:
         """Of the process; None before it was started."""
