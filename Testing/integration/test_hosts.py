@@ -101,6 +101,8 @@ ENVIRONMENTS = {
     "a temporary folder that is not there": {"TMPDIR": "/nowhere"},
     "threads that make no sense": {"OMP_NUM_THREADS": "many", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS": "-3"},
     "no terminal": {"TERM": None, "COLUMNS": "x"},
+    "encodings must be named": {"PYTHONWARNDEFAULTENCODING": "1", "PYTHONWARNINGS": "error::EncodingWarning"},
+    "no docstrings": {"PYTHONOPTIMIZE": "2"},
 }
 
 
@@ -407,3 +409,20 @@ def test_a_quota_of_processors_limits_the_threads(files, expected, tmp_path):
         path.write_text(content)
     here = len(os.sched_getaffinity(0))
     assert usable_processors(tmp_path) == min(expected or here, here)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="control groups are Linux's")
+def test_a_control_group_whose_name_is_odd_is_no_obstacle(tmp_path):
+    name = b"caf\xc3\xa9 \xff:x"
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_bytes(b"garbage\n0::/" + name + b"\n")
+    group = tmp_path / "sys/fs/cgroup" / os.fsdecode(name)
+    group.mkdir(parents=True)
+    (group / "cpu.max").write_text("100000 100000")
+    code = f"""
+from pathlib import Path
+from DivRegNetLib.run.threads import usable_processors
+assert usable_processors(Path({str(tmp_path)!r})) == 1
+"""
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], env=os.environ | ascii_only, check=True)

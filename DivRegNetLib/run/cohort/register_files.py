@@ -17,6 +17,7 @@ from DivRegNetLib.io.output_folder import exclusive
 from DivRegNetLib.io.paths import unchanged, utf8_name
 from DivRegNetLib.io.segmentations import read_mask, write_segmentation
 from DivRegNetLib.io.transforms import write_transform
+from DivRegNetLib.io.volume_files import files_of
 from DivRegNetLib.models import Model
 from DivRegNetLib.options import Options, Progress
 from DivRegNetLib.quality.expected_error import on_grid
@@ -73,7 +74,7 @@ def register_files(
 def _register_files(pair: Pair, output: Path, options: Options, model: Model | None, progress: Progress | None) -> dict:
     """:func:`register_files` in a folder that this process holds and whose results may be replaced."""
     _check_no_input(pair, output)
-    with unchanged(*pair.paths().values()):
+    with unchanged(*_files_of(pair)):
         fixed, moving = (_read_checked(path) for path in (pair.fixed, pair.moving))
         check_right_angles(fixed, str(pair.fixed))
         masks = [None if path is None else read_mask(path) for path in (pair.fixed_mask, pair.moving_mask)]
@@ -147,6 +148,17 @@ def _write_preview(fixed: sitk.Image, moving: sitk.Image, result: Result, path: 
     except Exception as error:  # whatever is wrong with matplotlib
         return [f"there is no preview, as it could not be drawn ({type(error).__name__}: {reason_of(error)})"]
     return []
+
+
+def _files_of(pair: Pair) -> list[Path]:
+    """All files of a pair; those whose parts cannot be listed as they are, since reading them gives the reason."""
+    files = []
+    for path in pair.paths().values():
+        try:
+            files += files_of(path)
+        except OSError:
+            files.append(path)
+    return files
 
 
 def _check_no_input(pair: Pair, output: Path) -> None:
