@@ -1,11 +1,12 @@
 """Files in which Linux reports what a process may use. No torch here."""
 
+import os
 from pathlib import Path
 
 
 def read_kernel_file(path: Path) -> str:
     """The text of a file of the kernel, whatever the encoding of the process. Raises OSError."""
-    return path.read_text(encoding="utf-8", errors="surrogateescape")
+    return os.fsdecode(path.read_bytes())
 
 
 def control_groups(root: Path, controller: str) -> list[Path]:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from DivRegNetLib import models
 from DivRegNetLib.io import images
 from DivRegNetLib.io.itk import file_access
 from DivRegNetLib.registration.pipeline import register
+from DivRegNetLib.run.cli import main
 from DivRegNetLib.run.threads import prepare_threads, usable_processors
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -193,6 +195,24 @@ def test_a_user_without_name_home_and_rights_can_register(command_line, usual, t
     assert numbers(report).items() >= usual.items()
 
 
+@posix
+def test_an_output_folder_that_cannot_be_written_is_refused_before_the_work(tmp_path, files, tiny_model):
+    name = os.fsdecode(bytes(tmp_path / "out") + b"\xff")
+    code = main(["register", *files, "--model", tiny_model, "--device", "cpu", "--output", name])
+    assert code == 2
+    assert not list(tmp_path.glob("out*"))
+
+
+@posix
+def test_a_full_disk_is_told_with_the_name_of_the_file(command_line, tmp_path):
+    done, report = command_line(prefix="ulimit -f 16 &&")
+    assert done.returncode == 2 and report is None
+    message = done.stderr.decode().splitlines()[-1]
+    assert message.startswith(f"divregnet: {tmp_path}/out/") and "cannot be written" in message
+    assert ".divregnet-" not in message
+    assert not (tmp_path / "out").exists()
+
+
 # --- locales
 
 
@@ -288,6 +308,21 @@ def deterministic():
     torch.use_deterministic_algorithms(False)
 
 
+@contextlib.contextmanager
+def rounded_products():
+    torch.set_float32_matmul_precision("medium")
+    yield
+    assert torch.get_float32_matmul_precision() == "medium"
+    torch.set_float32_matmul_precision("highest")
+
+
+@contextlib.contextmanager
+def errors_of_numpy_and_warnings():
+    with np.errstate(all="raise"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
 PROGRAMS = {
     "double precision": double_precision,
     "another default device": another_device,
@@ -296,6 +331,9 @@ PROGRAMS = {
     "no gradients": torch.no_grad,
     "inference mode": torch.inference_mode,
     "deterministic algorithms": deterministic,
+    "products in bfloat16": rounded_products,
+    "warnings and floating-point errors raise": errors_of_numpy_and_warnings,
+    "anomalies are looked for": torch.autograd.detect_anomaly,
 }
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import SimpleITK as sitk
@@ -65,6 +66,7 @@ def register_files(
         InputError: a file cannot be used, another process is writing into the folder, or it holds results already and
             ``overwrite`` is False.
     """
+    utf8_name(output)
     with exclusive(output):
         if (output / QUALITY).exists() and not overwrite:
             raise InputError(f"{output}: holds the results of a registration; choose another folder, or --overwrite")
@@ -119,7 +121,7 @@ def _register_files(pair: Pair, output: Path, options: Options, model: Model | N
     try:
         with staging_folder(output) as folder:
             for name, write in writers.items():
-                write(folder / name)
+                _write(write, folder / name, output / name)
             notes += _write_preview(fixed, moving, result, folder / PREVIEW)
             names = [name for name in POSSIBLE_FILES if (folder / name).exists()]
             write_json(report | {"files": sorted([*names, QUALITY]), "warnings": notes}, folder / QUALITY)
@@ -132,6 +134,14 @@ def _register_files(pair: Pair, output: Path, options: Options, model: Model | N
     except OSError as error:
         raise InputError(f"{output}: cannot be written ({error.strerror or error})") from error
     return json.loads((output / QUALITY).read_text(encoding="utf-8"))
+
+
+def _write(write: Callable[[Path], object], staged: Path, path: Path) -> None:
+    """Writes a file into the staging folder; an error names the file that it was to become."""
+    try:
+        write(staged)
+    except InputError as error:
+        raise InputError(str(error).replace(str(staged), str(path))) from error
 
 
 def _write_preview(fixed: sitk.Image, moving: sitk.Image, result: Result, path: Path) -> list[str]:
