@@ -424,6 +424,19 @@ def test_threads_wait_without_spinning_unless_the_user_wants_it():
     assert (environment["OMP_WAIT_POLICY"], environment["OMP_NUM_THREADS"]) == ("ACTIVE", "3")
 
 
+@pytest.mark.parametrize("given, expected", [({}, 3), ({"OMP_NUM_THREADS": "1"}, 1), ({"OMP_NUM_THREADS": "64"}, 3)])
+def test_workers_on_one_machine_share_its_processors(given, expected, monkeypatch):
+    from DivRegNetLib.run.cohort import dask
+
+    monkeypatch.setattr(dask, "usable_processors", lambda: 7)
+    variables = dask.threads_of_worker(2, given)
+    assert variables["OMP_NUM_THREADS"] == str(expected)
+    assert variables["ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"] == "3"
+    assert variables["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert dask.threads_of_worker(2, {"OMP_WAIT_POLICY": "ACTIVE"})["OMP_WAIT_POLICY"] == "ACTIVE"
+    assert dask.threads_of_worker(20, given)["OMP_NUM_THREADS"] == "1"
+
+
 @pytest.mark.parametrize(
     "files, expected",
     [
