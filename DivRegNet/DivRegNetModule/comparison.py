@@ -2,7 +2,8 @@
 
 Nothing that is drawn for this is saved with a scene: the nodes made here are hidden and not saved, and only the foreground of
 a view ever shows one of them, so that a scene which is saved meanwhile opens with the fixed volume in its views. (Slicer has
-no event before a scene is saved: vtkMRMLScene declares StartSaveEvent, and nothing invokes it.)
+no event before a scene is saved: vtkMRMLScene declares StartSaveEvent, and nothing invokes it.) The attribute SHOWN of the
+transform is saved, by which the panel lays the warped volume over the fixed one again.
 """
 
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from DivRegNetModule.steps import Steps, slabs
 OVERLAY, BEFORE, FLICKER, CHECKERBOARD, SIDE_BY_SIDE = "overlay", "before", "flicker", "checkerboard", "side by side"
 MODES = (OVERLAY, BEFORE, FLICKER, CHECKERBOARD, SIDE_BY_SIDE)
 FLICKER_MS = 500
+SHOWN = "DivRegNet.Shown"  # attribute of a transform while its result is compared, so that a saved scene tells
 SQUARES = 8  # of the checkerboard, along the longest side
 BOARD_BYTES = 32  # a voxel while the checkerboard is made
 GRID_LINES = 20  # across the longest side
@@ -55,6 +57,16 @@ class Comparison:
         self._timer.setInterval(FLICKER_MS)
         self._timer.timeout.connect(self._flip)
 
+    @staticmethod
+    def was_saved(transform) -> bool:
+        """Whether the result of a transform was compared when its scene was saved, or is."""
+        return transform.GetAttribute(SHOWN) is not None
+
+    @staticmethod
+    def forget_saved(transform) -> None:
+        """The result of a transform is not compared."""
+        transform.RemoveAttribute(SHOWN)
+
     def needs(self, node) -> bool:
         """Whether the comparison makes no sense without this node."""
         return node is self.fixed or node is self.warped
@@ -70,6 +82,8 @@ class Comparison:
             return
         if not self.mode:
             views.along(self.fixed)
+        if not self._gone(self.transform):
+            self.transform.SetAttribute(SHOWN, "1")
         self._end_mode()
         self.mode = mode
         if mode in (OVERLAY, BEFORE):
@@ -116,6 +130,8 @@ class Comparison:
         """Takes everything away that is drawn here; also where nodes were removed. The views are left as they are."""
         self._end_mode()
         self.grid(False)
+        if not self._gone(self.transform):
+            self.forget_saved(self.transform)
 
     def restore(self) -> None:
         """Puts the slice views back as they were when this object was made."""

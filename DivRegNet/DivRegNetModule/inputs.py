@@ -194,16 +194,21 @@ def foreign_outputs(parameters) -> list[str]:
     for name, node in (("warpedVolume", p.warpedVolume), ("transform", p.transform), ("inverse", p.inverse)):
         if node is None:
             continue
-        if is_a(node, "vtkMRMLTransformNode"):
-            ours = node.GetAttribute(ATTRIBUTE + "Model") is not None
-            made_for = [node.GetNodeReference(r) for r in ("spatialRegistrationFixed", "spatialRegistrationMoving")]
-        else:
-            ours = node.GetNodeReferenceID(FIXED) is not None
-            made_for = [node.GetNodeReference(FIXED), node.GetNodeReference(MOVING)]
-        wanted = [p.fixedVolume, p.movingVolume]
-        if ours and made_for != (wanted[::-1] if name == "inverse" else wanted):
+        wanted, volumes = [p.fixedVolume, p.movingVolume], made_for(node)
+        if volumes is not None and volumes != (wanted[::-1] if name == "inverse" else wanted):
             names.append(name)
     return names
+
+
+def made_for(node) -> list | None:
+    """The fixed and the moving volume of a warped volume or a transform that the module made (for an inverse, the other way
+    round); None for any other node."""
+    if is_a(node, "vtkMRMLTransformNode"):
+        ours = node.GetAttribute(ATTRIBUTE + "Model") is not None
+        roles = (node.GetFixedNodeReferenceRole(), node.GetMovingNodeReferenceRole())
+    else:
+        ours, roles = node.GetNodeReferenceID(FIXED) is not None, (FIXED, MOVING)
+    return [node.GetNodeReference(role) for role in roles] if ours else None
 
 
 def models() -> list[tuple[str, str]]:

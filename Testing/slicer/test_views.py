@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from mrml_scenes import bump, put_under
-from panel import add_blob, census, wait, wait_for
+from panel import add_blob, census, layers, wait, wait_for
 
 
 def planes() -> list[np.ndarray]:
@@ -11,20 +11,6 @@ def planes() -> list[np.ndarray]:
 
     return [
         slicer.util.arrayFromVTKMatrix(view.GetSliceToRAS()) for view in slicer.util.getNodesByClass("vtkMRMLSliceNode")
-    ]
-
-
-def layers() -> list[tuple]:
-    import slicer
-
-    return [
-        (
-            view.GetBackgroundVolumeID(),
-            view.GetForegroundVolumeID(),
-            view.GetForegroundOpacity(),
-            view.GetLinkedControl(),
-        )
-        for view in slicer.util.getNodesByClass("vtkMRMLSliceCompositeNode")
     ]
 
 
