@@ -469,6 +469,8 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
                 of_sequence[0] if of_sequence else _("Registers each volume of the sequence to the fixed volume.")
             )
             self.ui.cancelButton.enabled = running
+            changes = None if self._outcome is None else self._outcome.changes
+            self.ui.undoButton.enabled = not running and bool(changes and (changes.added or changes.overwritten))
             self.ui.progressBar.visible = self.ui.timeLabel.visible = running
             chosen = p is not None and p.fixedVolume and p.movingVolume
             self.ui.problemLabel.text = "\n".join(problems) if chosen else ""
@@ -775,7 +777,6 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.ui.resultCollapsibleButton.collapsed = False
         self.ui.qualityLabel.text = verdict.table(verdict.rows(outcome.quality, outcome.seconds, device))
         self.ui.qualityLabel.adjustSize()
-        self.ui.undoButton.enabled = bool(outcome.changes.added or outcome.changes.overwritten)
         self._fillLandmarks(landmarks.rows(outcome.pairs, outcome.quality))
         return judgment
 
@@ -805,20 +806,26 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     def _fillLandmarks(self, rows) -> None:
         self._landmarkRows = rows
         self._fillTable(
-            self.ui.landmarksTable, [_("Landmark"), _("Before (mm)"), _("After (mm)")], [r[:3] for r in rows]
+            self.ui.landmarksTable, [_("Landmark"), _("Before (mm)"), _("After (mm)")], [r[:3] for r in rows], wide=0
         )
 
-    def _fillTable(self, table, titles: list[str], rows) -> None:
+    def _fillTable(self, table, titles: list[str], rows, *, wide: int) -> None:
+        """Fills a table; ``wide`` is the column that takes the width that the others leave."""
         items = self._tableItems[table.name] = []  # Python's own references: the table does not hold them
         table.setRowCount(len(rows))
         table.setHorizontalHeaderLabels(titles)
-        table.horizontalHeader().setStretchLastSection(True)
+        header = table.horizontalHeader()
+        for column in range(len(titles)):
+            mode = qt.QHeaderView.Stretch if column == wide else qt.QHeaderView.ResizeToContents
+            header.setSectionResizeMode(column, mode)
         table.verticalHeader().setVisible(False)
         for i, row in enumerate(rows):
             for j, text in enumerate(row):
                 items.append(qt.QTableWidgetItem(text))
+                items[-1].setToolTip(text)
                 table.setItem(i, j, items[-1])
         table.visible = bool(rows)
+        table.resizeRowsToContents()
 
     @guarded
     def onLandmark(self, row: int, column: int) -> None:
@@ -835,7 +842,7 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             level = verdict.word(frame.verdict) if frame.verdict else _("FAILED")
             reason = translated(frame.verdict.reasons[0]) if frame.verdict else frame.error
             rows.append((frame.index, level, reason))
-        self._fillTable(self.ui.sequenceTable, [_("Frame"), _("Verdict"), _("Reason")], rows)
+        self._fillTable(self.ui.sequenceTable, [_("Frame"), _("Verdict"), _("Reason")], rows, wide=2)
         self.ui.sequenceCollapsibleButton.collapsed = False
         failed = sum(frame.verdict is None for frame in outcome.frames)
         text = _("{n} frames were registered, {failed} failed.")
@@ -849,7 +856,7 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     def _forgetSequence(self) -> None:
         self._sequenceOutcome = None
-        self._fillTable(self.ui.sequenceTable, [], [])
+        self._fillTable(self.ui.sequenceTable, [], [], wide=0)
 
     def _forgetOutcome(self, *, restore: bool = True) -> None:
         """Takes the last result off the panel; ``restore`` puts the views back, too."""
@@ -864,6 +871,7 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             button.setChecked(False)
             button.blockSignals(blocked)
         self._fillLandmarks([])
+        self.ui.undoButton.enabled = False
         self.ui.resultCollapsibleButton.visible = False
 
     @property

@@ -24,6 +24,7 @@ EVIDENCE = {
     "moved 4": 0.0, "bend": 1.16, "slope": 0.25, "overlap": 0.98, "covered": 0.99, "voxel_mm": 2.3, "diagonal_mm": 355.0,
 }  # fmt: skip
 """Of the bundled pair: a verdict has a reason for each kind of measure."""
+SCROLL_BAR = 16  # px, beside the panel
 NARROWEST, LOW = 400, 440  # px; of 1366 x 740, Slicer leaves its module panel about as much
 
 
@@ -85,7 +86,7 @@ def test_the_panel_can_be_narrow_whatever_nodes_and_models_are_called(ready, are
     """Fault 11: 541 px, of which a selector took 474."""
     open_all(ready)
     area(NARROWEST, 900)
-    assert narrowest(ready) <= NARROWEST
+    assert narrowest(ready) + SCROLL_BAR <= NARROWEST
     right = max(w.mapTo(ready.parent, w.rect.bottomRight()).x() for w in vars(ready.ui).values() if w.isVisible())
     assert right <= NARROWEST
 
