@@ -31,7 +31,9 @@ SQUARES = 8  # of the checkerboard, along the longest side
 BOARD_BYTES = 32  # a voxel while the checkerboard is made
 GRID_LINES = 20  # across the longest side
 OPACITY = 0.5
-TINT = "vtkMRMLColorTableNodeWarmTint1"  # of the volume that lies over the gray fixed one
+TINT = (
+    "vtkMRMLColorTableNodeWarmShade1"  # black to red, so that air stays black: of what lies over the gray fixed volume
+)
 GRID_COLOR = (1.0, 0.75, 0.3)
 
 

@@ -138,6 +138,21 @@ def test_maps_of_the_deformation_are_volumes_with_a_color_scale_and_are_undone(r
     assert census() == before
 
 
+def test_air_stays_black_under_the_color_of_the_upper_volume(app):
+    """With a table that begins with white, everything outside the head turned gray."""
+    import slicer
+    from DivRegNetModule.comparison import TINT
+
+    scene, logic, colors = slicer.vtkMRMLScene(), slicer.vtkMRMLColorLogic(), []
+    logic.SetMRMLScene(scene)
+    table = scene.GetNodeByID(TINT)
+    for i in (0, table.GetNumberOfColors() - 1):
+        colors.append([0.0] * 4)
+        table.GetColor(i, colors[-1])
+    logic.SetMRMLScene(None)
+    assert colors == [[0, 0, 0, 1], [1, 0, 0, 1]]
+
+
 def test_nodes_that_are_drawn_for_looking_are_offered_nowhere(ready, pair):
     ready.onRegister()
     wait(ready)

@@ -113,6 +113,7 @@ def main(
         font: size relative to the usual one.
         open_all: with all sections open.
     """
+    from PIL import Image
     from PySide6.QtCore import Qt
     from PySide6.QtWidgets import QFrame, QScrollArea
 
@@ -145,6 +146,8 @@ def main(
                 area.resize(width, widget.parent.layout().totalHeightForWidth(width))
                 settle(app)
             area.grab().save(str(output))
+            picture = Image.open(output).convert("RGB")
+            picture.quantize(128, dither=Image.Dither.NONE).save(output, optimize=True)  # a third of the size
             area.takeWidget()
             area.close()
             widget.cleanup()
