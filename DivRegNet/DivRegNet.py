@@ -586,7 +586,8 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     @guarded
     def onHelp(self, checked: bool = False) -> None:
-        qt.QDesktopServices.openUrl(qt.QUrl(HELP))
+        if not qt.QDesktopServices.openUrl(qt.QUrl(HELP)):
+            self._say(_("No browser could be opened. The user guide is at {address}").format(address=HELP))
 
     # --- the run
 
