@@ -26,6 +26,7 @@ from DivRegNetModule.steps import Steps, slabs
 OVERLAY, BEFORE, FLICKER, CHECKERBOARD, SIDE_BY_SIDE = "overlay", "before", "flicker", "checkerboard", "side by side"
 MODES = (OVERLAY, BEFORE, FLICKER, CHECKERBOARD, SIDE_BY_SIDE)
 FLICKER_MS = 500
+LAYOUT_MS = 100  # after which views have the size that a change of the layout gives them
 SHOWN = "DivRegNet.Shown"  # attribute of a transform while its result is compared, so that a saved scene tells
 SQUARES = 8  # of the checkerboard, along the longest side
 BOARD_BYTES = 32  # a voxel while the checkerboard is made
@@ -98,6 +99,7 @@ class Comparison:
             self._task = Task(self._board_steps(), lambda board: self._lay_over(board, 1.0), self._failed)
         else:
             views.side_by_side(self.fixed, self.warped)
+            self._fit_later()
 
     def grid(self, on: bool) -> None:
         """The deformation as a warped grid, in slice views."""
@@ -150,11 +152,21 @@ class Comparison:
             self._before.restore()
             if not self._gone(self.fixed):
                 views.along(self.fixed)
+            self._fit_later()
         shown, self._shown = self._shown, None
         if shown is not None:
             if not self._gone(self.fixed, self.warped):
                 views.show_layers(self.fixed, self.warped, 0.0)
             remove_with_display(shown)
+
+    def _fit_later(self) -> None:
+        """Fits the views once more when the layout has changed their sizes: each keeps the height of its field of view then,
+        whatever its new width shows (vtkMRMLSliceLogic::ResizeSliceNode)."""
+        qt.QTimer.singleShot(LAYOUT_MS, self._fit)
+
+    def _fit(self) -> None:
+        if self.mode and not self._gone(self.fixed):
+            views.fit()
 
     def _lay_over(self, node, opacity: float) -> None:
         """Shows a node that was made here over the fixed volume."""

@@ -1,5 +1,7 @@
 """What the slice views show after a registration, and that one click takes them back."""
 
+import time
+
 import numpy as np
 import pytest
 from mrml_scenes import bump, put_under
@@ -12,6 +14,16 @@ def planes() -> list[np.ndarray]:
     return [
         slicer.util.arrayFromVTKMatrix(view.GetSliceToRAS()) for view in slicer.util.getNodesByClass("vtkMRMLSliceNode")
     ]
+
+
+def settle(app) -> None:
+    """Lets the views take the sizes of a new layout."""
+    from DivRegNetModule.comparison import LAYOUT_MS
+
+    end = time.monotonic() + 1.5 * LAYOUT_MS / 1000
+    while time.monotonic() < end:
+        app.processEvents()
+        time.sleep(0.005)
 
 
 def along_axes_of(node) -> bool:
@@ -93,11 +105,19 @@ def test_side_by_side_shows_both_in_linked_views_with_the_same_field_of_view(sho
     assert composites["Red"].GetBackgroundVolumeID() == pair[0].GetID()
     assert composites["Yellow"].GetBackgroundVolumeID() == ready._outcome.registration.warped_node.GetID()
     assert composites["Red"].GetLinkedControl() and composites["Yellow"].GetLinkedControl()
+    settle(app)
     assert nodes["Red"].GetFieldOfView() == pytest.approx(nodes["Yellow"].GetFieldOfView())
+    bounds = [0.0] * 6
+    pair[0].GetSliceBounds(bounds, nodes["Red"].GetSliceToRAS())
+    for axis in (0, 1):  # all of the volume is seen, though the view has become narrow
+        assert nodes["Red"].GetFieldOfView()[axis] >= 0.99 * (bounds[2 * axis + 1] - bounds[2 * axis])
     one, other = (slicer.util.arrayFromVTKMatrix(nodes[name].GetSliceToRAS()) for name in ("Red", "Yellow"))
     assert one == pytest.approx(other)
     ready.ui.sideBySideButton.click()
-    assert app.views.layout == 3
+    settle(app)
+    assert app.views.layout == 3 and all(node.GetDimensions()[1] == 330 for node in nodes.values())
+    heights = [node.GetFieldOfView()[1] for node in nodes.values()]
+    assert max(heights) < 1.5 * min(heights)  # none is left as it was for another size
 
 
 def test_the_checkerboard_of_a_fixed_volume_under_a_non_linear_transform(ready, pair):
