@@ -236,15 +236,15 @@ def card_lines(name: str) -> tuple[str, str]:
     except ModelError as error:
         return str(error), str(error)
     skulls = {"whole": _("with skull"), "stripped": _("skull-stripped"), "either": _("with or without skull")}
-    skull = skulls.get(known.skull, "")
-    made_for = _("For {modalities} of the {what}, {mm}, version {version}").format(
-        modalities=", ".join(map(str, known.modalities)),
-        what=f"{known.anatomy} {skull}".strip(),
-        mm=f"{known.spacing_mm:g} mm" if known.spacing_mm else _("any resolution"),
-        version=known.version,
-    )
-    if known.classes:
-        made_for = _("{about}, guided by {count} classes").format(about=made_for, count=len(known.classes) - 1)
+    modalities = ", ".join(map(str, known.modalities))
+    phrases = [
+        _("For {modalities} of the {anatomy}").format(modalities=modalities, anatomy=known.anatomy),
+        skulls.get(known.skull, ""),
+        f"{known.spacing_mm:g} mm" if known.spacing_mm else _("any resolution"),
+        _("version {version}").format(version=known.version),
+        _("guided by {count} classes").format(count=len(known.classes) - 1) if known.classes else "",
+    ]
+    made_for = ", ".join(phrase for phrase in phrases if phrase)
     trained = _("Trained on {data}").format(data=known.training.get("data", _("data that the card does not name")))
     scores = ", ".join(f"{task} {score:g}" for task, score in known.scores.items() if isinstance(score, int | float))
     words = [_("Good for: {what}").format(what=known.good_for)] if known.good_for else []
