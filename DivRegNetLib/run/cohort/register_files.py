@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import SimpleITK as sitk
@@ -20,12 +21,13 @@ from DivRegNetLib.io.segmentations import read_mask, write_segmentation
 from DivRegNetLib.io.transforms import write_transform
 from DivRegNetLib.io.volume_files import files_of
 from DivRegNetLib.models import Model
-from DivRegNetLib.options import Options, Progress
+from DivRegNetLib.options import LANDMARK_ALIGNMENTS, Options, Progress
 from DivRegNetLib.quality.expected_error import on_grid
 from DivRegNetLib.quality.figures import default_style
 from DivRegNetLib.quality.preview import write_preview
 from DivRegNetLib.quality.verdict import judge
 from DivRegNetLib.registration.check import check_image
+from DivRegNetLib.registration.landmark_alignment import align_landmarks
 from DivRegNetLib.registration.pipeline import register
 from DivRegNetLib.result import Result
 from DivRegNetLib.run.cohort.origin import origin_of
@@ -83,6 +85,7 @@ def _register_files(pair: Pair, output: Path, options: Options, model: Model | N
         labels = LabelMaps.read(pair.fixed_labels, pair.moving_labels)
         landmarks = LandmarkLists.read(pair.fixed_landmarks, pair.moving_landmarks)
         origin = origin_of(pair, options, None if model is None else model.card)
+    options = replace(options, align=_alignment(options, landmarks))
     arguments = options.as_arguments() | ({} if model is None else {"model": model})
     result = register(fixed, moving, fixed_mask=masks[0], moving_mask=masks[1], progress=progress, **arguments)
 
@@ -182,3 +185,13 @@ def _check_no_input(pair: Pair, output: Path) -> None:
 def _read_checked(path: Path) -> sitk.Image:
     """An image that can be registered. Errors name its file."""
     return check_image(read_image(path), str(path))
+
+
+def _alignment(options: Options, landmarks: LandmarkLists | None) -> "str | sitk.Transform":
+    """The initial alignment of the options; the transform itself where it is fitted to the landmarks."""
+    kind = LANDMARK_ALIGNMENTS.get(options.align) if isinstance(options.align, str) else None
+    if kind is None:
+        return options.align
+    if landmarks is None:
+        raise InputError(f"--align {options.align} needs --fixed-landmarks and --moving-landmarks, or these columns")
+    return affine_transform(align_landmarks(landmarks.pairs.fixed, landmarks.pairs.moving, kind))
