@@ -138,6 +138,24 @@ def load(name: str | Path, device: "torch.device | str" = "cpu") -> Model:
         return _build(file, card, weights, content, device)
 
 
+class Cache:
+    """Loads models as :func:`load` does and keeps the last one, which it gives again while name, device and files are the
+    same. For a process that does one registration after another; not for several threads at once."""
+
+    def __init__(self) -> None:
+        self._key: object = None
+        self._model: Model | None = None
+
+    def load(self, name: str | Path, device: "torch.device | str" = "cpu") -> Model:
+        """The model; see :func:`load`. Its files are read and compared with their checksum each time."""
+        file = find(name)
+        key = (file, _read(file)[0], str(device))
+        if self._model is None or key != self._key:
+            self._model = None  # not two models at once
+            self._model, self._key = load(name, device), key
+        return self._model
+
+
 def _read(file: Path) -> tuple[Card, Path, bytes]:
     """A card, the file of its weights and their content, also while another process replaces them.
 

@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"volume that is not 0 where the {side} volume is compared",
         )
     parser.add_argument("--overwrite", action="store_true", help="replace results in the folder")
+    parser.add_argument("--no-preview", action="store_true", help="do not draw preview.png, which saves a second")
     parser.add_argument(
         "--fail-on",
         choices=(RED, AMBER),
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         if frames.is_4d(pair.moving):
             return _register_frames(args, pair, options)
         with ProgressBar(quiet=args.json) as progress:
-            report = register_files(pair, args.output, options, overwrite=args.overwrite, progress=progress)
+            report = register_files(pair, args.output, options, **_choices(args), progress=progress)
         show(args, report, _summary(report, args.output))
         return _exit_code(args, [report["verdict"]["level"]])
     return _register_all(args, read_pairs(args.pairs), options)
@@ -116,15 +117,18 @@ def _register_all(args: argparse.Namespace, pairs: dict[str, Pair], options: Opt
     from tqdm import tqdm
 
     with tqdm(total=len(pairs), desc="pairs", unit="pair", disable=args.json or None) as bar:
-        rows = register_pairs(
-            pairs, args.output, options, overwrite=args.overwrite, dask=args.dask, finished=bar.update
-        )
+        rows = register_pairs(pairs, args.output, options, **_choices(args), dask=args.dask, finished=bar.update)
     failed = [row for row in rows if row["status"] != "ok"]
     results = args.output / TABLE
     show(args, rows, f"{len(rows) - len(failed)} of {len(rows)} pairs registered: {results}")
     if failed:
         raise InputError(f"{len(failed)} of {len(rows)} pairs failed, see {results}; the first: {failed[0]['message']}")
     return _exit_code(args, [row["verdict"] for row in rows])
+
+
+def _choices(args: argparse.Namespace) -> dict[str, bool]:
+    """Arguments of :func:`register_files` and :func:`register_pairs`."""
+    return {"overwrite": args.overwrite, "preview": not args.no_preview}
 
 
 def _exit_code(args: argparse.Namespace, verdicts: list[str]) -> int:

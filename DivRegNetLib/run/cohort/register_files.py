@@ -2,6 +2,7 @@
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import SimpleITK as sitk
@@ -46,6 +47,7 @@ def register_files(
     *,
     model: Model | None = None,
     overwrite: bool = False,
+    preview: bool = True,
     progress: Progress | None = None,
 ) -> dict:
     """Registers files and writes the results, which appear in the folder together, ``quality.json`` last.
@@ -58,6 +60,7 @@ def register_files(
     Args:
         model: already loaded; None: ``options.model`` is loaded.
         overwrite: results that are in the folder.
+        preview: draw the preview.
     Returns:
         The content of ``quality.json``.
     Raises:
@@ -67,10 +70,12 @@ def register_files(
     with exclusive(output):
         if (output / QUALITY).exists() and not overwrite:
             raise InputError(f"{output}: holds the results of a registration; choose another folder, or --overwrite")
-        return _register_files(pair, output, options, model, progress)
+        return _register_files(pair, output, options, model, preview, progress)
 
 
-def _register_files(pair: Pair, output: Path, options: Options, model: Model | None, progress: Progress | None) -> dict:
+def _register_files(
+    pair: Pair, output: Path, options: Options, model: Model | None, preview: bool, progress: Progress | None
+) -> dict:
     """:func:`register_files` in a folder that this process holds and whose results may be replaced."""
     _check_no_input(pair, output)
     with unchanged(*pair.paths().values()):
@@ -117,9 +122,11 @@ def _register_files(pair: Pair, output: Path, options: Options, model: Model | N
     }
     try:
         with staging_folder(output) as folder:
-            for name, write in writers.items():
-                write(folder / name)
-            notes += _write_preview(fixed, moving, result, folder / PREVIEW)
+            with ThreadPoolExecutor(1) as thread:  # ITK writes while matplotlib is imported and draws
+                written = thread.submit(lambda: [write(folder / name) for name, write in writers.items()])
+                if preview:
+                    notes += _write_preview(fixed, moving, result, folder / PREVIEW)
+                written.result()
             names = [name for name in POSSIBLE_FILES if (folder / name).exists()]
             write_json(report | {"files": sorted([*names, QUALITY]), "warnings": notes}, folder / QUALITY)
             (output / QUALITY).unlink(missing_ok=True)
