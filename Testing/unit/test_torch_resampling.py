@@ -25,7 +25,15 @@ def transform(grid, rigid):
 
 @pytest.mark.parametrize(
     "pixel",
-    [sitk.sitkUInt8, sitk.sitkInt16, sitk.sitkUInt16, sitk.sitkInt32, sitk.sitkUInt32, sitk.sitkFloat32, sitk.sitkFloat64],
+    [
+        sitk.sitkUInt8,
+        sitk.sitkInt16,
+        sitk.sitkUInt16,
+        sitk.sitkInt32,
+        sitk.sitkUInt32,
+        sitk.sitkFloat32,
+        sitk.sitkFloat64,
+    ],
 )
 def test_torch_resamples_as_simpleitk_does(pixel, transform, grid, moving_grid, paint, monkeypatch):
     monkeypatch.setattr(torch_resampling, "SLAB_VOXELS", 2000)  # several slabs
@@ -55,7 +63,9 @@ def test_integers_stay_within_their_range_and_halves_are_rounded_upward():
 def test_what_torch_cannot_do_is_left_to_simpleitk(transform, grid, moving_grid, paint):
     moving = paint(moving_grid)
     assert torch_resampling.resample(sitk.Cast(moving * 100, sitk.sitkInt64), grid, transform, 0.0, CPU) is None
-    thinned = forward_transform(torch.zeros(1, 3, 8, 8, 8), grid.working_grid(20.0, multiple=4), np.eye(4), grid.thinned(15.0))
+    thinned = forward_transform(
+        torch.zeros(1, 3, 8, 8, 8), grid.working_grid(20.0, multiple=4), np.eye(4), grid.thinned(15.0)
+    )
     assert torch_resampling.resample(moving, grid, thinned, 0.0, CPU) is None
     outside = Grid(grid.size, grid.matrix @ np.array([[1, 0, 0, 90], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]))
     assert torch_resampling.resample(moving, outside, transform, 0.0, CPU) is None

@@ -11,7 +11,7 @@ import SimpleITK as sitk
 
 from DivRegNetLib.models import Cache
 
-NICE = 10  # by which the thread's nice value is raised; the highest is 19
+NICE = 5  # by which the thread's nice value is raised; the highest is 19
 SIZE, SPACING_MM = (40, 44, 36), 4.0  # of the volumes that are registered
 
 
