@@ -162,7 +162,7 @@ class Trainer:
         return terms
 
     def _exponential_average(self, averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
-        """For AveragedModel: an exponential moving average whose decay rises to its limit, so that it soon forgets its start."""
+        """For AveragedModel: a moving average whose decay rises to its limit, so that it soon forgets its start."""
         n = int(self.average.n_averaged)  # as ``count``, which is on the device and would have to be waited for
         get_ema_multi_avg_fn(min(self.config.ema, (1 + n) / (10 + n)))(averaged, current, n)
 

@@ -1,6 +1,7 @@
-"""From a displacement on the working grid to transforms in physical space (LPS, mm), slab by slab, on the displacement's device.
+"""From a displacement on the working grid to transforms in physical space (LPS, mm).
 
-Transforms are composites as in :mod:`DivRegNetLib.core.composites`.
+They are computed on the displacement's device, slab by slab, and kept in main memory. Transforms are composites as in
+:mod:`DivRegNetLib.core.composites`.
 """
 
 import math

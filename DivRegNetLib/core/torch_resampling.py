@@ -31,7 +31,7 @@ def resample(
     """
     field = field_of(transform)
     first, dtype = _offset(Grid.of(field), grid), sitk.GetArrayViewFromImage(image).dtype
-    if first is None or dtype.itemsize == 8 and dtype.kind != "f":
+    if first is None or (dtype.itemsize == 8 and dtype.kind != "f"):
         return None
     displacement = sitk.GetArrayViewFromImage(field)
     i, j, k = first

@@ -24,6 +24,7 @@ from DivRegNetLib.core import fields, physical_fields, resampling, torch_resampl
 from DivRegNetLib.core.device import free_memory
 from DivRegNetLib.core.grid import Grid, affine_matrix
 from DivRegNetLib.core.intensity import AIR_HU, normalize
+from DivRegNetLib.core.recording import SPARE
 from DivRegNetLib.core.torch_state import default_state
 from DivRegNetLib.errors import Cancelled, DivRegNetError, InputError, is_out_of_memory
 from DivRegNetLib.options import INTERPOLATIONS, STAGES, Options, Progress
@@ -241,7 +242,11 @@ def deform(sampled: Sampled, resources: Resources, options: Options, *, progress
     names = card.methods if options.method == "auto" else options.method.split("+")
     if "regnet" in names and resources.model.regnet is None:
         raise InputError(f"method {options.method!r} needs a RegNet, which model {card.name!r} does not have")
-    return methods.deform(sampled.images, tuple(names), card.variational_settings, resources.model.regnet, progress)
+    arguments = sampled.images, tuple(names), card.variational_settings, resources.model.regnet
+    if resources.device.type != "cuda":
+        return methods.deform(*arguments, progress)
+    room = free_memory(resources.device) > SPARE * resources.estimate().device
+    return methods.deform_recorded(*arguments, resources.model.recorder(), room=room, progress=progress)
 
 
 def refine(
@@ -284,9 +289,9 @@ def warp(
         InputError: the warped volume is constant.
     """
     interpolator, grid, warped = INTERPOLATIONS[options.interpolation], Grid.of(inputs.fixed), None
-    if device.type == "cuda" and interpolator == sitk.sitkLinear:
-        if torch_resampling.memory(inputs.moving, grid) < free_memory(device) * memory.SPARE:
-            warped = torch_resampling.resample(inputs.moving, grid, transform, default, device)
+    on_card = device.type == "cuda" and interpolator == sitk.sitkLinear
+    if on_card and torch_resampling.memory(inputs.moving, grid) < free_memory(device) * memory.SPARE:
+        warped = torch_resampling.resample(inputs.moving, grid, transform, default, device)
     if warped is None:
         warped = resampling.resample(inputs.moving, inputs.fixed, transform, interpolator, default)
     values = sitk.GetArrayViewFromImage(warped)

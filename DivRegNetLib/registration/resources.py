@@ -79,6 +79,12 @@ class Resources:
         """The working resolution that the options ask for, mm."""
         return self.options.spacing or self.usual_spacing
 
+    def estimate(self) -> memory.Estimate:
+        """The memory of this attempt."""
+        grids = Grid.of(self.fixed), Grid.of(self.moving)
+        spacing = self.working.spacing[0]
+        return memory.estimate(self.model.card, *grids, spacing=spacing, refine=self.options.refine)
+
     def smaller(self, stage: str) -> "Resources":
         """The resources of the next attempt after the memory ran out in a stage: a coarser working grid, then the CPU.
 

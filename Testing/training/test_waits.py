@@ -1,4 +1,4 @@
-"""Training does not wait for a GPU: how often a result is needed on the CPU, counted by the operators, which are the same there."""
+"""Training does not wait for a GPU: operators whose result is needed on the CPU are counted. They are the same on a CPU."""
 
 import random as python_random
 from dataclasses import replace
