@@ -59,7 +59,7 @@ def workers(device: str, repeat: int) -> None:
 
 def _wait_until_idle(pid: int) -> None:
     """Waits until a process has used no processor time for a second."""
-    until, before = time.monotonic() + PREPARED_SECONDS, -1.0
+    until, before, quiet = time.monotonic() + PREPARED_SECONDS, None, 0
     while time.monotonic() < until:
         time.sleep(1)
         used = subprocess.run(["ps", "-o", "cputimes=", "-p", str(pid)], capture_output=True, text=True).stdout

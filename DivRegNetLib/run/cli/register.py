@@ -12,6 +12,7 @@ from DivRegNetLib.registration.landmark_alignment import KINDS, align_landmarks
 from DivRegNetLib.run.cli.evaluate import add_comparison_arguments
 from DivRegNetLib.run.cli.output import ProgressBar, show
 from DivRegNetLib.run.cohort import TABLE, Pair, frames, read_pairs, register_pairs
+from DivRegNetLib.run.process import without_collection
 
 DESCRIPTION = "Register the moving to the fixed volume."
 FAILED_VERDICT = 3  # exit code
@@ -87,7 +88,8 @@ def run(args: argparse.Namespace) -> int:
         given["align"] = _alignment(args)
     options = Options.of(**(preset(args.preset).options | given))
     if args.pairs is None:
-        from DivRegNetLib.run.cohort.register_files import register_files
+        with without_collection():
+            from DivRegNetLib.run.cohort.register_files import register_files
 
         names = (f"{side}{what}" for what in ("", "_mask", "_labels", "_landmarks") for side in ("fixed", "moving"))
         pair = Pair(**{name: getattr(args, name) for name in names})

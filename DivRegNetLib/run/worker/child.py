@@ -17,7 +17,7 @@ from DivRegNetLib.io.locks import LocksUnsupported, acquire
 from DivRegNetLib.models import Cache
 from DivRegNetLib.quality.references import measure
 from DivRegNetLib.registration import memory
-from DivRegNetLib.run.process import prepare_process
+from DivRegNetLib.run.process import prepare_process, without_collection
 from DivRegNetLib.run.worker.process import remove_files
 from DivRegNetLib.run.worker.protocol import (
     JOB,
@@ -77,7 +77,8 @@ def _do(folder: Path, cache: Cache, send: Callable) -> None:
         send("progress", stage=stage, fraction=min(max(fraction, 0.0), 1.0))
 
     try:
-        from DivRegNetLib.registration.pipeline import register
+        with without_collection():
+            from DivRegNetLib.registration.pipeline import register
 
         job = read_job(folder)
         result = register(**job.images, **job.options, progress=progress, load=cache.load)

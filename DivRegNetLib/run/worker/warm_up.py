@@ -10,6 +10,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from DivRegNetLib.models import Cache
+from DivRegNetLib.run.process import without_collection
 
 NICE = 5  # by which the thread's nice value is raised; the highest is 19
 SIZE, SPACING_MM = (40, 44, 36), 4.0  # of the volumes that are registered
@@ -45,7 +46,8 @@ class WarmUp:
     def _run(self) -> None:
         _lower_priority()
         with suppress(Exception):  # whatever is wrong, the first job will say it
-            from DivRegNetLib.registration.pipeline import register
+            with without_collection():
+                from DivRegNetLib.registration.pipeline import register
 
             if not self._ended.is_set():
                 register(*_pair(), load=self._cache.load, progress=lambda *_: not self._ended.is_set(), **self._options)
