@@ -52,24 +52,25 @@ def workers(device: str, repeat: int) -> None:
     cold.close()
     prepared = Standby()
     prepared.prepare(device=device)
-    _wait_until_idle(prepared.pid)
+    _wait_until_warm(prepared.pid)
     click("worker, prepared", prepared)
     prepared.close()
 
 
-def _wait_until_idle(pid: int) -> None:
-    """Waits until a process has used no processor time for a second."""
-    until, before, quiet = time.monotonic() + PREPARED_SECONDS, None, 0
+def _wait_until_warm(pid: int) -> None:
+    """Waits until a process that was started in advance has ended its thread of low priority (Linux; elsewhere a while)."""
+    if not Path("/proc").is_dir():
+        time.sleep(20)
+        return
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    until, begun = time.monotonic() + PREPARED_SECONDS, False
     while time.monotonic() < until:
-        time.sleep(1)
-        used = subprocess.run(["ps", "-o", "cputimes=", "-p", str(pid)], capture_output=True, text=True).stdout
-        threads = len(list(Path(f"/proc/{pid}/task").glob("*"))) if Path("/proc").is_dir() else 0
-        if (used, threads) == before:
-            quiet += 1
-            if quiet == 3:
-                return
-        else:
-            before, quiet = (used, threads), 0
+        time.sleep(0.05)
+        nice = [int(f.read_text().rpartition(")")[2].split()[16]) for f in Path(f"/proc/{pid}/task").glob("*/stat")]
+        lowered = max(nice) > own
+        if begun and not lowered:
+            return
+        begun = begun or lowered
 
 
 def command_line(device: str, repeat: int) -> None:

@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"volume that is not 0 where the {side} volume is compared",
         )
     parser.add_argument("--overwrite", action="store_true", help="replace results in the folder")
-    parser.add_argument("--no-preview", action="store_true", help="do not draw preview.png, which saves a second")
+    parser.add_argument("--no-preview", action="store_true", help="do not draw preview.png")
     parser.add_argument(
         "--fail-on",
         choices=(RED, AMBER),

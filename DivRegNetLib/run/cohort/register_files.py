@@ -21,7 +21,6 @@ from DivRegNetLib.io.transforms import write_transform
 from DivRegNetLib.models import Model
 from DivRegNetLib.options import Options, Progress
 from DivRegNetLib.quality.expected_error import on_grid
-from DivRegNetLib.quality.figures import default_style
 from DivRegNetLib.quality.preview import write_preview
 from DivRegNetLib.quality.verdict import judge
 from DivRegNetLib.registration.check import check_image
@@ -122,7 +121,7 @@ def _register_files(
     }
     try:
         with staging_folder(output) as folder:
-            with ThreadPoolExecutor(1) as thread:  # ITK writes while matplotlib is imported and draws
+            with ThreadPoolExecutor(1) as thread:  # ITK writes while the preview is drawn
                 written = thread.submit(lambda: [write(folder / name) for name, write in writers.items()])
                 if preview:
                     notes += _write_preview(fixed, moving, result, folder / PREVIEW)
@@ -147,11 +146,10 @@ def _write_preview(fixed: sitk.Image, moving: sitk.Image, result: Result, path: 
         InputError: the file cannot be written.
     """
     try:
-        with default_style():
-            write_preview(fixed, moving, result, path)
+        write_preview(fixed, moving, result, path)
     except InputError:
         raise
-    except Exception as error:  # whatever is wrong with matplotlib
+    except Exception as error:  # whatever is wrong with Pillow
         return [f"there is no preview, as it could not be drawn ({type(error).__name__}: {reason_of(error)})"]
     return []
 
