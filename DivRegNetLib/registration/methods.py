@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from DivRegNetLib.core import fields
+from DivRegNetLib.core.recording import Recorder
 from DivRegNetLib.registration import METHODS
 from DivRegNetLib.registration.regnet import RegNet
 from DivRegNetLib.registration.variational.equations import Valid
 from DivRegNetLib.registration.variational.features import Features
 from DivRegNetLib.registration.variational.method import register
+from DivRegNetLib.registration.variational.schedule import schedule
 from DivRegNetLib.registration.variational.settings import VariationalSettings
 from DivRegNetLib.similarity.classes import ClassNet
 
@@ -43,6 +45,19 @@ class Images:
         pairs = ((self.fixed, self.fixed_mask), (self.moving, self.moving_mask))
         images = (image if mask is None else image * mask for image, mask in pairs)
         return tuple(x.contiguous(memory_format=torch.channels_last_3d) for x in images)
+
+    def taken_apart(self) -> "tuple[list[Tensor | None], Callable[[list[Tensor | None]], Images]]":
+        """The tensors, and a function that makes images of the same kind of others."""
+        valid = self.valid or (None, None)
+        classes = (None, None) if self.classes is None else (self.classes.fixed, self.classes.moving)
+
+        def rebuild(tensors: list[Tensor | None]) -> Images:
+            fixed, moving, fixed_mask, moving_mask, *valid, of_fixed, of_moving = tensors
+            features = None if self.classes is None else replace(self.classes, fixed=of_fixed, moving=of_moving)
+            valid = None if self.valid is None else tuple(valid)
+            return Images(fixed, moving, fixed_mask, moving_mask, valid, self.measured, features)
+
+        return [self.fixed, self.moving, self.fixed_mask, self.moving_mask, *valid, *classes], rebuild
 
     def measured_in_masks(self) -> Valid | None:
         """Where the images were measured, without what is outside their masks."""
@@ -101,6 +116,47 @@ def deform(
             displacement = regnet.register(*images.multiplied(), displacement, images.valid)
             report(1.0)
     return fields.upsample(displacement, grid[0], shape).contiguous()
+
+
+def deform_recorded(
+    images: Images,
+    names: tuple[str, ...],
+    variational: VariationalSettings,
+    regnet: RegNet | None,
+    recorder: Recorder,
+    *,
+    room: bool,
+    progress: Progress = lambda fraction: None,
+) -> Tensor:
+    """:func:`deform`, on a CUDA device as one recording that is played again for images of the same shape.
+
+    Args:
+        recorder: belongs to the network.
+        room: whether there is memory to keep the recording.
+    """
+    if images.fixed.device.type != "cuda" or not is_recordable(images, names, variational):
+        return deform(images, names, variational, regnet, progress)
+    tensors, rebuild = images.taken_apart()
+    progress(0.0)
+    stages = tuple(schedule(variational, images.measured)) if "variational" in names else ()
+    key = names, variational, stages, tuple(t is None for t in tensors)
+    given = [t for t in tensors if t is not None]
+
+    def run(*present: Tensor) -> Tensor:
+        rest = iter(present)
+        return deform(rebuild([None if t is None else next(rest) for t in tensors]), names, variational, regnet)
+
+    displacement = recorder(key, run, *given, room=room)
+    progress(1.0)
+    return displacement
+
+
+def is_recordable(images: Images, names: tuple[str, ...], settings: VariationalSettings) -> bool:
+    """Whether the operations of :func:`deform` depend on nothing but shapes: no voxels are counted, and no gain is measured."""
+    if "variational" not in names:
+        return True
+    excluded = settings.masks == "exclude" and (images.fixed_mask is not None or images.moving_mask is not None)
+    return images.measured is not None and settings.min_gain is None and not excluded
 
 
 def refine(

@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from DivRegNetLib import models
-from DivRegNetLib.core import fields, physical_fields, resampling
+from DivRegNetLib.core import fields, physical_fields, resampling, torch_resampling
+from DivRegNetLib.core.device import free_memory
 from DivRegNetLib.core.grid import Grid, affine_matrix
 from DivRegNetLib.core.intensity import AIR_HU, normalize
+from DivRegNetLib.core.recording import SPARE
 from DivRegNetLib.core.torch_state import default_state
 from DivRegNetLib.errors import Cancelled, DivRegNetError, InputError, is_out_of_memory
 from DivRegNetLib.options import INTERPOLATIONS, LANDMARK_ALIGNMENTS, STAGES, Options, Progress
@@ -31,7 +33,7 @@ from DivRegNetLib.quality.evidence import Evidence
 from DivRegNetLib.registration import alignment, memory, methods
 from DivRegNetLib.registration.check import check_default, check_image, check_mask
 from DivRegNetLib.registration.methods import Images
-from DivRegNetLib.registration.resources import Resources, no_memory
+from DivRegNetLib.registration.resources import Load, Resources, no_memory
 from DivRegNetLib.result import Result
 from DivRegNetLib.similarity.kldivnet import patches
 
@@ -50,6 +52,7 @@ def register(
     moving_mask: sitk.Image | None = None,
     progress: Progress | None = None,
     model: models.Model | str | None = None,
+    load: Load = models.load,
     **options,
 ) -> Result:
     """Registers the moving to the fixed image.
@@ -59,6 +62,7 @@ def register(
         fixed_mask, moving_mask: non-zero where the image is compared, on any grid.
         progress: called with the stage and the fraction that is done; returning False cancels.
         model: name, path of a card, or a :class:`~DivRegNetLib.models.Model` already loaded, which is not changed.
+        load: how a model is loaded by name; that of a :class:`~DivRegNetLib.models.Cache` keeps it for the next time.
         options: fields of :class:`~DivRegNetLib.options.Options`.
     Raises:
         InputError: an image, mask or option that cannot be used; the message says which and why.
@@ -73,7 +77,7 @@ def register(
     stages = Stages(progress)
     try:
         inputs = stages.run("check", check, fixed, moving, fixed_mask, moving_mask, options)
-        resources = stages.run("check", Resources.choose, options, inputs.fixed, inputs.moving, loaded)
+        resources = stages.run("check", Resources.choose, options, inputs.fixed, inputs.moving, loaded, load)
     except OutOfMemory as error:
         raise no_memory(error.stage) from error
     matrix = None
@@ -140,7 +144,7 @@ def _deform_and_warp(
     displacement = stages.run("refine", refine, sampled, displacement, resources, options, progress=True)
     both = stages.run("fields", to_physical, displacement, sampled.grid, matrix, resources, progress=True)
     default = default_value(options, inputs.moving)
-    warped = stages.run("outputs", warp, inputs, both.transform, options, default)
+    warped = stages.run("outputs", warp, inputs, both.transform, options, default, resources.device)
     quality, known = stages.run("outputs", measure, sampled, both, resources.model, progress=True)
     stages.finish()
     return Result(
@@ -243,7 +247,11 @@ def deform(sampled: Sampled, resources: Resources, options: Options, *, progress
     names = card.methods if options.method == "auto" else options.method.split("+")
     if "regnet" in names and resources.model.regnet is None:
         raise InputError(f"method {options.method!r} needs a RegNet, which model {card.name!r} does not have")
-    return methods.deform(sampled.images, tuple(names), card.variational_settings, resources.model.regnet, progress)
+    arguments = sampled.images, tuple(names), card.variational_settings, resources.model.regnet
+    if resources.device.type != "cuda":
+        return methods.deform(*arguments, progress)
+    room = free_memory(resources.device) > SPARE * resources.estimate().device
+    return methods.deform_recorded(*arguments, resources.model.recorder(), room=room, progress=progress)
 
 
 def refine(
@@ -259,17 +267,15 @@ def refine(
 def to_physical(
     displacement: Tensor, grid: Grid, matrix: np.ndarray, resources: Resources, *, progress: Callable[[float], None]
 ) -> Fields:
-    """Displacement fields in mm, forward and inverse, composed with the initial alignment.
-
-    Computed on the CPU: at full resolution in double precision they are large.
-    """
+    """Displacement fields in mm, forward and inverse, composed with the initial alignment. They are kept in main memory: at
+    full resolution in double precision they are large."""
     inverse_displacement = fields.invert(displacement)
     progress(0.2)
-    u, inverse_u = displacement.cpu(), inverse_displacement.cpu()
-    transform = physical_fields.forward_transform(u, grid, matrix, resources.grids.fixed)
+    transform = physical_fields.forward_transform(displacement, grid, matrix, resources.grids.fixed)
     progress(0.5)
-    inverse = physical_fields.inverse_transform(u, inverse_u, grid, matrix, resources.grids.moving)
-    return Fields(displacement, inverse_displacement, transform, inverse)
+    both = displacement, inverse_displacement
+    inverse = physical_fields.inverse_transform(*both, grid, matrix, resources.grids.moving)
+    return Fields(*both, transform, inverse)
 
 
 def default_value(options: Options, moving: sitk.Image) -> float:
@@ -279,14 +285,20 @@ def default_value(options: Options, moving: sitk.Image) -> float:
     return AIR_HU if float(sitk.GetArrayViewFromImage(moving).min()) <= AIR_IN_CT else 0.0
 
 
-def warp(inputs: Inputs, transform: sitk.Transform, options: Options, default: float) -> sitk.Image:
-    """The moving volume on the fixed grid.
+def warp(
+    inputs: Inputs, transform: sitk.CompositeTransform, options: Options, default: float, device: torch.device
+) -> sitk.Image:
+    """The moving volume on the fixed grid. On a graphics card it is resampled there, if it has the memory.
 
     Raises:
         InputError: the warped volume is constant.
     """
-    interpolator = INTERPOLATIONS[options.interpolation]
-    warped = resampling.resample(inputs.moving, inputs.fixed, transform, interpolator, default)
+    interpolator, grid, warped = INTERPOLATIONS[options.interpolation], Grid.of(inputs.fixed), None
+    on_card = device.type == "cuda" and interpolator == sitk.sitkLinear
+    if on_card and torch_resampling.memory(inputs.moving, grid) < free_memory(device) * memory.SPARE:
+        warped = torch_resampling.resample(inputs.moving, grid, transform, default, device)
+    if warped is None:
+        warped = resampling.resample(inputs.moving, inputs.fixed, transform, interpolator, default)
     values = sitk.GetArrayViewFromImage(warped)
     if values.min() == values.max():
         raise InputError(

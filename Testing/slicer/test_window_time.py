@@ -28,7 +28,7 @@ def slots(module, monkeypatch):
 
     from DivRegNetModule.background import Task
 
-    for name in ("onRegister", "onPoll", "onCheckerboard", "onJacobianMap", "onBefore", "onUndo"):
+    for name in ("onRegister", "onPoll", "onCheckerboard", "onJacobianMap", "onBefore", "onUndo", "_prepare"):
         monkeypatch.setattr(module.DivRegNetWidget, name, timed(name, getattr(module.DivRegNetWidget, name)))
     monkeypatch.setattr(Task, "_advance", timed("step", Task._advance))
     return seconds
