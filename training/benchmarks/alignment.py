@@ -49,7 +49,7 @@ def divregnet() -> Callable:
 
 
 def ants(exhaustive: bool) -> Callable:
-    """``affine_initializer`` over all angles and then ``Affine``, on images of at most 3 mm (Avants et al., 2011)."""
+    """``Affine``, from the centers of mass or from an ``affine_initializer`` over all angles (Avants et al., 2011)."""
     import ants as package
 
     def convert(image: sitk.Image):
@@ -61,7 +61,10 @@ def ants(exhaustive: bool) -> Callable:
         there = [convert(_coarse(x)) for x in (fixed, moving)]
         start = None
         if exhaustive:
-            start = package.affine_initializer(*there, search_factor=30, radian_fraction=1.0, use_principal_axis=False)
+            coarse = [convert(_coarse(x, 8.0)) for x in (fixed, moving)]
+            start = package.affine_initializer(
+                *coarse, search_factor=20, radian_fraction=1.0, use_principal_axis=False, local_search_iterations=10
+            )
         found = package.registration(*there, "Affine", initial_transform=start, aff_metric="mattes")
         matrix = np.eye(4)
         for path in found["fwdtransforms"]:  # applied to points from the first on
@@ -166,7 +169,7 @@ METHODS: dict[str, tuple[str, Callable[[], Callable]]] = {
     OURS: ("affine", divregnet),
     "ANTs Affine": ("centers of mass, then Affine, Mattes MI; images of 3 mm", lambda: ants(False)),
     "ANTs initializer + Affine": (
-        "affine_initializer, search factor 30 degrees over all angles, then Affine, Mattes MI; images of 3 mm",
+        "affine_initializer on images of 8 mm, steps of 20 degrees over all angles, then Affine, Mattes MI; images of 3 mm",
         lambda: ants(True),
     ),
     "SimpleITK": ("moments, then rigid and affine, Mattes MI of 32 bins, three levels; images of 3 mm", simple_itk),
@@ -239,7 +242,21 @@ def score(answer: dict, truth: np.ndarray, points: np.ndarray, limit: float) -> 
     return row | {"error mm": error, "right": bool(error < limit), "matrix": answer["matrix"]}
 
 
-def run(chosen, methods: list[str], data: Path, output: Path, checkouts: dict[str, Path], say=print) -> list[dict]:
+def write(case, data: Path, folder: Path) -> tuple[np.ndarray, np.ndarray, float]:
+    """Writes the two images of a case to a folder, if they are not there; returns its truth, points and limit."""
+    about = folder / "truth.npz"
+    if not about.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        fixed, moving, truth, points, limit = case.make(data)
+        for name, image in (("fixed", fixed), ("moving", moving)):
+            sitk.WriteImage(image, f"{folder}/{name}.mha")
+        np.savez(about, truth=truth, points=points, limit=limit)
+    with np.load(about) as kept:
+        return kept["truth"], kept["points"], float(kept["limit"])
+
+
+def run(chosen, methods: list[str], data: Path, output: Path, checkouts: dict[str, Path],
+        pairs: Path | None = None, say=print) -> list[dict]:  # fmt: skip
     """A row per case and method; those in ``output`` are not done again."""
     kept = output / "alignment-rows.jsonl"
     output.mkdir(parents=True, exist_ok=True)
@@ -252,14 +269,13 @@ def run(chosen, methods: list[str], data: Path, output: Path, checkouts: dict[st
                 missing = [m for m in methods if (m, case.name) not in done]
                 if not missing:
                     continue
-                fixed, moving, truth, points, limit = case.make(data)
                 with tempfile.TemporaryDirectory() as folder:
-                    for name, image in (("fixed", fixed), ("moving", moving)):
-                        sitk.WriteImage(image, f"{folder}/{name}.mha")
+                    folder = Path(folder) if pairs is None else pairs / case.name
+                    truth, points, limit = write(case, data, folder)
                     for method in missing:
                         row = {"method": method, "case": case.name, "family": case.family, "scene": case.scene,
                                "kind": case.kind, "split": case.split}  # fmt: skip
-                        row |= score(workers[method].ask(Path(folder)), truth, points, limit)
+                        row |= score(workers[method].ask(folder), truth, points, limit)
                         rows.append(row)
                         file.write(json.dumps(row) + "\n")
                         file.flush()
@@ -316,14 +332,19 @@ def main() -> int:
     parser.add_argument("--split", choices=("fitted", "held out"), help="default: both")
     parser.add_argument("--before", type=Path, help="checkout of an older version, which is measured as well")
     parser.add_argument("--output", type=Path, default=Path("build/alignment"))
+    parser.add_argument("--pairs", type=Path, help="folder in which the pairs (some 20 GB) are kept for other runs")
     args = parser.parse_args()
     methods = args.methods + [BEFORE] * bool(args.before and BEFORE not in args.methods)
     chosen = [
         c for c in everything
         if c.family in args.families and c.kind in args.kinds and args.split in (None, c.split)
     ]  # fmt: skip
-    rows = run(chosen, methods, args.data, args.output, {BEFORE: args.before} if args.before else {})
-    about = {f"{m} with": METHODS[m][0] for m in METHODS if m in methods}
+    started = time.time()
+    rows = run(chosen, methods, args.data, args.output, {BEFORE: args.before} if args.before else {},
+               args.pairs)  # fmt: skip
+    about = {"preset": args.split or "fitted and held out", "seeds": "of the names of the cases", "device": "cpu, one thread",
+             "seconds": round(time.time() - started)}  # fmt: skip
+    about |= {f"{m} with": METHODS[m][0] for m in METHODS if m in methods}
     kinds_table = table(rows, ("split", "kind"))
     note = "\n\n".join(("Right cases of all cases.", "## By kind", report.table(kinds_table), "## CPU seconds, median",
                         report.table(seconds(rows)), "## By family and kind"))  # fmt: skip

@@ -1,0 +1,147 @@
+"""Initial linear alignment of two images of any contrast from anywhere: centers, rigid, affine.
+
+Candidates and evidence. Rotations spread over all of them, about several pairs of centers, are compared by normalized mutual
+information (Studholme et al., Pattern Recognition 1999) at a coarse level, in batches; the best few are optimized by BFGS, and
+where edges do not agree, further starts (other scales, moved centers) join. The identity and the centered starts compete with
+the result at the end, on the agreement of edges, which nothing has maximized.
+
+pyramid     images at one resolution, their content and what is known beyond the field of view
+transforms  linear maps in batches
+similarity  mutual information of many maps at once, and its gradient
+optimization, search   the candidates
+evidence    what chooses between them
+words       what is told to the user
+settings    every constant
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import SimpleITK as sitk
+import torch
+from torch import Tensor
+
+from DivRegNetLib.options import ALIGNMENTS
+from DivRegNetLib.registration.alignment import pyramid, words
+from DivRegNetLib.registration.alignment.search import (
+    Candidates,
+    Problem,
+    distinct,
+    first_starts,
+    moved_starts,
+    refined,
+    scaled_starts,
+    survivors,
+)
+from DivRegNetLib.registration.alignment.settings import AlignmentSettings
+
+THINNEST = 4  # voxels along each axis that a rotation takes to be known
+
+Progress = Callable[[float], None]
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """An initial alignment.
+
+    matrix: (4, 4), maps fixed points to moving points (LPS, mm).
+    warnings: sentences that the user should read.
+    agreement: of the edges, from about 0.2 (unrelated) to 1.
+    """
+
+    matrix: np.ndarray
+    warnings: tuple[str, ...] = ()
+    agreement: float | None = None
+
+
+def align(
+    fixed: sitk.Image,
+    moving: sitk.Image,
+    mode: str = "affine",
+    *,
+    fixed_mask: sitk.Image | None = None,
+    moving_mask: sitk.Image | None = None,
+    device: str | torch.device = "cpu",
+    progress: Progress = lambda fraction: None,
+) -> np.ndarray:
+    """The linear map from fixed points to moving points; see :func:`find`.
+
+    Returns:
+        (4, 4) matrix, LPS mm.
+    """
+    return find(
+        fixed, moving, mode, fixed_mask=fixed_mask, moving_mask=moving_mask, device=device, progress=progress
+    ).matrix
+
+
+def find(
+    fixed: sitk.Image,
+    moving: sitk.Image,
+    mode: str = "affine",
+    *,
+    fixed_mask: sitk.Image | None = None,
+    moving_mask: sitk.Image | None = None,
+    device: str | torch.device = "cpu",
+    progress: Progress = lambda fraction: None,
+    settings: AlignmentSettings | None = None,
+) -> Alignment:
+    """Aligns two images.
+
+    Args:
+        fixed, moving: 3D scalar images of finite values.
+        mode: ``none`` (identity), ``center`` (translation), ``rigid`` or ``affine``. What has fewer than 4 voxels along
+            an axis cannot tell how it is turned and is only shifted.
+        fixed_mask, moving_mask: where the images count, non-zero inside; on any grid.
+        progress: called with a fraction from 0 to 1; may raise to cancel.
+    Raises:
+        ValueError: unknown mode.
+    """
+    if mode not in ALIGNMENTS:
+        raise ValueError(f"the initial alignment is one of {', '.join(ALIGNMENTS)}, got {mode!r}")
+    if mode == "none":
+        return Alignment(np.eye(4))
+    settings = settings or AlignmentSettings()
+    prepared = (pyramid.prepare(*pair) for pair in ((fixed, fixed_mask), (moving, moving_mask)))
+    problem = Problem(*prepared, settings, torch.device(device))
+    with torch.no_grad():
+        if mode == "center" or min(*fixed.GetSize(), *moving.GetSize()) < THINNEST:
+            centered = _centered(problem)
+            scores = problem.level(problem.coarse, "coarse").search(centered.maps)
+            return Alignment(problem.physical(centered.maps[scores.argmax()][None])[0])
+        progress(0.05)
+        return _searched(problem, mode, progress)
+
+
+def _searched(problem: Problem, mode: str, progress: Progress) -> Alignment:
+    s, edges = problem.settings, problem.edges
+    progress(0.1)
+    candidates = survivors(problem, first_starts(problem), mode)
+    progress(0.4)
+    agreement = edges.agreement(candidates.maps)
+    if float(agreement.max()) < s.sure:
+        more = [moved_starts(problem), scaled_starts(problem) if mode != "rigid" else None]
+        for starts in more:
+            if starts is not None:
+                candidates = Candidates.joined([candidates, survivors(problem, starts, mode)])
+        agreement = edges.agreement(candidates.maps)
+    progress(0.7)
+    candidates = candidates[distinct(candidates.maps, agreement, s.apart / 2, s.finalists)]
+    candidates = refined(problem, candidates, mode, "fine", 0.0)
+    candidates = Candidates.joined([candidates, _centered(problem)])
+    agreement = edges.agreement(candidates.maps)
+    best = int(agreement.argmax())
+    matrix = problem.physical(candidates.maps[best][None])[0]
+    progress(1.0)
+    return Alignment(matrix, tuple(words.remarks(matrix, s.large_degrees, s.large_scale)), float(agreement[best]))
+
+
+def _centered(problem: Problem) -> Candidates:
+    """The identity, and the translations that bring each pair of centers together."""
+    maps = [problem.normalized(np.eye(4)[None])]
+    for start, end in problem.centers[:3]:
+        shift = torch.eye(4, dtype=torch.float64, device=problem.device)
+        shift[:3, 3] = torch.tensor(end - start, device=problem.device)
+        maps.append(shift[None])
+    maps: Tensor = torch.cat(maps)
+    return Candidates(maps, maps.new_ones(len(maps)))

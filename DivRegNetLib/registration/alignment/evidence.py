@@ -1,0 +1,99 @@
+"""Evidence on which candidates are chosen: whether edges point the same way. Nothing here has been maximized."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from DivRegNetLib.core import fields
+from DivRegNetLib.registration.alignment import transforms
+from DivRegNetLib.registration.alignment.pyramid import Look
+from DivRegNetLib.registration.alignment.settings import AlignmentSettings
+from DivRegNetLib.registration.alignment.similarity import Frame
+
+
+class Edges:
+    """The strongest edges of two images, in normalized coordinates."""
+
+    def __init__(
+        self, fixed: Look, moving: Look, frames: tuple[Frame, Frame], settings: AlignmentSettings, device: torch.device
+    ) -> None:
+        looks, self.floor = (fixed, moving), settings.edge_floor
+        gradients = [_gradient(look, frame) for look, frame in zip(looks, frames, strict=True)]
+        self.sides = [
+            _Side(looks[own], gradients[own], frames[own], looks[1 - own], gradients[1 - own], frames[1 - own],
+                  settings, device)
+            for own in (0, 1)
+        ]  # fmt: skip
+
+    def agreement(self, maps: Tensor) -> Tensor:
+        """(K,): mean squared cosine of the angle between the edges of both images, (K, 4, 4) maps.
+
+        On the strongest edges of the fixed image and on those of the moving one; the mean of both. Edges that meet none
+        stronger than the floor count as across; those outside the other image's field of view do not count, and where less
+        than a tenth lies inside there is no agreement.
+        """
+        both = []
+        for own, there in ((0, maps), (1, transforms.inverse(maps))):
+            side, other = self.sides[own], self.sides[1 - own]
+            gradient, known = side.look_up(there)
+            gradient = there[:, :3, :3].transpose(1, 2).to(torch.float32) @ gradient
+            # A map that stretches an image by s has s times its gradients.
+            stretch = torch.linalg.det(there[:, :3, :3]).abs().pow(1 / 3).to(torch.float32)[:, None]
+            weak = (self.floor * other.strength * stretch).square()
+            cosine = (gradient * side.directions).sum(1).square() / (gradient.square().sum(1) + weak)
+            share = known.double().mean(1)
+            mean = (cosine * known).double().mean(1) / share.clamp_min(1e-9)
+            both.append(torch.where(share > 0.1, mean, mean.new_zeros(())))
+        return (both[0] + both[1]) / 2
+
+
+class _Side:
+    """Points on the strongest edges of one image, and the gradients of the other.
+
+    points: (4, N) homogeneous. directions: (3, N) unit vectors. strength: mean length of the gradient at the points.
+    """
+
+    def __init__(self, own: Look, own_gradient, own_frame: Frame, other: Look, gradient, frame: Frame, settings, device):
+        points, directions, self.strength = _strongest(own, own_gradient, own_frame, settings)
+        self.points = torch.tensor(np.c_[points, np.ones(len(points))].T, dtype=torch.float32, device=device)
+        self.directions = torch.tensor(directions, dtype=torch.float32, device=device)
+        to_index = other.grid.inverse_matrix @ frame.matrix
+        to_index[:3, 3] += 1  # of the padded image
+        self.to_index = torch.tensor(to_index, device=device)
+        padded = np.concatenate((np.pad(gradient, ((0, 0), (1, 1), (1, 1), (1, 1))), other.known[None]))
+        self.field = torch.tensor(padded, dtype=torch.float32, device=device)[None]
+        self.size = torch.tensor(self.field.shape[:1:-1], dtype=torch.float32, device=device)
+
+    def look_up(self, maps: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients (K, 3, N) of the other image at the points under maps, and where it is known (K, N)."""
+        index = (self.to_index @ maps)[:, :3].to(torch.float32) @ self.points
+        grid = ((index.transpose(1, 2) * 2 + 1) / self.size - 1)[None, :, None]
+        found = torch.nn.functional.grid_sample(self.field, grid, padding_mode="border", align_corners=False)[0, :, :, 0]
+        return found[:3].transpose(0, 1), (found[3] > 0.99).to(torch.float32)
+
+
+def _gradient(look: Look, frame: Frame) -> np.ndarray:
+    """(3, D, H, W) gradient by normalized coordinates of the image, smoothed by a voxel of its coarsest axis."""
+    spacing = np.array(look.grid.spacing)
+    sigma = [float(x) for x in spacing.max() / spacing]
+    values = fields.smooth(torch.from_numpy(look.values)[None, None], *sigma)[0, 0].numpy()
+    by_index = [np.gradient(values, axis=a) if values.shape[a] > 1 else np.zeros_like(values) for a in (2, 1, 0)]
+    to_index = (look.grid.inverse_matrix @ frame.matrix)[:3, :3]
+    return np.einsum("ij,i...->j...", to_index, np.stack(by_index))
+
+
+def _strongest(look: Look, gradient: np.ndarray, frame: Frame, settings: AlignmentSettings):
+    """Points (n, 3) on the strongest edges of the content, directions (3, n), mean strength."""
+    strength = np.sqrt((gradient**2).sum(0))
+    inner = np.zeros_like(look.content)
+    inner[1:-1, 1:-1, 1:-1] = True
+    inside = look.content & inner if (look.content & inner).any() else look.content
+    threshold = np.quantile(strength[inside], 1 - settings.edge_share)
+    chosen = np.argwhere(inside & (strength >= threshold) & (strength > 0))
+    if not len(chosen):
+        chosen = np.argwhere(inside)
+    chosen = chosen[:: max(round(len(chosen) / settings.edge_points), 1)]
+    k, j, i = chosen.T
+    points = (look.grid.to_physical(chosen[:, ::-1]) - frame.center) / frame.radius
+    length = strength[k, j, i]
+    return points, gradient[:, k, j, i] / np.maximum(length, 1e-20), max(float(length.mean()), 1e-12)

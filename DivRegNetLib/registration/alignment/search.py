@@ -1,0 +1,203 @@
+"""The search: many starts at once, few of which are optimized."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import permutations, product
+
+import numpy as np
+import SimpleITK as sitk
+import torch
+from torch import Tensor
+
+from DivRegNetLib.core.grid import Grid
+from DivRegNetLib.registration.alignment import pyramid, transforms
+from DivRegNetLib.registration.alignment.evidence import Edges
+from DivRegNetLib.registration.alignment.optimization import optimize
+from DivRegNetLib.registration.alignment.pyramid import Look
+from DivRegNetLib.registration.alignment.settings import AlignmentSettings
+from DivRegNetLib.registration.alignment.similarity import Frame, Level
+
+STAGES = {"rigid": ("rigid",), "similarity": ("rigid", "similarity"), "affine": ("rigid", "similarity", "affine")}
+"""Kinds of maps that are optimized one after the other, for each kind that is asked for."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Two images and all that the search knows of them.
+
+    fixed, moving: with their masks, as :func:`~DivRegNetLib.registration.alignment.pyramid.prepare` gives them.
+    """
+
+    fixed: tuple[sitk.Image, sitk.Image | None]
+    moving: tuple[sitk.Image, sitk.Image | None]
+    settings: AlignmentSettings
+    device: torch.device
+
+    @cached_property
+    def extent(self) -> float:
+        """The smaller of the extents of the two contents, mm."""
+        return min(pyramid.look(*pair, _side(pair[0]) / 24, self.settings).extent for pair in (self.fixed, self.moving))
+
+    def _looks(self, voxels: float) -> tuple[Look, Look]:
+        spacing = self.extent / voxels
+        return tuple(pyramid.look(*pair, spacing, self.settings) for pair in (self.fixed, self.moving))
+
+    @cached_property
+    def coarse(self) -> tuple[Look, Look]:
+        return self._looks(self.settings.coarse_voxels)
+
+    @cached_property
+    def fine(self) -> tuple[Look, Look]:
+        return self._looks(2 * self.settings.coarse_voxels)
+
+    @cached_property
+    def frames(self) -> tuple[Frame, Frame]:
+        return tuple(Frame(look.centers[1], self.settings.radius * self.extent) for look in self.coarse)
+
+    @cached_property
+    def edges(self) -> Edges:
+        return Edges(*self.fine, self.frames, self.settings, self.device)
+
+    def level(self, looks: tuple[Look, Look], stage: str, power: float = 0.0) -> Level:
+        """The similarity of a stage: ``search``, ``rough``, ``coarse`` or ``fine``."""
+        count, bins = (getattr(self.settings, f"{stage}_{what}") for what in ("points", "bins"))
+        return Level(*looks, self.frames, count, bins, self.settings, self.device, power)
+
+    def normalized(self, matrices: np.ndarray) -> Tensor:
+        """(K, 4, 4) maps of normalized coordinates from matrices (K, 4, 4) in LPS mm."""
+        fixed, moving = (frame.matrix for frame in self.frames)
+        return torch.tensor(np.linalg.inv(moving) @ matrices @ fixed, device=self.device)
+
+    def physical(self, maps: Tensor) -> np.ndarray:
+        """(K, 4, 4) matrices in LPS mm from maps of normalized coordinates."""
+        fixed, moving = (frame.matrix for frame in self.frames)
+        return moving @ maps.cpu().numpy() @ np.linalg.inv(fixed)
+
+    @cached_property
+    def centers(self) -> np.ndarray:
+        """(4, 2, 3) normalized: points of the fixed and of the moving image that may belong together: the centers of the
+        content's boxes, of the grids and of the content's masses, and the first with where the headers put it."""
+        fixed, moving = ((x.centers - f.center) / f.radius for x, f in zip(self.coarse, self.frames, strict=True))
+        header = self.normalized(np.eye(4)[None])[0].cpu().numpy()
+        there = header[:3, :3] @ fixed[1] + header[:3, 3]
+        pairs = [(fixed[i], moving[i]) for i in (1, 0, 2)]
+        return np.array([*pairs, (fixed[1], there)])
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Maps and what is known of each.
+
+    maps: (K, 4, 4), normalized coordinates.
+    references: (K,) scales from which stretch is penalized.
+    """
+
+    maps: Tensor
+    references: Tensor
+
+    def __getitem__(self, index) -> "Candidates":
+        return Candidates(self.maps[index], self.references[index])
+
+    @staticmethod
+    def joined(parts: list["Candidates"]) -> "Candidates":
+        return Candidates(torch.cat([p.maps for p in parts]), torch.cat([p.references for p in parts]))
+
+
+def first_starts(problem: Problem) -> Candidates:
+    """All rotations about each pair of centers."""
+    turns = np.concatenate([cube_rotations(), transforms.rotations(problem.settings.rotations)])
+    maps = np.concatenate([transforms.about(turns, *pair) for pair in problem.centers])
+    return _candidates(problem, maps, 1.0)
+
+
+def scaled_starts(problem: Problem) -> Candidates:
+    """The same at other scales."""
+    turns = np.concatenate([cube_rotations(), transforms.rotations(problem.settings.rotations)])
+    return Candidates.joined([
+        _candidates(problem, np.concatenate([transforms.about(scale * turns, *pair) for pair in problem.centers]), scale)
+        for scale in problem.settings.scales
+    ])  # fmt: skip
+
+
+def moved_starts(problem: Problem) -> Candidates | None:
+    """Rotations with the content's center moved to either side, as far as one content has room in the other.
+
+    None where the two images end in air all around, so that their contents have the same center.
+    """
+    s = problem.settings
+    if all(look.known.all() for look in problem.coarse):
+        return None
+    turns = np.concatenate([cube_rotations(), transforms.rotations(s.more_rotations)])
+    halves = [
+        (look.box[1] - look.box[0] + 1) * look.grid.spacing / 2 / frame.radius
+        for look, frame in zip(problem.coarse, problem.frames, strict=True)
+    ]
+    axes = [np.reshape(look.grid.direction, (3, 3)) for look in problem.coarse]
+    # Room along the moving image's axes: half of what its box is longer, or shorter, than the turned fixed one.
+    turned = np.abs(np.einsum("ji,njk,kl->nil", axes[1], turns, axes[0])) @ halves[0]
+    room = np.abs(halves[1] - turned)
+    least, (start, end), found = 2 * s.least_room / s.radius / 2, problem.centers[0], []
+    for signs in product((-1, 0, 1), repeat=3):
+        used = np.all((np.array(signs) == 0) | (room > least), 1) & bool(any(signs))
+        shift = np.array(signs) * room[used] * s.offset @ axes[1].T
+        found.append(transforms.about(turns[used], start, end + shift))
+    maps = np.concatenate(found)
+    return _candidates(problem, maps, 1.0) if len(maps) else None
+
+
+def survivors(problem: Problem, starts: Candidates, mode: str) -> Candidates:
+    """The best of many starts, optimized at the coarse level, for each kind of map up to ``mode``."""
+    s = problem.settings
+    power = s.overlap_power
+    scores = problem.level(problem.coarse, "search", power).search(starts.maps)
+    chosen = starts[distinct(starts.maps, scores, s.apart, s.rough)]
+    level = problem.level(problem.coarse, "rough", power)
+    maps, scores = optimize(level, chosen.maps, "rigid", s.rough_steps, s.rough_reach * level.voxel, s)
+    kept = distinct(maps, scores, s.apart, s.survivors)
+    return refined(problem, Candidates(maps, chosen.references)[kept], mode, "coarse", power)
+
+
+def refined(problem: Problem, candidates: Candidates, mode: str, stage: str, power: float) -> Candidates:
+    """Candidates optimized at a level, for each kind of map up to ``mode`` in turn; the last ones."""
+    s = problem.settings
+    level = problem.level(getattr(problem, stage), stage, power)
+    maps, steps = candidates.maps, getattr(s, f"{stage}_steps")
+    for kind in STAGES[mode]:
+        maps, _ = optimize(level, maps, kind, steps, s.reach * level.voxel, s, candidates.references)
+    return Candidates(maps, candidates.references)
+
+
+def _candidates(problem: Problem, maps: np.ndarray, scale: float) -> Candidates:
+    maps = torch.tensor(maps, device=problem.device)
+    return Candidates(maps, maps.new_full((len(maps),), scale))
+
+
+def cube_rotations() -> np.ndarray:
+    """(24, 3, 3): all that take axes to axes, the identity first."""
+    found = []
+    for order, signs in product(permutations(range(3)), product((1, -1), repeat=3)):
+        matrix = np.eye(3)[list(order)] * np.array(signs, float)[:, None]
+        if np.linalg.det(matrix) > 0:
+            found.append(matrix)
+    return np.stack(sorted(found, key=lambda m: -np.trace(m)))
+
+
+def distinct(maps: Tensor, scores: Tensor, apart: float, most: int) -> list[int]:
+    """Indices of the best maps, best first, no two of which take points at radius 1 closer together than ``apart``."""
+    order = torch.argsort(scores, descending=True, stable=True).tolist()
+    # Mean squared displacement over a ball of radius 1: that of the shift, and a fifth of each column's.
+    rows = maps[:, :3].cpu().numpy() * np.array([0.2**0.5] * 3 + [1.0])
+    rows = rows.reshape(len(rows), 12)
+    chosen, taken = [], np.zeros((most, 12))
+    for i in order:
+        if ((taken[: len(chosen)] - rows[i]) ** 2).sum(1).min(initial=np.inf) >= apart**2:
+            taken[len(chosen)] = rows[i]
+            chosen.append(i)
+            if len(chosen) == most:
+                break
+    return chosen
+
+
+def _side(image: sitk.Image) -> float:
+    """Side of a cube as large as an image, mm."""
+    return float(np.prod(image.GetSize()) * abs(np.linalg.det(Grid.of(image).matrix[:3, :3]))) ** (1 / 3)

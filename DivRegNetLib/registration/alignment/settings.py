@@ -1,0 +1,95 @@
+"""Settings of the initial alignment. No torch here."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class AlignmentSettings:
+    """Every constant of the initial alignment, in units that do not depend on the size of what is imaged.
+
+    The *content* of an image is what it shows beside air. Its *extent* is the side of a cube as large as the box around it.
+    Lengths are shares of the smaller extent of the two images (of the *radius* where said so), or voxels of a level, so that
+    a head and an embryo are treated alike. Chosen on the ``fitted`` cases of training/benchmarks/misalignments.py.
+
+    Resolution and sampling
+        coarse_voxels: voxels along the extent at the coarse level (8 mm for a head); the fine one has twice as many.
+        radius: shared unit of length of both images, in extents; a turn of 1/radius moves a point there by 1.
+        window: percentiles of the intensities between which an image is looked at.
+        search_points, coarse_points, fine_points: sampled in each of the two images for the similarity of each stage.
+        search_bins, coarse_bins, fine_bins: of the joint histogram, per image.
+        margin: share by which the box around the content is enlarged before points are put into it.
+    Field of view
+        air: distance from the background's value, in windows, within which a voxel is taken for background.
+        content: the same beyond which it is taken for content.
+        open_face: share of a face of the field of view that must be background for the image to be taken to go on as
+            background beyond that face.
+        overlap: share of the smaller content that must be inside the other image.
+        overlap_power: in the search, NMI - 1 is multiplied by this power of the share that is inside, so that a small
+            overlap is not taken for a good one.
+    Search
+        rotations: spread evenly over all, beside the 24 that take axes to axes.
+        more_rotations: of the second search.
+        scales: isotropic scales tried in the second search, where scale is free.
+        offset: shares of the room that one content has inside the other by which centers are moved in the second search.
+        least_room: room, in extents, below which centers are not moved.
+        apart: mean distance at the radius, in radii, below which two starts are the same.
+        rough: starts that are optimized in a few steps; rough_steps: how many.
+        survivors: of these, the ones that are optimized further at the coarse level; coarse_steps: per kind of map.
+        sure: agreement of edges from which on there is no second search.
+        finalists: optimized at the fine level; fine_steps: per kind of map.
+        reach, rough_reach: longest first step, in voxels of the level, and of the rough optimization.
+        tolerance: length of a step, in radii, at which an optimization has converged.
+        stretch_penalty: NMI that a log-scale or shear of 1 costs, squared.
+    Choice
+        edge_share: share of the content's voxels that are its strongest edges.
+        edge_points: of these, looked at in each image.
+        edge_floor: share of the mean strength of those edges below which a gradient has no direction.
+        mirror_margin: agreement of edges by which a mirror image must fit better to be mentioned.
+    Words
+        large_degrees, large_scale: rotation, and ratio of sizes, beyond which the user is told.
+    """
+
+    coarse_voxels: float = 22.0
+    radius: float = 0.4
+    window: tuple[float, float] = (0.5, 99.8)
+    search_points: int = 1000
+    rough_points: int = 600
+    coarse_points: int = 2000
+    fine_points: int = 12_000
+    search_bins: int = 16
+    rough_bins: int = 12
+    coarse_bins: int = 16
+    fine_bins: int = 32
+    margin: float = 0.08
+
+    air: float = 0.08
+    content: float = 0.12
+    open_face: float = 0.65
+    overlap: float = 0.25
+    overlap_power: float = 1.0
+
+    rotations: int = 500
+    more_rotations: int = 800
+    scales: tuple[float, ...] = (0.65, 0.8, 1.25, 1.55)
+    offset: float = 0.6
+    least_room: float = 0.15
+    apart: float = 0.2
+    rough: int = 200
+    rough_steps: int = 5
+    survivors: int = 16
+    coarse_steps: int = 10
+    sure: float = 0.42
+    finalists: int = 3
+    fine_steps: int = 30
+    reach: float = 1.5
+    rough_reach: float = 2.5
+    tolerance: float = 1e-5
+    stretch_penalty: float = 0.5
+
+    edge_share: float = 0.3
+    edge_points: int = 4000
+    edge_floor: float = 0.25
+    mirror_margin: float = 0.03
+
+    large_degrees: float = 60.0
+    large_scale: float = 1.2
