@@ -29,9 +29,11 @@ from DivRegNetLib.registration.alignment.search import (
     Problem,
     distinct,
     first_starts,
+    merit,
     moved_starts,
     refined,
     scaled_starts,
+    stretched,
     survivors,
 )
 from DivRegNetLib.registration.alignment.settings import AlignmentSettings
@@ -107,7 +109,7 @@ def find(
     with torch.no_grad():
         if mode == "center" or min(*fixed.GetSize(), *moving.GetSize()) < THINNEST:
             centered = _centered(problem)
-            scores = problem.level(problem.coarse, "coarse").search(centered.maps)
+            scores = problem.level("coarse", settings.overlap_power).search(centered.maps)
             return Alignment(problem.physical(centered.maps[scores.argmax()][None])[0])
         progress(0.05)
         return _searched(problem, mode, progress)
@@ -116,24 +118,23 @@ def find(
 def _searched(problem: Problem, mode: str, progress: Progress) -> Alignment:
     s, edges = problem.settings, problem.edges
     progress(0.1)
-    candidates = survivors(problem, first_starts(problem), mode)
+    candidates = stretched(problem, survivors(problem, first_starts(problem)), mode)
     progress(0.4)
-    agreement = edges.agreement(candidates.maps)
-    if float(agreement.max()) < s.sure:
-        more = [moved_starts(problem), scaled_starts(problem) if mode != "rigid" else None]
-        for starts in more:
+    if float(edges.agreement(candidates.maps).max()) < s.sure:
+        for starts in (moved_starts(problem), scaled_starts(problem) if mode != "rigid" else None):
             if starts is not None:
-                candidates = Candidates.joined([candidates, survivors(problem, starts, mode)])
-        agreement = edges.agreement(candidates.maps)
+                more = stretched(problem, survivors(problem, starts), mode)
+                candidates = Candidates.joined([candidates, more])
     progress(0.7)
-    candidates = candidates[distinct(candidates.maps, agreement, s.apart / 2, s.finalists)]
-    candidates = refined(problem, candidates, mode, "fine", 0.0)
-    candidates = Candidates.joined([candidates, _centered(problem)])
+    candidates = candidates[distinct(candidates.maps, merit(problem, candidates), s.apart / 2, s.finalists)]
+    candidates = refined(problem, candidates, mode, "fine")
+    best = candidates[[int(merit(problem, candidates).argmax())]]
+    candidates = Candidates.joined([best, _centered(problem)])
     agreement = edges.agreement(candidates.maps)
-    best = int(agreement.argmax())
-    matrix = problem.physical(candidates.maps[best][None])[0]
+    chosen = int(agreement.argmax())
+    matrix = problem.physical(candidates.maps[chosen][None])[0]
     progress(1.0)
-    return Alignment(matrix, tuple(words.remarks(matrix, s.large_degrees, s.large_scale)), float(agreement[best]))
+    return Alignment(matrix, tuple(words.remarks(matrix, s.large_degrees, s.large_scale)), float(agreement[chosen]))
 
 
 def _centered(problem: Problem) -> Candidates:

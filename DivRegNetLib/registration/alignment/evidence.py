@@ -50,7 +50,7 @@ class Edges:
 class _Side:
     """Points on the strongest edges of one image, and the gradients of the other.
 
-    points: (4, N) homogeneous. directions: (3, N) unit vectors. strength: mean length of the gradient at the points.
+    points: (4, N) homogeneous. directions: (3, N) unit vectors. strength: length of the gradient at strong edges.
     """
 
     def __init__(self, own: Look, own_gradient, own_frame: Frame, other: Look, gradient, frame: Frame, settings, device):
@@ -83,17 +83,20 @@ def _gradient(look: Look, frame: Frame) -> np.ndarray:
 
 
 def _strongest(look: Look, gradient: np.ndarray, frame: Frame, settings: AlignmentSettings):
-    """Points (n, 3) on the strongest edges of the content, directions (3, n), mean strength."""
-    strength = np.sqrt((gradient**2).sum(0))
+    """Points (n, 3) on the content's edges that are strongest for their surroundings, directions (3, n), strength.
+
+    For their surroundings, since the skin's edges alone do not tell how a head is turned.
+    """
+    length = np.sqrt((gradient**2).sum(0))
     inner = np.zeros_like(look.content)
     inner[1:-1, 1:-1, 1:-1] = True
     inside = look.content & inner if (look.content & inner).any() else look.content
-    threshold = np.quantile(strength[inside], 1 - settings.edge_share)
-    chosen = np.argwhere(inside & (strength >= threshold) & (strength > 0))
-    if not len(chosen):
-        chosen = np.argwhere(inside)
+    both = torch.from_numpy(np.stack((length * inside, inside)).astype(np.float32))[None]
+    around = fields.smooth(both, settings.edge_surroundings)[0].numpy()
+    relative = length / (around[0] / np.maximum(around[1], 1e-3) + 0.2 * length[inside].mean() + 1e-20)
+    chosen = np.argwhere(inside & (relative >= np.quantile(relative[inside], 1 - settings.edge_share)))
     chosen = chosen[:: max(round(len(chosen) / settings.edge_points), 1)]
     k, j, i = chosen.T
     points = (look.grid.to_physical(chosen[:, ::-1]) - frame.center) / frame.radius
-    length = strength[k, j, i]
-    return points, gradient[:, k, j, i] / np.maximum(length, 1e-20), max(float(length.mean()), 1e-12)
+    directions = gradient[:, k, j, i] / np.maximum(length[k, j, i], 1e-20)
+    return points, directions, max(float(np.quantile(length[inside], 1 - settings.edge_share / 2)), 1e-12)

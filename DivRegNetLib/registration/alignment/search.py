@@ -58,10 +58,17 @@ class Problem:
     def edges(self) -> Edges:
         return Edges(*self.fine, self.frames, self.settings, self.device)
 
-    def level(self, looks: tuple[Look, Look], stage: str, power: float = 0.0) -> Level:
+    def level(self, stage: str, power: float = 0.0) -> Level:
         """The similarity of a stage: ``search``, ``rough``, ``coarse`` or ``fine``."""
-        count, bins = (getattr(self.settings, f"{stage}_{what}") for what in ("points", "bins"))
-        return Level(*looks, self.frames, count, bins, self.settings, self.device, power)
+        if (stage, power) not in self._levels:
+            count, bins = (getattr(self.settings, f"{stage}_{what}") for what in ("points", "bins"))
+            looks = self.fine if stage == "fine" else self.coarse
+            self._levels[stage, power] = Level(*looks, self.frames, count, bins, self.settings, self.device, power)
+        return self._levels[stage, power]
+
+    @cached_property
+    def _levels(self) -> dict[tuple[str, float], Level]:
+        return {}
 
     def normalized(self, matrices: np.ndarray) -> Tensor:
         """(K, 4, 4) maps of normalized coordinates from matrices (K, 4, 4) in LPS mm."""
@@ -136,7 +143,7 @@ def moved_starts(problem: Problem) -> Candidates | None:
     # Room along the moving image's axes: half of what its box is longer, or shorter, than the turned fixed one.
     turned = np.abs(np.einsum("ji,njk,kl->nil", axes[1], turns, axes[0])) @ halves[0]
     room = np.abs(halves[1] - turned)
-    least, (start, end), found = 2 * s.least_room / s.radius / 2, problem.centers[0], []
+    least, (start, end), found = s.least_room / s.radius, problem.centers[0], []
     for signs in product((-1, 0, 1), repeat=3):
         used = np.all((np.array(signs) == 0) | (room > least), 1) & bool(any(signs))
         shift = np.array(signs) * room[used] * s.offset @ axes[1].T
@@ -145,26 +152,40 @@ def moved_starts(problem: Problem) -> Candidates | None:
     return _candidates(problem, maps, 1.0) if len(maps) else None
 
 
-def survivors(problem: Problem, starts: Candidates, mode: str) -> Candidates:
-    """The best of many starts, optimized at the coarse level, for each kind of map up to ``mode``."""
-    s = problem.settings
-    power = s.overlap_power
-    scores = problem.level(problem.coarse, "search", power).search(starts.maps)
+def survivors(problem: Problem, starts: Candidates) -> Candidates:
+    """The best of many starts, turned and shifted to where they fit best at the coarse level."""
+    s, power = problem.settings, problem.settings.overlap_power
+    scores = problem.level("search", power).search(starts.maps)
     chosen = starts[distinct(starts.maps, scores, s.apart, s.rough)]
-    level = problem.level(problem.coarse, "rough", power)
+    level = problem.level("rough", power)
     maps, scores = optimize(level, chosen.maps, "rigid", s.rough_steps, s.rough_reach * level.voxel, s)
     kept = distinct(maps, scores, s.apart, s.survivors)
-    return refined(problem, Candidates(maps, chosen.references)[kept], mode, "coarse", power)
+    return refined(problem, Candidates(maps, chosen.references)[kept], "rigid", "coarse", power)
 
 
-def refined(problem: Problem, candidates: Candidates, mode: str, stage: str, power: float) -> Candidates:
-    """Candidates optimized at a level, for each kind of map up to ``mode`` in turn; the last ones."""
+def stretched(problem: Problem, candidates: Candidates, mode: str) -> Candidates:
+    """The best of some, optimized at the coarse level as similarities and affine maps up to ``mode``, and as they were."""
     s = problem.settings
-    level = problem.level(getattr(problem, stage), stage, power)
-    maps, steps = candidates.maps, getattr(s, f"{stage}_steps")
-    for kind in STAGES[mode]:
-        maps, _ = optimize(level, maps, kind, steps, s.reach * level.voxel, s, candidates.references)
+    best = candidates[distinct(candidates.maps, merit(problem, candidates), s.apart / 2, s.stretched)]
+    found = [best]
+    for kind in STAGES[mode][1:]:
+        found.append(refined(problem, found[-1], kind, "coarse", s.overlap_power))
+    return Candidates.joined(found)
+
+
+def refined(problem: Problem, candidates: Candidates, kind: str, stage: str, power: float = 0.0) -> Candidates:
+    """Candidates optimized as one kind of map at a level."""
+    s = problem.settings
+    level, steps = problem.level(stage, power), getattr(s, f"{stage}_steps")
+    maps, _ = optimize(level, candidates.maps, kind, steps, s.reach * level.voxel, s, candidates.references)
     return Candidates(maps, candidates.references)
+
+
+def merit(problem: Problem, candidates: Candidates) -> Tensor:
+    """(K,): what optimized maps are compared by: the agreement of edges and, next to it, the similarity."""
+    s = problem.settings
+    similarity = problem.level("coarse", s.overlap_power).evaluate(candidates.maps)[0]
+    return problem.edges.agreement(candidates.maps) + s.similarity_weight * similarity
 
 
 def _candidates(problem: Problem, maps: np.ndarray, scale: float) -> Candidates:

@@ -35,15 +35,18 @@ class AlignmentSettings:
         apart: mean distance at the radius, in radii, below which two starts are the same.
         rough: starts that are optimized in a few steps; rough_steps: how many.
         survivors: of these, the ones that are optimized further at the coarse level; coarse_steps: per kind of map.
+        stretched: of these, the ones that are optimized as similarities and as affine maps.
         sure: agreement of edges from which on there is no second search.
         finalists: optimized at the fine level; fine_steps: per kind of map.
         reach, rough_reach: longest first step, in voxels of the level, and of the rough optimization.
         tolerance: length of a step, in radii, at which an optimization has converged.
         stretch_penalty: NMI that a log-scale or shear of 1 costs, squared.
     Choice
-        edge_share: share of the content's voxels that are its strongest edges.
+        edge_share: share of the content's voxels that are its strongest edges, for their surroundings.
+        edge_surroundings: standard deviation, voxels of the fine level, of the Gaussian that makes the surroundings.
         edge_points: of these, looked at in each image.
-        edge_floor: share of the mean strength of those edges below which a gradient has no direction.
+        edge_floor: share of the strength of strong edges below which a gradient has no direction.
+        similarity_weight: of NMI - 1 beside the agreement of edges in the choice between maps that were all optimized.
         mirror_margin: agreement of edges by which a mirror image must fit better to be mentioned.
     Words
         large_degrees, large_scale: rotation, and ratio of sizes, beyond which the user is told.
@@ -78,7 +81,8 @@ class AlignmentSettings:
     rough_steps: int = 5
     survivors: int = 16
     coarse_steps: int = 10
-    sure: float = 0.42
+    stretched: int = 8
+    sure: float = 0.55
     finalists: int = 3
     fine_steps: int = 30
     reach: float = 1.5
@@ -87,7 +91,9 @@ class AlignmentSettings:
     stretch_penalty: float = 0.5
 
     edge_share: float = 0.3
+    edge_surroundings: float = 4.0
     edge_points: int = 4000
+    similarity_weight: float = 1.0
     edge_floor: float = 0.25
     mirror_margin: float = 0.03
 
