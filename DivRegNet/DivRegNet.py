@@ -1,10 +1,12 @@
-"""DivRegNet for 3D Slicer: the classes that Slicer looks for. What they do is in DivRegNetModule and DivRegNetLib."""
+"""DivRegNet for 3D Slicer: the classes that Slicer looks for. The work is done by DivRegNetModule and DivRegNetLib."""
 
 import enum
+import functools
 import importlib
 import logging
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Annotated, Union
 
@@ -14,8 +16,10 @@ import vtk
 from slicer import (
     vtkMRMLLabelMapVolumeNode,
     vtkMRMLMarkupsFiducialNode,
+    vtkMRMLMarkupsROINode,
     vtkMRMLScalarVolumeNode,
     vtkMRMLSegmentationNode,
+    vtkMRMLSequenceNode,
     vtkMRMLTransformableNode,
     vtkMRMLTransformNode,
 )
@@ -31,16 +35,18 @@ from slicer.ScriptedLoadableModule import (
 from slicer.util import VTKObservationMixin
 
 MODULE_FOLDER = Path(__file__).resolve().parent
-POLL_MS = 100
+POLL_MS = 20  # between two steps of a run, see DivRegNetModule.run.STEP_SECONDS
 COARSER = 1.5  # times the spacing: memory divided by 3.4
+HELP = "https://github.com/DivRegNet/DivRegNet/blob/main/docs/guide.md"
+LAST = -100.0  # priority of an observer that is called after those of Slicer's own widgets
 
 
 def _find_packages() -> None:
-    """Imports DivRegNetModule from beside this file; DivRegNetLib from there too (an installed extension), or from the
-    folder above (a checkout whose module folder was given to Slicer), or else from where pip has put it."""
+    """Imports DivRegNetLib from beside this file (an installed extension), from the folder above (a checkout whose module
+    folder was given to Slicer), or else from where pip has put it; and DivRegNetModule, which needs it, from beside."""
     for name, folders in (
-        ("DivRegNetModule", [MODULE_FOLDER]),
         ("DivRegNetLib", [MODULE_FOLDER, MODULE_FOLDER.parent]),
+        ("DivRegNetModule", [MODULE_FOLDER]),
     ):
         folder = next((str(f) for f in folders if (f / name / "__init__.py").is_file()), None)
         if folder:
@@ -56,18 +62,20 @@ _find_packages()
 
 
 class DivRegNet(ScriptedLoadableModule):
-    """What Slicer shows of the module before it is opened."""
+    """The module's title, category, help and acknowledgment."""
 
     def __init__(self, parent) -> None:
         ScriptedLoadableModule.__init__(self, parent)
-        parent.title = "DivRegNet"
+        parent.title = _("Deformable Registration (DivRegNet)")
         parent.categories = [translate("qSlicerAbstractCoreModule", "Registration")]
         parent.dependencies = []
         parent.contributors = ["DivRegNet contributors"]
-        parent.helpText = _(
+        text = _(
             "Deformable registration of images of different kinds (T1-T2, PD-T2, CT-MR) and of the same kind, in seconds. "
-            "Choose a fixed and a moving volume, press Register, and read the verdict before you use the result."
+            "Choose a fixed and a moving volume, press Register, and read the verdict before you use the result. "
+            "See more in the {start}user guide{end}."
         )
+        parent.helpText = text.format(start=f'<a href="{HELP}">', end="</a>")
         parent.acknowledgementText = _(
             "Method: Huang et al., KLDivNet: An unsupervised neural network for multi-modality image registration, "
             "arXiv 1908.08767. Not a medical device; for research."
@@ -83,13 +91,16 @@ def registerSampleData() -> None:
 
 
 class Alignment(enum.Enum):
-    """Initial alignment; values as in DivRegNetLib.options.ALIGNMENTS, and a transform of the scene."""
+    """Initial alignment; values as in DivRegNetLib.options.ALIGNMENTS, a transform of the scene, or fitted to landmarks."""
 
     NONE = "none"
     CENTER = "center"
     RIGID = "rigid"
     AFFINE = "affine"
     TRANSFORM = "transform"
+    LANDMARKS_RIGID = "landmarks-rigid"
+    LANDMARKS_SIMILARITY = "landmarks-similarity"
+    LANDMARKS_AFFINE = "landmarks-affine"
 
     def label(self) -> str:
         return {
@@ -98,11 +109,33 @@ class Alignment(enum.Enum):
             Alignment.RIGID: _("Rigid"),
             Alignment.AFFINE: _("Affine"),
             Alignment.TRANSFORM: _("A transform of the scene"),
+            Alignment.LANDMARKS_RIGID: _("Landmarks, rigid"),
+            Alignment.LANDMARKS_SIMILARITY: _("Landmarks, rigid and scaled"),
+            Alignment.LANDMARKS_AFFINE: _("Landmarks, affine"),
+        }[self]
+
+
+class Method(enum.Enum):
+    """What computes the deformation; values as in DivRegNetLib.options.METHOD_CHOICES."""
+
+    AUTO = "auto"
+    VARIATIONAL = "variational"
+    REGNET = "regnet"
+    BOTH = "variational+regnet"
+    NONE = "none"
+
+    def label(self) -> str:
+        return {
+            Method.AUTO: _("Automatic"),
+            Method.VARIATIONAL: _("Variational"),
+            Method.REGNET: _("RegNet"),
+            Method.BOTH: _("Variational, then RegNet"),
+            Method.NONE: _("None (only align)"),
         }[self]
 
 
 class Interpolation(enum.Enum):
-    """Of the warped volume; values as in DivRegNetLib.options.INTERPOLATIONS."""
+    """Interpolation of the warped volume; values as in DivRegNetLib.options.INTERPOLATIONS."""
 
     LINEAR = "linear"
     NEAREST = "nearest"
@@ -116,7 +149,7 @@ class Interpolation(enum.Enum):
         }[self]
 
 
-Mask = Union[vtkMRMLSegmentationNode, vtkMRMLLabelMapVolumeNode, None]  # noqa: UP007 -- Slicer 5.10 reads no other form
+Mask = Union[vtkMRMLSegmentationNode, vtkMRMLLabelMapVolumeNode, vtkMRMLMarkupsROINode, None]  # noqa: UP007 -- Slicer 5.10 reads no other form
 
 
 @parameterNodeWrapper
@@ -130,6 +163,7 @@ class DivRegNetParameterNode:
 
     fixedVolume: vtkMRMLScalarVolumeNode
     movingVolume: vtkMRMLScalarVolumeNode
+    movingSequence: vtkMRMLSequenceNode
     alignment: Alignment = Alignment.AFFINE
     initialTransform: vtkMRMLTransformNode
     fixedMask: Mask
@@ -137,13 +171,14 @@ class DivRegNetParameterNode:
     movingMask: Mask
     movingSegment: str
     model: str
+    method: Method = Method.AUTO
     warpedVolume: vtkMRMLScalarVolumeNode
     transform: vtkMRMLTransformNode
     giveInverse: bool = False
     inverse: vtkMRMLTransformNode
     alsoApplyTo: list[vtkMRMLTransformableNode]
     device: str
-    refineSteps: Annotated[int, WithinRange(0, 1000)] = 0
+    refineSteps: Annotated[int, WithinRange(0, 200)] = 0
     workingSpacing: Annotated[float, WithinRange(0, 20)] = 0.0
     interpolation: Interpolation = Interpolation.LINEAR
     fillAutomatic: bool = True
@@ -152,6 +187,19 @@ class DivRegNetParameterNode:
     movingSegmentation: vtkMRMLSegmentationNode
     fixedLandmarks: vtkMRMLMarkupsFiducialNode
     movingLandmarks: vtkMRMLMarkupsFiducialNode
+
+
+def guarded(slot):
+    """A slot or observer of the widget whose exceptions are shown to the user: PythonQt and VTK only print them."""
+
+    @functools.wraps(slot)
+    def call(self, *arguments):
+        try:
+            return slot(self, *arguments)
+        except Exception as error:
+            self._unexpected(error)
+
+    return call
 
 
 class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
@@ -164,87 +212,190 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self._parameterNode = None
         self._guiTags = []
         self._run = None
+        self._sequenceRun = None
         self._outcome = None
+        self._sequenceOutcome = None
         self._comparison = None
+        self._task = None
+        self._landmarkRows = []
+        self._tableItems = {}
+        self._messageOfRun = False
+        self._refreshing = False
 
     def setup(self) -> None:
         from DivRegNetModule.connectors import connectors
+        from DivRegNetModule.devices import Devices
 
         ScriptedLoadableModuleWidget.setup(self)
         panel = slicer.util.loadUI(self.resourcePath("UI/DivRegNet.ui"))
         self.layout.addWidget(panel)
         self.ui = slicer.util.childWidgetVariables(panel)
+        self._narrowSelectors()
         panel.setMRMLScene(slicer.mrmlScene)
         self.logic = DivRegNetLogic()
         self._connectors = connectors(self.ui)
+        self._devices = Devices()
 
         self._timer = qt.QTimer()
         self._timer.setInterval(POLL_MS)
         self._timer.timeout.connect(self.onPoll)
+        self._deviceTimer = qt.QTimer()
+        self._deviceTimer.setInterval(100)
+        self._deviceTimer.timeout.connect(self.onDevicesPoll)
 
-        self.ui.registerButton.connect("clicked(bool)", self.onRegister)
-        self.ui.cancelButton.connect("clicked(bool)", self.onCancel)
-        self.ui.retryCoarserButton.connect("clicked(bool)", self.onRetryCoarser)
-        self.ui.retryCpuButton.connect("clicked(bool)", self.onRetryCpu)
-        self.ui.flickerButton.connect("toggled(bool)", self.onFlicker)
-        self.ui.checkerboardButton.connect("toggled(bool)", self.onCheckerboard)
-        self.ui.gridButton.connect("toggled(bool)", self.onGrid)
-        self.ui.undoButton.connect("clicked(bool)", self.onUndo)
+        for button, slot in (
+            (self.ui.registerButton, self.onRegister),
+            (self.ui.cancelButton, self.onCancel),
+            (self.ui.retryCoarserButton, self.onRetryCoarser),
+            (self.ui.retryCpuButton, self.onRetryCpu),
+            (self.ui.swapButton, self.onSwap),
+            (self.ui.helpButton, self.onHelp),
+            (self.ui.restoreViewsButton, self.onRestoreViews),
+            (self.ui.undoButton, self.onUndo),
+            (self.ui.reportButton, self.onReport),
+            (self.ui.displacementMapButton, self.onDisplacementMap),
+            (self.ui.jacobianMapButton, self.onJacobianMap),
+            (self.ui.registerSequenceButton, self.onRegisterSequence),
+            (self.ui.copyLogButton, self.onCopyLog),
+        ):
+            button.connect("clicked(bool)", slot)
+        for button, slot in (
+            (self.ui.beforeButton, self.onBefore),
+            (self.ui.flickerButton, self.onFlicker),
+            (self.ui.checkerboardButton, self.onCheckerboard),
+            (self.ui.sideBySideButton, self.onSideBySide),
+            (self.ui.gridButton, self.onGrid),
+        ):
+            button.connect("toggled(bool)", slot)
+        self.ui.presetComboBox.connect("activated(int)", self.onPreset)
+        self.ui.landmarksTable.connect("cellClicked(int,int)", self.onLandmark)
+        self.ui.sequenceTable.connect("cellClicked(int,int)", self.onFrame)
 
         scene = slicer.mrmlScene
         self.addObserver(scene, scene.StartCloseEvent, self.onSceneStartClose)
-        self.addObserver(scene, scene.EndCloseEvent, self.onSceneEndClose)
-        self.addObserver(scene, scene.NodeRemovedEvent, self.onNodeRemoved)
+        self.addObserver(scene, scene.StartBatchProcessEvent, self.onSceneStartBatch)
+        self.addObserver(scene, scene.EndBatchProcessEvent, self.onSceneEndBatch, priority=LAST)
+        self.addObserver(scene, scene.NodeAddedEvent, self.onNodeAdded, priority=LAST)
+        self.addObserver(scene, scene.NodeAboutToBeRemovedEvent, self.onNodeAboutToBeRemoved)
+        self.addObserver(scene, scene.NodeRemovedEvent, self.onNodeRemoved, priority=LAST)
+        self._offerPresets()
         self._forgetOutcome()
         self._offerChoices()
         self.initializeParameterNode()
 
+    def _narrowSelectors(self) -> None:
+        """Long names of nodes must not make the panel wide: selectors shorten them, as the other lists do by the .ui file."""
+        from DivRegNetModule.connectors import boxes_in
+
+        for widget in list(vars(self.ui).values()):
+            if isinstance(widget, (slicer.qMRMLNodeComboBox, slicer.qMRMLCheckableNodeComboBox)):
+                for box in boxes_in(widget):
+                    box.setSizeAdjustPolicy(qt.QComboBox.AdjustToMinimumContentsLengthWithIcon)
+
     def cleanup(self) -> None:
-        """The module is unloaded or the application closes: nothing may stay behind."""
+        """The module is unloaded or the application closes: ends the run and removes all observers."""
         self._stop()
+        self._deviceTimer.stop()
+        self._devices.stop()
         self._forgetOutcome()
+        self._forgetSequence()
         self.setParameterNode(None)
         self.removeObservers()
 
+    @guarded
     def enter(self) -> None:
         self._offerChoices()
         self.initializeParameterNode()
+        if self._outcome is not None and self._comparison is None:
+            self._compare()
 
     def exit(self) -> None:
-        """Another module is opened: a run goes on, the panel no longer follows the parameters."""
+        """Another module is opened: a run continues, but the panel no longer follows the parameters."""
         self.ui.flickerButton.setChecked(False)
         self._disconnectParameterNode()
 
+    # --- the scene
+
+    @guarded
     def onSceneStartClose(self, caller, event) -> None:
+        running = self._running is not None
         self._stop()
-        self._forgetOutcome()
-        self._say("")
+        self._forgetOutcome(restore=False)
+        self._forgetSequence()
+        self._say(_("The scene was closed, so the registration was stopped.") if running else "")
         self.setParameterNode(None)
 
-    def onSceneEndClose(self, caller, event) -> None:
+    @guarded
+    def onSceneStartBatch(self, caller, event) -> None:
+        """A scene is imported or closed, or many nodes come at once. Until it ends Slicer's selectors show other nodes than
+        the parameters say, and would write them there (qMRMLSceneModel::updateScene, at EndImportEvent)."""
+        self.setParameterNode(None)
+
+    @guarded
+    def onSceneEndBatch(self, caller, event) -> None:
         if self.parent.isEntered:
             self.initializeParameterNode()
 
+    @guarded
+    @vtk.calldata_type(vtk.VTK_OBJECT)
+    def onNodeAdded(self, caller, event, node) -> None:
+        if node.IsA("vtkMRMLVolumeNode") and self.parent.isEntered and not slicer.mrmlScene.IsBatchProcessing():
+            qt.QTimer.singleShot(0, self.onVolumesLoaded)  # a node is added first and filled then
+
+    @guarded
+    def onVolumesLoaded(self) -> None:
+        """Chooses volumes that were loaded while the panel is open, if none are chosen."""
+        if self._parameterNode is not None and self._running is None and self.parent.isEntered:
+            self._chooseVolumes()
+            self._refresh()
+
+    @guarded
+    @vtk.calldata_type(vtk.VTK_OBJECT)
+    def onNodeAboutToBeRemoved(self, caller, event, node) -> None:
+        """Takes a node out of the parameters before a selector shows, and chooses, the one that was listed after it."""
+        from DivRegNetModule import inputs
+
+        p = self._parameterNode
+        if p is None or slicer.mrmlScene.IsClosing():
+            return
+        for name in inputs.NODES:
+            if p.getValue(name) is node:
+                p.setValue(name, None)
+        if any(member is node for member in p.alsoApplyTo):
+            p.alsoApplyTo = [member for member in p.alsoApplyTo if member is not node]
+
+    @guarded
     @vtk.calldata_type(vtk.VTK_OBJECT)
     def onNodeRemoved(self, caller, event, node) -> None:
-        if self._run is not None and self._run.request.needs(node):
+        if self._running is not None and self._running.needs(node):
             self._stop()
             text = _("'{name}' was deleted, so the registration was stopped. Nothing else was changed.")
             self._say(text.format(name=node.GetName()), error=True)
         elif self._comparison is not None and self._comparison.needs(node):
-            self._forgetOutcome()
+            self._forgetOutcome(restore=False)
 
     # --- parameters
 
+    @property
+    def _running(self):
+        """The run of a pair or of a sequence that is under way, or None."""
+        return self._run or self._sequenceRun
+
     def initializeParameterNode(self) -> None:
-        """A parameter node, with the first two volumes of the scene chosen if nothing is."""
+        """Follows the parameter node of the scene, and chooses volumes if none are chosen."""
         self.setParameterNode(self.logic.getParameterNode())
+        self._chooseVolumes()
+
+    def _chooseVolumes(self) -> None:
+        from DivRegNetModule import inputs
+
         p = self._parameterNode
-        if not p.fixedVolume and not p.movingVolume:
-            nodes = slicer.util.getNodesByClass("vtkMRMLScalarVolumeNode")
-            volumes = [node for node in nodes if node.GetClassName() == "vtkMRMLScalarVolumeNode"]
-            if len(volumes) >= 2:
+        volumes = [v for v in inputs.registrable(slicer.mrmlScene) if v not in (p.fixedVolume, p.movingVolume)]
+        if not p.fixedVolume and not p.movingVolume and len(volumes) >= 2:
+            with slicer.util.NodeModify(p):
                 p.fixedVolume, p.movingVolume = volumes[:2]
+        elif bool(p.fixedVolume) != bool(p.movingVolume) and len(volumes) == 1:
+            p.setValue("movingVolume" if p.fixedVolume else "fixedVolume", volumes[0])
 
     def setParameterNode(self, parameterNode: "DivRegNetParameterNode | None") -> None:
         self._disconnectParameterNode()
@@ -254,7 +405,7 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
                 parameterNode.connectGui(self.ui),
                 parameterNode.connectParametersToGui(self._connectors),
             ]
-            self.addObserver(parameterNode, vtk.vtkCommand.ModifiedEvent, self._refresh)
+            self.addObserver(parameterNode, vtk.vtkCommand.ModifiedEvent, self.onParametersModified)
         self._refresh()
 
     def _disconnectParameterNode(self) -> None:
@@ -262,136 +413,254 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             for tag in self._guiTags:
                 self._parameterNode.disconnectGui(tag)
             self._guiTags = []
-            if self.hasObserver(self._parameterNode, vtk.vtkCommand.ModifiedEvent, self._refresh):
-                self.removeObserver(self._parameterNode, vtk.vtkCommand.ModifiedEvent, self._refresh)
+            if self.hasObserver(self._parameterNode, vtk.vtkCommand.ModifiedEvent, self.onParametersModified):
+                self.removeObserver(self._parameterNode, vtk.vtkCommand.ModifiedEvent, self.onParametersModified)
 
     def _offerChoices(self) -> None:
-        """Models and devices that there are now."""
-        from DivRegNetModule import devices, inputs
+        """Offers the models and devices that are available now; graphics cards when their driver has answered."""
+        from DivRegNetModule import inputs
 
         from DivRegNetLib.models import DEFAULT
 
-        found = inputs.models()
-        self._connectors["model"].offer(found or [(_("{name} (not found)").format(name=DEFAULT), DEFAULT)])
-        self._connectors["device"].offer(devices.devices())
+        models = inputs.models()
+        self._connectors["model"].offer(models or [(_("{name} (not found)").format(name=DEFAULT), DEFAULT)])
+        self._connectors["device"].offer(self._devices.offered())
+        self._devices.ask()
+        if self._devices.asking:
+            self._deviceTimer.start()
 
-    def _refresh(self, caller=None, event=None) -> None:
-        """The panel after any change of parameters or of the run."""
+    @guarded
+    def onDevicesPoll(self) -> None:
+        if self._devices.poll():
+            self._connectors["device"].offer(self._devices.offered())
+        if not self._devices.asking:
+            self._deviceTimer.stop()
+
+    @guarded
+    def onParametersModified(self, caller=None, event=None) -> None:
+        if self._running is None and not self._messageOfRun:
+            self._say("")  # what it was about has been changed
+        self._messageOfRun = False
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Updates the panel after any change of the parameters or of the run."""
         from DivRegNetModule import inputs
 
-        p, running = self._parameterNode, self._run is not None
-        reason = inputs.why_not(p)
-        self.ui.registerButton.enabled = not running and not reason
-        self.ui.registerButton.toolTip = reason or _("Registers the moving to the fixed volume.")
-        self.ui.cancelButton.enabled = running
-        self.ui.progressBar.visible = running
-        if p is None:
+        if self._refreshing:
             return
-        self.ui.initialTransformSelector.enabled = p.alignment == Alignment.TRANSFORM
-        self.ui.inverseSelector.enabled = p.giveInverse
-        self.ui.fillSpinBox.enabled = not p.fillAutomatic
-        for connector, combo, node in (
-            ("fixedSegment", self.ui.fixedSegmentComboBox, p.fixedMask),
-            ("movingSegment", self.ui.movingSegmentComboBox, p.movingMask),
-        ):
-            self._offerSegments(connector, combo, node)
-        self._describe()
+        self._refreshing = True
+        try:
+            p, running = self._parameterNode, self._running is not None
+            problems = inputs.problems(p)
+            self.ui.registerButton.enabled = not running and not problems
+            self.ui.registerButton.toolTip = (
+                "\n".join(problems) if problems else _("Registers the moving volume to the fixed volume.")
+            )
+            of_sequence = inputs.sequence_problems(p)
+            self.ui.registerSequenceButton.enabled = not running and not of_sequence
+            self.ui.registerSequenceButton.toolTip = (
+                of_sequence[0] if of_sequence else _("Registers each volume of the sequence to the fixed volume.")
+            )
+            self.ui.cancelButton.enabled = running
+            self.ui.progressBar.visible = self.ui.timeLabel.visible = running
+            chosen = p is not None and p.fixedVolume and p.movingVolume
+            self.ui.problemLabel.text = "\n".join(problems) if chosen else ""
+            self.ui.problemLabel.visible = bool(chosen and problems)
+            self.ui.swapButton.enabled = p is not None and not running
+            if p is None:
+                return
+            self._offerNodes()
+            self.ui.initialTransformSelector.enabled = p.alignment == Alignment.TRANSFORM
+            self.ui.inverseSelector.enabled = p.giveInverse
+            self.ui.fillSpinBox.enabled = not p.fillAutomatic
+            for parameter, combo, node in (
+                ("fixedSegment", self.ui.fixedSegmentComboBox, p.fixedMask),
+                ("movingSegment", self.ui.movingSegmentComboBox, p.movingMask),
+            ):
+                self._offerSegments(parameter, combo, node)
+            if not running:
+                for name in inputs.foreign_outputs(p):
+                    p.setValue(name, None)
+            self._showPreset()
+            self._describe(bool(problems))
+        finally:
+            self._refreshing = False
+
+    def _offerNodes(self) -> None:
+        """Hides from the selectors what would be refused."""
+        from DivRegNetModule import inputs
+
+        for name, ids in inputs.hidden_from(self._parameterNode, slicer.mrmlScene).items():
+            model = getattr(self.ui, name).sortFilterProxyModel()
+            if sorted(model.hiddenNodeIDs) != ids:
+                selector, blocked = getattr(self.ui, name), getattr(self.ui, name).blockSignals(True)
+                model.hiddenNodeIDs = ids
+                selector.blockSignals(blocked)
 
     def _offerSegments(self, parameter: str, combo, node) -> None:
-        """The segments of a mask that is a segmentation; the first is chosen where none of them is."""
-        from DivRegNetModule import inputs
+        """Offers the segments of a mask that is a segmentation, and chooses the first if none of them is chosen."""
+        from DivRegNetModule import mrml
 
-        segments = inputs.segments(node)
+        segments = mrml.segments(node)
         combo.visible = combo.enabled = bool(segments)
         ids = [segment for _name, segment in segments]
         chosen = self._parameterNode.getValue(parameter)
-        if ids and chosen not in ids:
-            self._parameterNode.setValue(parameter, ids[0])  # comes back here
-            return
-        if not ids and chosen:
-            self._parameterNode.setValue(parameter, "")
-            return
+        if chosen not in ids:
+            chosen = ids[0] if ids else ""
+        if chosen != self._parameterNode.getValue(parameter):
+            self._parameterNode.setValue(parameter, chosen)
         self._connectors[parameter].offer(segments)
+        self._connectors[parameter].write(chosen)
 
-    def _describe(self) -> None:
-        """The model's card, what does not fit it, and the memory."""
+    def _describe(self, problems: bool) -> None:
+        """Shows the model's card, how the volumes differ from it, and the memory."""
         from DivRegNetModule import fit, inputs
-
-        from DivRegNetLib.run import memory
 
         p = self._parameterNode
         self.ui.cardLabel.text, self.ui.cardLabel.toolTip = inputs.card_lines(p.model)
         card = inputs.card(p.model)
         complaints, needed = [], _("Choose two volumes first.")
-        if card and not inputs.why_not(p):
+        if card and not problems:
             complaints = fit.complaints(card, inputs.facts(p.fixedVolume), inputs.facts(p.movingVolume))
-            grids = (inputs.grid(volume) for volume in (p.fixedVolume, p.movingVolume))
-            estimate = memory.estimate(card, *grids, spacing=p.workingSpacing or None, refine=p.refineSteps)
-            needed = _("about {device} on the device, {host} in main memory ({size} voxels)").format(
-                device=memory.text(estimate.device),
-                host=memory.text(estimate.host),
-                size=" x ".join(map(str, estimate.working)),
-            )
+            needed = fit.memory_text(card, p.fixedVolume, p.movingVolume, p.workingSpacing, p.refineSteps)
         self.ui.fitLabel.text = "\n".join(complaints)
-        self.ui.fitLabel.visible = bool(complaints)
+        self.ui.fitLabel.visible = bool(complaints) and self._outcome is None  # then there is a verdict instead
         self.ui.memoryLabel.text = needed
+
+    # --- purpose
+
+    def _offerPresets(self) -> None:
+        from DivRegNetModule import translated
+
+        from DivRegNetLib.presets import PRESETS
+
+        for preset in PRESETS.values():
+            self.ui.presetComboBox.addItem(translated(preset.label), preset.name)
+            self.ui.presetComboBox.setItemData(
+                self.ui.presetComboBox.count - 1, translated(preset.help), qt.Qt.ToolTipRole
+            )
+        self.ui.presetComboBox.addItem(_("Custom"), "")
+
+    def _showPreset(self) -> None:
+        """The preset whose options are chosen, or Custom."""
+        from DivRegNetLib.presets import matching
+
+        p = self._parameterNode
+        preset = matching({"align": p.alignment.value, "method": p.method.value, "refine": p.refineSteps})
+        self.ui.presetComboBox.setCurrentIndex(self.ui.presetComboBox.findData(preset.name if preset else ""))
+
+    @guarded
+    def onPreset(self, index: int) -> None:
+        from DivRegNetLib.presets import PRESETS
+
+        p, preset = self._parameterNode, PRESETS.get(self.ui.presetComboBox.itemData(index))
+        if preset is None or p is None:
+            self._refresh()
+            return
+        with slicer.util.NodeModify(p):
+            p.alignment = Alignment(preset.value("align"))
+            p.method = Method(preset.value("method"))
+            p.refineSteps = preset.value("refine")
+
+    @guarded
+    def onSwap(self, checked: bool = False) -> None:
+        from DivRegNetModule import inputs
+
+        p = self._parameterNode
+        with slicer.util.NodeModify(p):
+            for names in inputs.SWAPPED:
+                values = [p.getValue(name) for name in names]
+                for name, value in zip(names, reversed(values), strict=True):
+                    p.setValue(name, value)
+
+    @guarded
+    def onHelp(self, checked: bool = False) -> None:
+        qt.QDesktopServices.openUrl(qt.QUrl(HELP))
 
     # --- the run
 
+    @guarded
     def onRegister(self, checked: bool = False) -> None:
-        from DivRegNetModule import first_use, inputs
+        from DivRegNetModule import inputs
         from DivRegNetModule.run import Run
+
+        if self._running is None:
+            self._run = self._begin(lambda: Run(inputs.request(self._parameterNode)))
+            self._refresh()
+
+    @guarded
+    def onRegisterSequence(self, checked: bool = False) -> None:
+        from DivRegNetModule import inputs
+        from DivRegNetModule.sequences import SequenceRun
+
+        def make():
+            p = self._parameterNode
+            mask = inputs.mask(p.fixedMask, p.fixedSegment)
+            values = inputs.options(p) | {"align": p.alignment.value}
+            return SequenceRun(p.fixedVolume, p.movingSequence, fixed_mask=mask, **values)
+
+        if self._running is None:
+            self._forgetSequence()
+            self._sequenceRun = self._begin(make)
+            self._refresh()
+
+    def _begin(self, make):
+        """Starts a run that ``make`` returns; None, and a message, where it cannot be."""
+        from DivRegNetModule import first_use, inputs
 
         from DivRegNetLib.errors import DivRegNetError
 
-        if self._run is not None:
-            return
         self._say("")
         try:
             first_use.ensure()
-            run = Run(inputs.request(self._parameterNode))
+            run = make()
             run.start()
         except (DivRegNetError, first_use.NotReady) as error:
-            self._say(str(error), error=True)
-            return
-        self._run = run
+            self._say(inputs.sentence(str(error)), error=True)
+            return None
         self.ui.progressBar.setValue(0)
         self.ui.progressBar.setFormat(_("Starting"))
+        self.ui.timeLabel.text = ""
+        self._log(_("Registration started."))
         self._timer.start()
-        self._refresh()
+        return run
 
+    @guarded
     def onPoll(self) -> None:
-        """Called by a timer while a run is under way."""
-        from DivRegNetLib.errors import DivRegNetError
-
-        run = self._run
+        """Called by a timer while a registration runs. Each call takes a fraction of a second."""
+        run = self._running
         if run is None:
             self._timer.stop()
             return
         for event in run.poll():
             if event.kind == "progress":
+                if self.ui.progressBar.format != stageName(event.stage):
+                    self._log(stageName(event.stage).removesuffix(PERCENT))
                 self.ui.progressBar.setValue(round(1000 * event.fraction))
                 self.ui.progressBar.setFormat(stageName(event.stage))
+        self.ui.timeLabel.text = timeText(run.seconds, self.ui.progressBar.value / 1000)
         if run.running:
             return
         self._timer.stop()
-        self._run = None  # before nodes come and go
+        sequence, self._run, self._sequenceRun = run is self._sequenceRun, None, None  # before nodes come and go
+        for line in run.log:
+            self._log(line)
         try:
             outcome = run.finish()
-        except DivRegNetError as error:
-            self._fail(error)
         except Exception as error:
-            logging.exception("DivRegNet")
             self._fail(error)
         else:
-            self._show(outcome)
+            (self._showSequence if sequence else self._show)(outcome)
         self._refresh()
 
+    @guarded
     def onCancel(self, checked: bool = False) -> None:
-        if self._run is not None:
+        if self._running is not None:
             self._stop()
             self._say(_("Cancelled. The scene is as it was."))
 
+    @guarded
     def onRetryCoarser(self, checked: bool = False) -> None:
         from DivRegNetModule import inputs
 
@@ -401,109 +670,302 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         p.workingSpacing = min(round(spacing * COARSER, 1), 20.0)
         self.onRegister()
 
+    @guarded
     def onRetryCpu(self, checked: bool = False) -> None:
         self._parameterNode.device = "cpu"
         self.onRegister()
 
     def _stop(self) -> None:
-        """Ends a run that is under way; the scene was not touched."""
+        """Ends a running registration; the scene was not touched."""
         self._timer.stop()
-        run, self._run = self._run, None
+        run, self._run, self._sequenceRun = self._running, None, None
         if run is not None:
             run.cancel()
+            self._log(_("Registration stopped."))
         self._refresh()
 
     def _fail(self, error: Exception) -> None:
-        from DivRegNetLib.errors import Cancelled, DeviceError
+        from DivRegNetModule import inputs
+
+        from DivRegNetLib.errors import Cancelled, DeviceError, DivRegNetError
         from DivRegNetLib.run.worker import WorkerDied
 
         if isinstance(error, Cancelled):
             self._say(_("Cancelled. The scene is as it was."))
             return
-        retry = isinstance(error, (DeviceError, WorkerDied))
-        self._say(str(error), error=True, retry=retry)
+        if not isinstance(error, DivRegNetError):
+            self._unexpected(error)
+            return
+        self._say(inputs.sentence(str(error)), error=True, retry=isinstance(error, (DeviceError, WorkerDied)))
         if not self.parent.isEntered:
             slicer.util.errorDisplay(_("DivRegNet: the registration failed.\n\n{error}").format(error=error))
 
+    def _unexpected(self, error: Exception) -> None:
+        """An error that should not happen: in the panel, in a dialog with its details, and in the log."""
+        details = traceback.format_exc()
+        logging.error(details)
+        text = _("Something went wrong: {error}").format(error=f"{type(error).__name__}: {error}")
+        self._say(text, error=True)
+        self._log(details)
+        slicer.util.errorDisplay(text, windowTitle="DivRegNet", detailedText=details)
+
     def _say(self, text: str, *, error: bool = False, retry: bool = False) -> None:
-        """A message below the buttons; ``retry`` offers a coarser resolution and the CPU."""
-        text = text[:1].upper() + text[1:]  # the library's sentences start small
+        """A message below the buttons; ``retry`` offers a coarser resolution and, if a GPU computed, the CPU."""
+        if text:
+            self._log(text)
         if error:
             logging.error(f"DivRegNet: {text}")
+        self._messageOfRun = False
         self.ui.messageLabel.text = text
         self.ui.messageLabel.visible = bool(text)
         self.ui.messageLabel.setStyleSheet("color: #c62828" if error else "")
         self.ui.retryCoarserButton.visible = retry
-        self.ui.retryCpuButton.visible = (
-            retry and self._parameterNode is not None and self._parameterNode.device != "cpu"
-        )
+        device = "cpu" if self._parameterNode is None else self._parameterNode.device
+        on_gpu = device.startswith("cuda") or (device in ("", "auto") and self._devices.has_gpu)
+        self.ui.retryCpuButton.visible = retry and on_gpu
+
+    def _log(self, text: str) -> None:
+        self.ui.logText.appendPlainText(f"{time.strftime('%H:%M:%S')} {text}")
+
+    @guarded
+    def onCopyLog(self, checked: bool = False) -> None:
+        slicer.app.clipboard().setText(self.ui.logText.toPlainText())
 
     # --- the result
 
     def _show(self, outcome) -> None:
-        from DivRegNetModule import verdict
-        from DivRegNetModule.comparison import Comparison
+        from DivRegNetModule import landmarks, verdict
 
-        self._forgetOutcome()
+        from DivRegNetLib.quality.verdict import judge
+
+        self._forgetOutcome(restore=False)
         self._outcome = outcome
-        registration = outcome.registration
-        self._comparison = Comparison(outcome.fixed, registration.warped_node, registration.transform_node)
-        self._comparison.blend()
-        judgment = verdict.judge(outcome.quality)
+        registration, p = outcome.registration, self._parameterNode
+        judgment = judge(outcome.quality)
         self.ui.verdictLabel.text = verdict.as_html(judgment)
-        device = registration.result.settings.get("device", "")
-        self.ui.qualityLabel.text = verdict.table(verdict.rows(outcome.quality, outcome.seconds, device))
+        device = outcome.settings.get("device", "")
         self.ui.resultCollapsibleButton.visible = True
         self.ui.resultCollapsibleButton.collapsed = False
+        self.ui.qualityLabel.text = verdict.table(verdict.rows(outcome.quality, outcome.seconds, device))
+        self.ui.qualityLabel.adjustSize()
+        self._fillLandmarks(landmarks.rows(outcome.pairs, outcome.quality))
+        if p is not None:
+            with slicer.util.NodeModify(p):  # what was made is overwritten next time, unless another output is chosen
+                p.warpedVolume, p.transform = registration.warped_node, registration.transform_node
+                if registration.inverse_node is not None:
+                    p.inverse = registration.inverse_node
+        if self.parent.isEntered:
+            self._compare()
         self._say("\n".join(outcome.notes))
+        self._messageOfRun = True
+        self._log(f"{judgment.level}: {judgment.headline} {outcome.quality}")
         slicer.util.showStatusMessage(_("DivRegNet: done in {s:.1f} s").format(s=outcome.seconds), 5000)
 
-    def _forgetOutcome(self) -> None:
+    def _compare(self) -> None:
+        """Shows the result in the slice views."""
+        from DivRegNetModule.comparison import OVERLAY, Comparison
+
+        outcome = self._outcome
+        nodes = (outcome.registration.warped_node, outcome.registration.transform_node)
+        self._comparison = Comparison(outcome.fixed, outcome.moving, *nodes, self._unexpected)
+        self._comparison.show(OVERLAY)
+
+    def _fillLandmarks(self, rows) -> None:
+        self._landmarkRows = rows
+        self._fillTable(
+            self.ui.landmarksTable, [_("Landmark"), _("Before (mm)"), _("After (mm)")], [r[:3] for r in rows]
+        )
+
+    def _fillTable(self, table, titles: list[str], rows) -> None:
+        items = self._tableItems[table.name] = []  # Python's own references: the table does not hold them
+        table.setRowCount(len(rows))
+        table.setHorizontalHeaderLabels(titles)
+        table.horizontalHeader().setStretchLastSection(True)
+        table.verticalHeader().setVisible(False)
+        for i, row in enumerate(rows):
+            for j, text in enumerate(row):
+                items.append(qt.QTableWidgetItem(text))
+                table.setItem(i, j, items[-1])
+        table.visible = bool(rows)
+
+    @guarded
+    def onLandmark(self, row: int, column: int) -> None:
+        from DivRegNetModule import views
+
+        views.jump_to(self._landmarkRows[row][3])
+
+    def _showSequence(self, outcome) -> None:
+        self._sequenceOutcome = outcome
+        rows = []
+        for frame in outcome.frames:
+            level = frame.verdict.level.upper() if frame.verdict else _("FAILED")
+            reason = str(frame.verdict.reasons[0]) if frame.verdict else frame.error
+            rows.append((frame.index, level, reason))
+        self._fillTable(self.ui.sequenceTable, [_("Frame"), _("Verdict"), _("Reason")], rows)
+        self.ui.sequenceCollapsibleButton.collapsed = False
+        failed = sum(frame.verdict is None for frame in outcome.frames)
+        text = _("{n} frames were registered, {failed} failed.")
+        self._say(text.format(n=len(outcome.frames) - failed, failed=failed), error=bool(failed))
+        self._messageOfRun = True
+
+    @guarded
+    def onFrame(self, row: int, column: int) -> None:
+        if self._sequenceOutcome is not None and slicer.mrmlScene.IsNodePresent(self._sequenceOutcome.browser):
+            self._sequenceOutcome.browser.SetSelectedItemNumber(row)
+
+    def _forgetSequence(self) -> None:
+        self._sequenceOutcome = None
+        self._fillTable(self.ui.sequenceTable, [], [])
+
+    def _forgetOutcome(self, *, restore: bool = True) -> None:
+        """Takes the last result off the panel; ``restore`` puts the views back, too."""
+        if self._task is not None:
+            self._task.stop()
+            self._task = None
         comparison, self._comparison, self._outcome = self._comparison, None, None
         if comparison is not None:
-            comparison.clear()
-        for button in (self.ui.flickerButton, self.ui.checkerboardButton, self.ui.gridButton):
+            (comparison.restore if restore else comparison.clear)()
+        for button in self._toggles:
+            blocked = button.blockSignals(True)
             button.setChecked(False)
+            button.blockSignals(blocked)
+        self._fillLandmarks([])
         self.ui.resultCollapsibleButton.visible = False
 
+    @property
+    def _toggles(self) -> tuple:
+        ui = self.ui
+        return (ui.beforeButton, ui.flickerButton, ui.checkerboardButton, ui.sideBySideButton, ui.gridButton)
+
+    def _toggle(self, button, mode: str, on: bool) -> None:
+        """Shows the result in a mode while its button is down; at most one is."""
+        from DivRegNetModule.comparison import OVERLAY
+
+        if self._comparison is None:
+            return
+        if on:
+            for other in self._toggles[:-1]:
+                if other is not button:
+                    blocked = other.blockSignals(True)
+                    other.setChecked(False)
+                    other.blockSignals(blocked)
+        self._comparison.show(mode if on else OVERLAY)
+
+    @guarded
+    def onBefore(self, on: bool) -> None:
+        self._toggle(self.ui.beforeButton, "before", on)
+
+    @guarded
     def onFlicker(self, on: bool) -> None:
-        if self._comparison is not None:
-            if on:
-                self.ui.checkerboardButton.setChecked(False)
-            self._comparison.flicker(on)
+        self._toggle(self.ui.flickerButton, "flicker", on)
 
+    @guarded
     def onCheckerboard(self, on: bool) -> None:
-        if self._comparison is not None:
-            if on:
-                self.ui.flickerButton.setChecked(False)
-            self._comparison.checkerboard(on)
+        self._toggle(self.ui.checkerboardButton, "checkerboard", on)
 
+    @guarded
+    def onSideBySide(self, on: bool) -> None:
+        self._toggle(self.ui.sideBySideButton, "side by side", on)
+
+    @guarded
     def onGrid(self, on: bool) -> None:
         if self._comparison is not None:
             self._comparison.grid(on)
 
+    @guarded
+    def onRestoreViews(self, checked: bool = False) -> None:
+        if self._comparison is not None:
+            self._comparison.restore()
+            for button in self._toggles:
+                blocked = button.blockSignals(True)
+                button.setChecked(False)
+                button.blockSignals(blocked)
+
+    @guarded
+    def onDisplacementMap(self, checked: bool = False) -> None:
+        from DivRegNetModule import maps
+
+        self._addMap(maps.LENGTH)
+
+    @guarded
+    def onJacobianMap(self, checked: bool = False) -> None:
+        from DivRegNetModule import maps
+
+        self._addMap(maps.JACOBIAN)
+
+    def _addMap(self, kind: str) -> None:
+        from DivRegNetModule import maps, views
+        from DivRegNetModule.comparison import OPACITY
+
+        outcome = self._outcome
+
+        def done(node) -> None:
+            outcome.changes.added.append(node)  # Undo takes it back, too
+            views.show_layers(outcome.fixed, node, OPACITY)
+
+        self._work(maps.map_steps(outcome.registration.transform_node, kind), done)
+
+    @guarded
+    def onReport(self, checked: bool = False) -> None:
+        from DivRegNetModule import report
+
+        title, kinds = _("Save report"), _("Web page (*.html)")
+        name = f"{self._outcome.moving.GetName()} to {self._outcome.fixed.GetName()}.html"
+        path = qt.QFileDialog.getSaveFileName(self.parent, title, name, kinds)
+        path = path[0] if isinstance(path, tuple) else path
+        if path:
+            self._work(
+                report.report_steps(self._outcome, Path(path)),
+                lambda written: self._say(_("The report was saved to {path}.").format(path=written)),
+            )
+
+    def _work(self, steps, done) -> None:
+        """Does something about the result in steps; what goes wrong is said."""
+        from DivRegNetModule.background import Task
+
+        if self._task is not None:
+            self._task.stop()
+        self._task = Task(steps, done, self._fail)
+
+    @guarded
     def onUndo(self, checked: bool = False) -> None:
         outcome, comparison = self._outcome, self._comparison
         if outcome is None:
             return
-        self._forgetOutcome()
-        comparison.restore()
+        self._forgetOutcome(restore=comparison is not None)
         outcome.undo()
-        self._say(_("The outputs of the last registration were taken back."))
+        self._say(_("The outputs of the last registration were removed."))
+        self._messageOfRun = True
+        self._refresh()
+
+
+PERCENT = " (%p %)"
 
 
 def stageName(stage: str) -> str:
-    """A stage of DivRegNetLib.options.STAGES in words."""
+    """A stage of DivRegNetLib.options.STAGES, or of DivRegNetModule.run, as a progress text."""
     names = {
+        "prepare": _("Preparing the volumes"),
         "check": _("Checking the images"),
-        "affine": _("Initial alignment"),
+        "align": _("Initial alignment"),
         "sample": _("Sampling"),
-        "predict": _("Predicting the deformation"),
+        "deform": _("Computing the deformation"),
         "refine": _("Refining"),
-        "physical": _("Displacements in mm"),
+        "fields": _("Computing displacements in mm"),
         "outputs": _("Warping and measuring"),
+        "receive": _("Reading the result"),
+        "carry": _("Carrying nodes along"),
+        "frame": _("Registering the frames"),
     }
-    return names.get(stage, stage) + " (%p %)"
+    return names.get(stage, stage) + PERCENT
+
+
+def timeText(seconds: float, fraction: float) -> str:
+    """How long a run has taken, and, once that can be told, about how long it will still take."""
+    if fraction < 0.1 or seconds < 2:
+        return _("{elapsed:.0f} s elapsed").format(elapsed=seconds)
+    left = seconds * (1 - fraction) / fraction
+    return _("{elapsed:.0f} s elapsed, about {left:.0f} s left").format(elapsed=seconds, left=left)
 
 
 class DivRegNetLogic(ScriptedLoadableModuleLogic):
@@ -532,7 +994,7 @@ class DivRegNetLogic(ScriptedLoadableModuleLogic):
             fixedVolume, movingVolume: vtkMRMLScalarVolumeNode of the scene; their parent transforms count.
             warpedVolume, transform: nodes that take the outputs; None makes new ones.
             inverse: None: no inverse; True: a new node; or a node that takes it.
-            alsoApplyTo: segmentations, markups, models, volumes that go with the moving volume; copies are deformed.
+            alsoApplyTo: segmentations, markups, models, volumes that belong to the moving volume; copies are deformed.
             segmentations, landmarks: (fixed, moving) nodes to measure Dice and landmark error with.
             progress: called with stage and fraction (0 to 1); returning False cancels.
             options: of DivRegNetModule.mrml.images_from_nodes: fixed_mask, moving_mask, align, model, device, refine, ...
@@ -541,7 +1003,7 @@ class DivRegNetLogic(ScriptedLoadableModuleLogic):
             ``carried``, the copies; ``quality``; ``undo()``.
         Raises:
             NotReady: PyTorch is not installed.
-            InputError, ModelError, DeviceError, WorkerDied, Cancelled: as they say; the scene is as it was.
+            InputError, ModelError, DeviceError, WorkerDied, Cancelled: the message says why; the scene is as it was.
         """
         from DivRegNetModule import first_use
         from DivRegNetModule.run import Request, Run
@@ -569,33 +1031,46 @@ class DivRegNetLogic(ScriptedLoadableModuleLogic):
                 for event in run.poll():
                     if event.kind == "progress" and progress and progress(event.stage, event.fraction) is False:
                         raise Cancelled(_("Cancelled. The scene is as it was."))
-                time.sleep(0.02)
+                time.sleep(0.005)
             return run.finish()
         finally:
             run.cancel()
 
 
 class DivRegNetTest(ScriptedLoadableModuleTest):
-    """Self-tests in a real Slicer. Those that compute are skipped where PyTorch or the model is not installed."""
+    """Self-tests in a real Slicer, in any order. Those that compute are skipped where PyTorch or the model is not installed."""
 
     def setUp(self) -> None:
         slicer.mrmlScene.Clear()
 
     def runTest(self) -> None:
+        """Runs all tests, also after one that failed; fails at the end if one did."""
+        failed = []
         for name in sorted(n for n in dir(self) if n.startswith("test_")):
             self.setUp()
             self.delayDisplay(name)
             try:
                 getattr(self, name)()
             except Exception as error:
-                if type(error).__name__ != "SkipTest":
-                    raise
-                self.delayDisplay(f"{name}: skipped, {error}")
+                if type(error).__name__ == "SkipTest":
+                    self.delayDisplay(f"{name}: skipped, {error}")
+                    continue
+                logging.exception(f"DivRegNet: {name}")
+                failed.append(f"{name}: {type(error).__name__}: {error}")
+        if failed:
+            raise AssertionError("\n".join(failed))
 
     def load(self) -> list:
         from DivRegNetModule import samples
 
         return samples.load(MODULE_FOLDER)
+
+    def openPanel(self):
+        """The widget of the module, shown."""
+        if slicer.util.mainWindow() is None:
+            self.skipTest("there is no main window")
+        slicer.util.selectModule("DivRegNet")
+        return slicer.modules.divregnet.widgetRepresentation().self()
 
     def needTorch(self) -> None:
         from DivRegNetModule import first_use
@@ -607,14 +1082,20 @@ class DivRegNetTest(ScriptedLoadableModuleTest):
         if DEFAULT not in card_files():
             self.skipTest(f"model {DEFAULT} is not there")
 
-    def test_SampleDataIsInTheSampleDataModule(self) -> None:
-        import SampleData
+    def wait(self, condition, seconds: float = 300.0) -> None:
+        until = time.monotonic() + seconds
+        while not condition() and time.monotonic() < until:
+            slicer.app.processEvents()
+            time.sleep(0.02)
+        self.assertTrue(condition())
+
+    def test_SampleDataIsInTheSampleDataModuleOnce(self) -> None:
         from DivRegNetModule import samples
 
-        registerSampleData()
+        for _again in range(2):
+            registerSampleData()
         names = [source.sampleName for source in slicer.modules.sampleDataSources[samples.CATEGORY]]
         self.assertEqual(names, list(samples.PAIRS))
-        self.assertTrue(SampleData.SampleDataLogic.sampleDataSourcesByCategory(samples.CATEGORY))
 
     def test_SampleDataLoadsOffline(self) -> None:
         fixed, moving, *others = self.load()
@@ -623,7 +1104,7 @@ class DivRegNetTest(ScriptedLoadableModuleTest):
 
     def test_OpeningTheModuleDoesNotImportTorch(self) -> None:
         before = "torch" in sys.modules
-        slicer.util.selectModule("DivRegNet")
+        self.openPanel()
         self.assertEqual("torch" in sys.modules, before)
 
     def test_WithoutTorchRegisterSaysWhatIsMissing(self) -> None:
@@ -631,19 +1112,24 @@ class DivRegNetTest(ScriptedLoadableModuleTest):
 
         fixed, moving, *_others = self.load()
         nodes = slicer.mrmlScene.GetNumberOfNodes()
-        there, first_use.missing = first_use.missing, lambda: ["torch>=2.5"]
+        there, ask = first_use.missing, first_use._ask
+        first_use.missing = lambda: ["safetensors>=99"]
+
+        def decline(question, declined):
+            raise first_use.NotReady(declined)
+
+        first_use._ask = decline  # no dialog, whether or not Slicer runs in testing mode
         try:
-            with self.assertRaisesRegex(first_use.NotReady, "torch"):
+            with self.assertRaisesRegex(first_use.NotReady, "safetensors"):
                 DivRegNetLogic().process(fixed, moving)
-            slicer.util.selectModule("DivRegNet")
-            widget = slicer.modules.divregnet.widgetRepresentation().self()
+            self.assertEqual(slicer.mrmlScene.GetNumberOfNodes(), nodes)
+            widget = self.openPanel()
             widget._parameterNode.fixedVolume, widget._parameterNode.movingVolume = fixed, moving
             widget.onRegister()
-            self.assertIn("torch", widget.ui.messageLabel.text)
+            self.assertIn("safetensors", widget.ui.messageLabel.text)
             self.assertTrue(widget.ui.registerButton.enabled)
         finally:
-            first_use.missing = there
-        self.assertGreaterEqual(nodes + 1, slicer.mrmlScene.GetNumberOfNodes())  # at most the parameter node
+            first_use.missing, first_use._ask = there, ask
 
     def test_WrongInputsAreRefusedInWords(self) -> None:
         from DivRegNetLib.errors import InputError
@@ -677,22 +1163,19 @@ class DivRegNetTest(ScriptedLoadableModuleTest):
     def test_WidgetRegistersTheSamplePairAndTakesItBack(self) -> None:
         self.needTorch()
         fixed, moving, *_others = self.load()
-        slicer.util.selectModule("DivRegNet")
-        widget = slicer.modules.divregnet.widgetRepresentation().self()
+        widget = self.openPanel()
         widget._parameterNode.fixedVolume, widget._parameterNode.movingVolume = fixed, moving
-        self.assertTrue(widget.ui.registerButton.enabled)
+        self.assertTrue(widget.ui.registerButton.enabled, widget.ui.registerButton.toolTip)
+        before = slicer.mrmlScene.GetNumberOfNodes()
         widget.onRegister()
-        until = time.monotonic() + 300
-        while widget._run is not None and time.monotonic() < until:
-            slicer.app.processEvents()
-            time.sleep(0.05)
+        self.wait(lambda: widget._run is None)
         self.assertIsNotNone(widget._outcome, widget.ui.messageLabel.text)
-        for button in (widget.ui.checkerboardButton, widget.ui.flickerButton, widget.ui.gridButton):
+        for button in widget._toggles:
             button.setChecked(True)
-            slicer.app.processEvents()
+            self.wait(lambda: not widget._comparison.busy)
             button.setChecked(False)
         widget.onUndo()
-        self.assertEqual(len(slicer.util.getNodesByClass("vtkMRMLScalarVolumeNode")), 2)
+        self.assertEqual(slicer.mrmlScene.GetNumberOfNodes(), before)
 
     def test_CancelLeavesTheSceneAsItWas(self) -> None:
         self.needTorch()

@@ -1,14 +1,23 @@
-"""DivRegNet's registration library; see DivRegNetLib/registration/pipeline.py for how one registration flows.
+"""DivRegNet's registration library; DivRegNetLib/registration/pipeline.py shows how one registration flows.
 
-``from DivRegNetLib import register`` imports torch; importing this package does not.
+Importing the package does not import torch; ``from DivRegNetLib import register`` does.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
+__all__ = ["Options", "Result", "register"]
 
 
 def __getattr__(name: str):
-    if name in ("register", "Result"):
-        from DivRegNetLib.registration import pipeline
+    if name == "register":
+        from DivRegNetLib.registration.pipeline import register
 
-        return getattr(pipeline, name)
+        return register
+    if name == "Options":
+        from DivRegNetLib.options import Options
+
+        return Options
+    if name == "Result":
+        from DivRegNetLib.result import Result
+
+        return Result
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

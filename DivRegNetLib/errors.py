@@ -1,4 +1,6 @@
-"""What can go wrong, in words meant for the person who asked."""
+"""The errors of the library, with messages for the user, and sentences made of other libraries' errors."""
+
+import re
 
 
 class DivRegNetError(Exception):
@@ -28,6 +30,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(phrase in str(error).lower() for phrase in phrases)
     )
+
+
+def reason_of(error: Exception) -> str:
+    """What the system says, or the last informative line of an ITK error, without its source locations."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if any("orthonormal" in line for line in lines):
+        return "its axes are not at right angles, which this format cannot store; resample it, or save it as NRRD"
+    noise = ("Exception thrown", "sitk::ERROR: itk::", "Reason: No such file")
+    informative = [line for line in lines if not line.startswith(noise)] or lines or [type(error).__name__]
+    return re.sub(r"^(sitk::ERROR:|ITK ERROR:|\w+\(0x\w+\):|\s)*", "", informative[-1])[:200]
 
 
 def missing_package(error: ImportError) -> str:

@@ -1,8 +1,12 @@
-"""What the user asked for: the one dataclass that enters :func:`DivRegNetLib.registration.pipeline.register`. No torch here."""
+"""What the user asks for: the one table of options that the library, the command line and the Slicer module share.
+
+Each field of :class:`Options` carries its type, default, range and help. :func:`table` lists them; the command line, the
+panel's tooltips and the documents take what they say from there. No torch here.
+"""
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -11,83 +15,188 @@ import SimpleITK as sitk
 from DivRegNetLib.core.grid import affine_matrix
 from DivRegNetLib.errors import InputError
 from DivRegNetLib.models import DEFAULT
+from DivRegNetLib.registration import METHODS
 
 ALIGNMENTS = ("none", "center", "rigid", "affine")
 INTERPOLATIONS = {"linear": sitk.sitkLinear, "nearest": sitk.sitkNearestNeighbor, "bspline": sitk.sitkBSpline3}
-STAGES = ("check", "affine", "sample", "predict", "refine", "physical", "outputs")
+METHOD_CHOICES = ("auto", *METHODS, "+".join(METHODS), "none")
+STAGES = ("check", "align", "sample", "deform", "refine", "fields", "outputs")
 
 Progress = Callable[[str, float], bool | None]
 """Called with the stage and the fraction of the whole that is done (0 to 1); returning False cancels."""
 
 
 @dataclass(frozen=True)
-class Options:
-    """How to register.
+class Option:
+    """One row of the table.
 
-    model: name of a bundled or user model, or the path of its card.
-    device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
-    align: initial alignment: ``none``, ``center``, ``rigid``, ``affine``, or a linear SimpleITK transform from fixed to
-        moving points (LPS, mm), which is used as it is.
-    refine: steps of optimization for this very pair after the network's forward pass; 0 leaves it out.
-    interpolation: of the warped volume: ``linear``, ``nearest`` or ``bspline``.
-    default_value: what the warped volume holds where the moving image has nothing; None: 0, or -1024 for images that
-        reach down to air in Hounsfield units.
-    spacing: working resolution in mm; None: the model's.
-    memory: GB that the whole process may take in main memory; None: what the computer has. Where that is too little, the
-        working resolution is lowered.
+    kind: ``str``, ``int``, ``float``, or ``object`` for what has checks of its own.
+    default: None where the value is worked out from the images; ``default_help`` then says how.
+    choices: the values that are possible; empty: any.
+    low, high: smallest and largest number, both included.
+    unit: of a number.
+    help: a sentence for the user.
     """
 
-    model: str = DEFAULT
-    device: str = "auto"
-    align: "str | sitk.Transform" = "affine"
-    refine: int = 0
-    interpolation: str = "linear"
-    default_value: float | None = None
-    spacing: float | None = None
-    memory: float | None = None
+    name: str
+    kind: type
+    default: object
+    help: str
+    choices: tuple[str, ...] = ()
+    low: float = -math.inf
+    high: float = math.inf
+    unit: str = ""
+    default_help: str = ""
+
+    @property
+    def flag(self) -> str:
+        """Its name on the command line."""
+        return "--" + self.name.replace("_", "-")
+
+    def check(self, value: object) -> None:
+        """Raises InputError where the value has the wrong type or is out of range; None passes where it is the default."""
+        if value is None and self.default is None:
+            return
+        if self.choices:
+            if value not in self.choices:
+                raise InputError(f"{self.name} is one of {', '.join(self.choices)}, got {value!r}")
+        elif self.kind is str:
+            if not isinstance(value, str) or not value:
+                raise InputError(f"{self.name} is {self.help[0].lower()}{self.help[1:].rstrip('.')}, got {value!r}")
+        elif not _is_number(value, self.kind) or not self.low <= value <= self.high:
+            what = "a whole number" if self.kind is int else "a number"
+            raise InputError(f"{self.name} is {what}{self._limits()}, got {value!r}")
+
+    def _limits(self) -> str:
+        unit = f" {self.unit}" if self.unit else ""
+        if math.isfinite(self.low) and math.isfinite(self.high):
+            return f" from {self.low:g} to {self.high:g}{unit}"
+        return f" of at least {self.low:g}{unit}" if math.isfinite(self.low) else f" of{unit}" if unit else ""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to register. :func:`table` describes each field.
+
+    ``align`` may also be a linear SimpleITK transform that maps fixed points to moving points (LPS, mm); it is used as
+    it is.
+    """
+
+    model: str = field(
+        default=DEFAULT,
+        metadata={"help": "The name of a bundled model or one of your own, or the path of its card."},
+    )
+    method: str = field(
+        default="auto",
+        metadata={
+            "help": "What computes the deformation: the variational method, RegNet or both, one after the other; auto "
+            "takes what the model's card says, none only aligns.",
+            "choices": METHOD_CHOICES,
+        },
+    )
+    device: str = field(
+        default="auto",
+        metadata={"help": "Where to compute: auto (a graphics card if there is one that works), cpu, cuda or cuda:N."},
+    )
+    align: "str | sitk.Transform" = field(
+        default="affine",
+        metadata={
+            "help": "Initial alignment: none, center (a shift), rigid, affine, or a linear transform that maps fixed points "
+            "to moving points.",
+            "kind": object,
+        },
+    )
+    refine: int = field(
+        default=0,
+        metadata={
+            "help": "Largest number of further steps of the variational method; they end when the similarity gain no longer "
+            "exceeds the elastic penalty.",
+            "low": 0,
+        },
+    )
+    interpolation: str = field(
+        default="linear",
+        metadata={"help": "Interpolation of the warped volume.", "choices": tuple(INTERPOLATIONS)},
+    )
+    default_value: float | None = field(
+        default=None,
+        metadata={
+            "help": "Value of the warped volume outside the moving volume.",
+            "default_help": "0, or -1024 for a CT in Hounsfield units",
+        },
+    )
+    spacing: float | None = field(
+        default=None,
+        metadata={"help": "Working resolution.", "low": 0.1, "high": 50, "unit": "mm", "default_help": "the model's"},
+    )
+    memory: float | None = field(
+        default=None,
+        metadata={
+            "help": "Main memory that the process may use. Where it is too little, the working resolution is lowered.",
+            "low": 0.001,
+            "unit": "GB",
+            "default_help": "what the computer has",
+        },
+    )
 
     def __post_init__(self) -> None:
-        """Raises InputError for a value that cannot be meant."""
+        """Raises InputError for an invalid value."""
         if isinstance(self.model, Path):
             object.__setattr__(self, "model", str(self.model))
-        if not isinstance(self.model, str) or not self.model:
-            raise InputError(f"model is the name of a model, got {self.model!r}")
-        if isinstance(self.align, str) and self.align not in ALIGNMENTS:
-            raise InputError(f"align is one of {', '.join(ALIGNMENTS)} or a transform, got {self.align!r}")
-        if not isinstance(self.align, str | sitk.Transform):
-            raise InputError(f"align is one of {', '.join(ALIGNMENTS)} or a SimpleITK transform, got {self.align!r}")
-        if isinstance(self.align, sitk.Transform) and (self.align.GetDimension() != 3 or not self.align.IsLinear()):
-            raise InputError("the initial transform must be linear and three-dimensional (rigid, similarity or affine)")
-        if isinstance(self.align, sitk.Transform) and not _is_invertible(affine_matrix(self.align)):
-            raise InputError(
-                "the initial transform is not finite or takes space to a plane; choose one with an inverse"
-            )
-        if isinstance(self.refine, bool) or not isinstance(self.refine, int) or self.refine < 0:
-            raise InputError(f"refine is a number of steps, 0 or more, got {self.refine!r}")
-        if self.interpolation not in INTERPOLATIONS:
-            raise InputError(f"interpolation is one of {', '.join(INTERPOLATIONS)}, got {self.interpolation!r}")
-        if self.default_value is not None and not _is_finite(self.default_value):
-            raise InputError(f"default_value is a finite number, got {self.default_value!r}")
-        if self.spacing is not None and not (_is_finite(self.spacing) and 0.1 <= self.spacing <= 50):
-            raise InputError(f"spacing is a number of millimeters from 0.1 to 50, got {self.spacing!r}")
-        if self.memory is not None and not (_is_finite(self.memory) and self.memory > 0):
-            raise InputError(f"memory is a number of gigabytes, got {self.memory!r}")
-        if not isinstance(self.device, str):
-            raise InputError(f"device is auto, cpu, cuda or cuda:N, got {self.device!r}")
+        for option in table().values():
+            if option.kind is not object:
+                option.check(getattr(self, option.name))
+        _check_alignment(self.align)
+
+    @classmethod
+    def of(cls, **values: object) -> "Options":
+        """Options from keyword arguments.
+
+        Raises:
+            InputError: an invalid value, or a name that is no option.
+        """
+        if unknown := sorted(set(values) - set(table())):
+            raise InputError(f"unknown option {unknown[0]!r}; options are {', '.join(table())}")
+        return cls(**values)
 
     def as_arguments(self) -> dict:
         """The options as keyword arguments of :func:`DivRegNetLib.registration.pipeline.register`."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {name: getattr(self, name) for name in table()}
 
     def as_dict(self) -> dict:
-        """Plain values, for records; a given transform is named by its matrix (LPS, mm)."""
+        """Plain values for records; a given transform becomes its 4x4 matrix (LPS, mm)."""
         align = self.align if isinstance(self.align, str) else affine_matrix(self.align).tolist()
         return self.as_arguments() | {"align": align}
 
 
-def _is_invertible(matrix: np.ndarray) -> bool:
-    return bool(np.isfinite(matrix).all()) and abs(np.linalg.det(matrix[:3, :3])) > 1e-6
+def table() -> dict[str, Option]:
+    """Name -> row, in the order in which options are shown."""
+    return _TABLE
 
 
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _row(f) -> Option:
+    about = dict(f.metadata)
+    kind = about.pop("kind", None) or (type(f.default) if f.default is not None else float)
+    return Option(f.name, kind, f.default, about.pop("help"), **about)
+
+
+_TABLE = {f.name: _row(f) for f in fields(Options)}
+
+
+def _check_alignment(align: object) -> None:
+    if isinstance(align, str):
+        if align not in ALIGNMENTS:
+            raise InputError(f"align is one of {', '.join(ALIGNMENTS)} or a transform, got {align!r}")
+        return
+    if not isinstance(align, sitk.Transform):
+        raise InputError(f"align is one of {', '.join(ALIGNMENTS)} or a SimpleITK transform, got {align!r}")
+    if align.GetDimension() != 3 or not align.IsLinear():
+        raise InputError("the initial transform must be linear and three-dimensional (rigid, similarity or affine)")
+    matrix = affine_matrix(align)
+    if not np.isfinite(matrix).all() or abs(np.linalg.det(matrix[:3, :3])) <= 1e-6:
+        raise InputError("the initial transform is not finite or cannot be inverted; choose one with an inverse")
+
+
+def _is_number(value: object, kind: type) -> bool:
+    allowed = int if kind is int else int | float
+    return isinstance(value, allowed) and not isinstance(value, bool) and math.isfinite(value)

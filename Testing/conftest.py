@@ -1,4 +1,4 @@
-"""What all tests stand on: grids that are never convenient, a head that can be evaluated anywhere, a tiny model."""
+"""Fixtures for all tests: rotated, anisotropic grids, a head that can be evaluated at any point, a tiny model."""
 
 import json
 from pathlib import Path
@@ -13,10 +13,13 @@ from DivRegNetLib import models
 from DivRegNetLib.core import fields
 from DivRegNetLib.core.grid import Grid, apply_matrix
 from DivRegNetLib.registration.regnet import RegNet, RegNetConfig
+from DivRegNetLib.registration.variational import DEFAULT, REFINEMENT
 from DivRegNetLib.similarity.kldivnet import KLDivNet, KLDivNetConfig
 
 settings.register_profile("divregnet", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("divregnet")
+
+TESTING = Path(__file__).resolve().parent
 
 HEAD_CENTER = np.array([31.0, -47.0, 112.0])
 HEAD_RADIUS = 50.0
@@ -28,6 +31,12 @@ STRUCTURES = (
     ((-0.25, -0.15, 0.45), 0.15, 0.45),
     ((0.45, -0.25, -0.35), 0.18, -0.30),
 )
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """Marks each test with the name of its folder, so that ``pytest -m unit`` runs those of one."""
+    for item in items:
+        item.add_marker(item.path.relative_to(TESTING).parts[0])
 
 
 def _rotation(degrees) -> np.ndarray:
@@ -148,6 +157,9 @@ def tiny_model(tmp_path, monkeypatch) -> str:
         skull="not applicable",
         spacing_mm=6.0,
         normalization="robust",
+        methods=["regnet"],
+        variational=DEFAULT.as_dict(),
+        refinement=REFINEMENT.as_dict(),
         regnet=regnet.config.as_dict(),
         kldivnet=kldivnet.config.as_dict(),
         training={"data": "none"},

@@ -1,17 +1,18 @@
-"""DivRegNet measured against what users would pick instead, on the same pairs from the same start.
+"""Compares DivRegNet with other registration methods, on the same pairs and after the same initial alignment.
 
     python training/benchmark.py --data DIR [--preset quick]
     python training/benchmark.py --scaling
 
-Every pair is aligned once by DivRegNet's affine stage (phantoms and limbs, which lie in one frame, are not) and brought
-onto one isotropic grid, in intensities from 0 to 1 without the outermost 0.5 %. Every method gets these two volumes and
-nothing else, and the same number of threads, and runs in a process of its own; training/benchmarks/methods.py has the
-methods and their settings, cases.py what is registered.
+Every pair is aligned once by DivRegNet's affine alignment (except phantoms and limbs, whose images share a frame) and
+resampled onto one isotropic grid, with intensities from 0 to 1 after clipping the outermost 0.5 %. Every method gets only
+these two volumes and the same number of threads, and runs in a process of its own. The methods and their settings are in
+training/benchmarks/methods.py, the pairs in cases.py.
 
-ANTs SyN, elastix and ConvexAdam are run where they are installed: ``pip install -e ".[benchmark]"``.
+ANTs SyN, elastix, ConvexAdam and greedy run if they are installed: ``pip install -e ".[benchmark]"``. NiftyReg is built from
+source and needs a compiler: ``CMAKE_POLICY_VERSION_MINIMUM=3.5 pip install niftyreg``.
 
-Pairs and rows are kept as they are done, so the same command goes on after an interruption; ``--again METHOD`` measures
-anew, as is due when code has changed and not just settings or weights.
+Prepared pairs and finished rows are kept, so the same command continues after an interruption. A row is measured again when
+its settings have changed or, for DivRegNet, its weights or its code; ``--again METHOD`` measures a method again in any case.
 """
 
 import argparse
@@ -21,159 +22,63 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import numpy as np
 import SimpleITK as sitk
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 from tqdm import tqdm
 
 from DivRegNetLib import models
 from DivRegNetLib.core import fields
 from DivRegNetLib.errors import DivRegNetError, InputError
 from DivRegNetLib.io import atomic
-from training import pictures
-from training.benchmarks import measure, scaling
-from training.benchmarks.cases import FAMILIES, FIRST_SEED, Family, Prepared, prepare
+from training import pictures, report
+from training.benchmarks import measure, scaling, tables
+from training.benchmarks.cases import FAMILIES, FIRST_SEED, Family, Prepared, prepare_pair
 from training.benchmarks.measure import Settings
-from training.benchmarks.methods import METHODS, OURS, is_here, version
-from training.experiments import report
-
-REFERENCE = "ANTs SyN"
-TIME_AIM = 20.0
-COLUMNS = (
-    "Dice", "ASD mm", "HD95 mm", "error mm", "TRE mm", "folded %", "inverse mm", "seconds", "forward s", "CPU s",
-    "peak MiB", "above start MiB", "GPU MiB",
-)  # fmt: skip
-COLORS = dict(zip(METHODS, ("0.7", "0.4", "C0", "C1", "C2", "C8", "C3", "C6"), strict=True))
+from training.benchmarks.methods import METHODS, missing, version
 
 
 def compare(
     families: dict[str, Family], data: Path, settings: Settings, output: Path, quick: bool = False,
     chosen: tuple[str, ...] = tuple(METHODS),
 ) -> list[dict]:  # fmt: skip
-    """A row per case and method: what is not kept in ``output`` is measured. Methods that are nowhere are left out.
+    """One row per case and method; rows that are kept in ``output`` are not measured again.
 
     Args:
-        quick: one case of each family, on its coarse grid.
+        quick: only the first case of each family, on its coarse grid.
+        chosen: methods; those that are not installed are left out.
     Raises:
-        InputError: the data folder lacks what a family needs.
+        InputError: a folder that a family needs is missing.
     """
     for name, family in families.items():
-        if missing := [f for f in family.folders if not (data / f).is_dir()]:
-            raise InputError(f"{data}: has no folder {missing[0]}, which {name} needs; give others by --families")
-    rows, present = [], [m for m in chosen if is_here(m)]
+        if absent := [f for f in family.folders if not (data / f).is_dir()]:
+            raise InputError(f"{data}: has no folder {absent[0]}, which {name} needs; choose other --families")
+    rows, present = [], [m for m in chosen if missing(m) is None]
     todo = [(n, c) for n, family in families.items() for c in list(family.cases)[: 1 if quick else None]]
     for name, case in tqdm(todo, desc="pairs"):
         family = families[name]
         spacing = family.quick_spacing if quick else family.spacing
         folder = output / f"{spacing:g} mm" / name / case
-        pair = prepare(lambda load=family.cases[case]: load(data), spacing, folder, family.align)
+        pair = prepare_pair(lambda load=family.cases[case]: load(data), spacing, folder, family.align)
         for method in present:
-            found = measure.row(pair, method, settings, folder / method)
-            rows.append({"family": name, "case": case, "method": method} | found)
+            scores = measure.row(pair, method, settings, folder / method)
+            rows.append({"family": name, "set": tables.set_of(name, case), "case": case, "method": method} | scores)
         shown = [m for m in present if (folder / m / "displacement.mha").exists()]
         drawn = picture(pair, shown, f"{name}: {case}")
-        atomic.write_whole(folder / "pair.png", lambda part, drawn=drawn: drawn.savefig(part, dpi=110, format="png"))
+        atomic.write_atomically(
+            folder / "pair.png", lambda part, drawn=drawn: drawn.savefig(part, dpi=110, format="png")
+        )
     return rows
 
 
-def absent(chosen: tuple[str, ...]) -> list[str]:
-    """A sentence for each method that is not installed."""
-    return [
-        f"{name} is left out: {METHODS[name].package} is not installed; pip install -e '.[benchmark]' does it"
-        for name in chosen
-        if not is_here(name)
-    ]
-
-
-def summary(rows: list[dict]) -> list[dict]:
-    """Means over the cases of each family and method; the largest of memory."""
-    found = []
-    for family, method in dict.fromkeys((r["family"], r["method"]) for r in rows):
-        these = [r for r in rows if (r["family"], r["method"]) == (family, method)]
-        done = [r for r in these if "failed" not in r]
-        row = {"family": family, "method": method, "pairs": len(done)} | dict.fromkeys(COLUMNS)
-        for key in COLUMNS:
-            if values := [r[key] for r in done if r.get(key) is not None]:
-                row[key] = float(max(values) if "MiB" in key else np.mean(values))
-        found.append(row | ({"failed": len(these) - len(done)} if len(done) < len(these) else {}))
-    empty = [key for key in COLUMNS if all(row[key] is None for row in found)]
-    return [{k: v for k, v in row.items() if k not in empty} for row in found]
-
-
-def aims(rows: list[dict]) -> list[dict]:
-    """Per family: ours beside SyN and the best of the others, and how many times faster than SyN the forward pass is."""
-    found = []
-    for family in dict.fromkeys(r["family"] for r in rows):
-        of = {r["method"]: r for r in rows if r["family"] == family and r["pairs"]}
-        forward, refined, reference = of.get(OURS[0]), of.get(OURS[1]), of.get(REFERENCE)
-        if forward is None:
-            continue
-        by = judged(family)
-        sign = 1 if by == "Dice" else -1  # of errors, the least is the best
-        rivals = {m: r[by] for m, r in of.items() if m not in OURS}
-        best, ours = max(rivals, key=lambda m: sign * rivals[m], default=None), (refined or forward)[by]
-        row = {"family": family, "judged by": by, "forward pass": forward[by]}
-        if reference:
-            row |= {"SyN": reference[by], "at least SyN's": _word(sign * forward[by] >= sign * reference[by])}
-            for of_what, key in (("registration", "seconds"), ("forward pass", "forward s")):
-                ratio = reference["seconds"] / forward[key]
-                row |= {
-                    f"SyN's time / our {of_what}'s": ratio,
-                    f"{of_what}: at least {TIME_AIM:g}": _word(ratio >= TIME_AIM),
-                }
-        row |= {"folded < 0.01 %": _word(forward["folded %"] < 0.01)}
-        if best and refined:
-            row |= {
-                "refined": ours,
-                "best other": f"{best} {rivals[best]:.4f}",
-                "best of all": _word(sign * ours >= sign * rivals[best]),
-            }
-        found.append(row)
-    return found
-
-
-def judged(family: str) -> str:
-    """The column that tells which method is better."""
-    return FAMILIES[family].judged if family in FAMILIES else "Dice"
-
-
-def _word(met: bool) -> str:
-    return "yes" if met else "no"
-
-
-def plot(rows: list[dict]) -> Figure:
-    """Accuracy against time, a panel per family; means over its cases."""
-    families = list(dict.fromkeys(r["family"] for r in rows))
-    columns = min(len(families), 4)
-    lines = -(-len(families) // columns)
-    figure = Figure(figsize=(3.4 * columns, 3.0 * lines + 0.6), layout="constrained")
-    for axes, family in zip(figure.subplots(lines, columns, squeeze=False).flat, families, strict=False):
-        of, by = {r["method"]: r for r in rows if r["family"] == family and r["pairs"]}, judged(family)
-        for method, row in of.items():
-            if METHODS[method].start is None:
-                axes.axhline(row[by], color=COLORS[method], linestyle=":", label=method)
-            else:
-                axes.plot(row["seconds"], row[by], "o", color=COLORS[method], label=method)
-        axes.set(xscale="log", title=family, xlabel="seconds", ylabel=by)
-        if by != "Dice":  # up is better
-            axes.invert_yaxis()
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.grid(alpha=0.3)
-    for axes in figure.axes[len(families) :]:
-        axes.set_axis_off()
-    handles = {label: h for axes in figure.axes for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
-    return figure
+def left_out(chosen: tuple[str, ...]) -> list[str]:
+    """One sentence for each method that cannot be run."""
+    return [f"{name} is left out: {reason}" for name in chosen if (reason := missing(name))]
 
 
 def plot_scaling(rows: list[dict]) -> Figure:
-    """Seconds and memory against the number of voxels."""
+    """Time and memory against the number of voxels."""
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     done = [r for r in rows if "failed" not in r]
     voxels = [float(np.prod([float(n) for n in r["size"].split(" x ")])) for r in done]
@@ -185,7 +90,7 @@ def plot_scaling(rows: list[dict]) -> Figure:
 
 
 def picture(pair: Prepared, done: list[str], title: str) -> Figure:
-    """A pair and the moving image under each method, with the outline of the fixed labels; at their middle slice."""
+    """The middle slice of a pair and of the moving image warped by each method, with the outline of the fixed labels."""
     fixed, moving = (_tensor(sitk.ReadImage(str(pair.folder / f"{n}.mha"))) for n in ("fixed", "moving"))
     labels = _tensor(pair.fixed_labels)
     inside = np.flatnonzero((labels[0, 0] > 0).flatten(1).any(1).numpy())
@@ -207,7 +112,7 @@ def _tensor(image: sitk.Image) -> torch.Tensor:
 
 
 def about(settings: Settings, preset: str, started: float, more: dict) -> dict:
-    """What was run, for the report."""
+    """How the benchmark was run, for the report."""
     cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
     return {
         "preset": preset,
@@ -224,38 +129,49 @@ def _lines(path: str) -> list[str]:
     return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
-def write(rows: list[dict], settings: Settings, output: Path, preset: str, started: float, left_out: list[str]) -> str:
-    """Writes the report ``benchmark`` (means, aims, plot) and ``benchmark-pairs`` (every pair); returns it for a screen."""
-    means = summary(rows)
-    met = aims(means)
-    ran = {name for name in METHODS if any(r["method"] == name for r in rows)}
-    with_ = {f"{n} with": METHODS[n].settings for n in METHODS if n in ran}
-    packages = [METHODS[n].package for n in METHODS if n in ran and METHODS[n].package]
+def write(rows: list[dict], settings: Settings, output: Path, preset: str, started: float, notes: list[str]) -> str:
+    """Writes the reports ``benchmark`` (tables, plot) and ``benchmark-pairs`` (every pair); returns the main tables.
+
+    Args:
+        notes: sentences about methods that were left out.
+    """
+    means = tables.means(rows)
+    accuracy, against, aims = tables.accuracy(means), tables.against(rows), tables.aims(rows)
+    ran = [name for name in METHODS if any(r["method"] == name for r in rows)]
+    with_ = {f"{n} with": METHODS[n].settings for n in ran}
+    packages = dict.fromkeys(METHODS[n].package for n in ran if METHODS[n].package)
     run = about(settings, preset, started, {p: version(p) for p in packages} | with_)
     failed = [f"{r['method']} failed on {r['family']}, {r['case']}: {r['failed']}" for r in rows if "failed" in r]
     kinds = "\n".join(
         f"- **{n}**: {FAMILIES[n].note}." for n in dict.fromkeys(r["family"] for r in rows) if n in FAMILIES
     )
+    sections = [
+        "## Accuracy", report.table(accuracy),
+        *(["## DivRegNet against other methods, pair by pair", report.table(against)] if against else []),
+        *(["## Aims", report.table(aims)] if aims else []),
+    ]  # fmt: skip
     note = "\n\n".join(filter(None, [
-        "Means over the pairs of each family; memory is the largest. Seconds are those of the registration alone, without "
-        "the affine start (its own row), imports and loading a model; forward s those of Newton steps and network, without "
-        "bringing images onto the grid, inverse, displacements of all voxels, warped volume and quality card. CPU s are "
-        "those of all cores, which other work on the machine hardly changes. Dice, ASD and HD95 are means over labels. Peak "
-        "memory is the process's, libraries included; above start is without them.",
-        "Quick: coarse grids, one pair a family; this shows that all runs, not how good it is." * (preset == "quick"),
-        kinds, "\n\n".join(left_out + failed), *(["## Aims", report.table(met)] if met else []),
-        "![Dice against seconds](benchmark.png)",
-        "## All methods",
+        "*Held back* are pairs whose images no training and no choice of settings has used; *seen* are all others. Values "
+        "are means over pairs and their standard errors, which treat pairs that share an image as independent. The best "
+        "method of a row is in bold type. A positive gain means that DivRegNet is better.",
+        "Seconds are those of the registration, without the initial alignment (which has a row of its own), imports and "
+        "loading a model. Deformation s are those of the deformation alone, without resampling, inverse, displacements of "
+        "all voxels, warped volume and quality card. CPU s are summed over all cores; other work on the machine hardly "
+        "changes them. Dice, ASD and HD95 are means over labels. Memory is the maximum: peak is that of the process with its "
+        "libraries, above start is without them.",
+        "Quick: coarse grids, one pair per family. It shows that everything runs, not how accurate it is."
+        * (preset == "quick"),
+        kinds, "\n\n".join(notes + failed), *sections, "![Accuracy against time](benchmark.png)", "## All scores",
     ]))  # fmt: skip
     report.write(output, "benchmark-pairs", rows, run)
     report.write(output, "benchmark", means, run | {"note": note})
-    drawn = plot(means)
-    atomic.write_whole(output / "benchmark.png", lambda part: drawn.savefig(part, dpi=110, format="png"))
-    return "\n\n".join([report.table(means), report.table(met) if met else "", *left_out, *failed])
+    drawn = tables.plot(rows)
+    atomic.write_atomically(output / "benchmark.png", lambda part: drawn.savefig(part, dpi=110, format="png"))
+    return "\n\n".join([*sections, *notes, *failed])
 
 
 def scale(settings: Settings, output: Path, most: int, started: float) -> str:
-    """Writes the report ``scaling`` and its plot; returns the table."""
+    """Writes the report ``scaling`` with a plot; returns the table."""
     sizes = [s for s in scaling.SIZES if np.prod(s, dtype=float) <= most]
     folder = output / "scaling" / f"{settings.device} {settings.threads}"
     rows = [scaling.row(s, settings, folder / f"{'x'.join(map(str, s))}.json") for s in tqdm(sizes, desc="sizes")]
@@ -265,7 +181,7 @@ def scale(settings: Settings, output: Path, most: int, started: float) -> str:
     )
     report.write(output, "scaling", rows, about(settings, "full", started, {"note": note}))
     drawn = plot_scaling(rows)
-    atomic.write_whole(output / "scaling.png", lambda part: drawn.savefig(part, dpi=110, format="png"))
+    atomic.write_atomically(output / "scaling.png", lambda part: drawn.savefig(part, dpi=110, format="png"))
     return report.table(rows)
 
 
@@ -274,16 +190,20 @@ def main() -> int:
     parser.add_argument("--data", type=Path, default=Path("."), help="folder with brain_t1t2pd, hippocampus, ...")
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=FAMILIES, metavar="FAMILY")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD")
-    parser.add_argument("--again", nargs="+", default=[], choices=METHODS, metavar="METHOD", help="forget its rows")
+    parser.add_argument(
+        "--again", nargs="+", default=[], choices=METHODS, metavar="METHOD", help="measure this method again"
+    )
     parser.add_argument("--preset", default="full", choices=("full", "quick"))
     parser.add_argument("--model", default=models.DEFAULT)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument(
-        "--threads", type=int, default=os.cpu_count() or 1, help="of each method (default: %(default)s)"
+        "--threads", type=int, default=os.cpu_count() or 1, help="threads of each method (default: %(default)s)"
     )
-    parser.add_argument("--refine", type=int, default=measure.Settings.refine, help="steps (default: %(default)s)")
-    parser.add_argument("--scaling", action="store_true", help="time and memory of ours against volume size instead")
-    parser.add_argument("--largest", type=float, default=1e9, help="voxels, of --scaling")
+    parser.add_argument(
+        "--refine", type=int, default=measure.Settings.refine, help="refinement steps (default: %(default)s)"
+    )
+    parser.add_argument("--scaling", action="store_true", help="measure time and memory against volume size instead")
+    parser.add_argument("--largest", type=float, default=1e9, help="largest number of voxels, for --scaling")
     parser.add_argument("--output", type=Path, default=Path("build/benchmark"))
     args = parser.parse_args()
     settings = Settings(args.model, args.device, args.threads, args.refine)
@@ -297,12 +217,12 @@ def main() -> int:
         if args.scaling:
             print(scale(settings, args.output, int(args.largest), started))
             return 0
-        left_out = absent(chosen)
-        for sentence in left_out:
+        notes = left_out(chosen)
+        for sentence in notes:
             print(sentence, file=sys.stderr)
         families = {name: FAMILIES[name] for name in args.families}
         rows = compare(families, args.data, settings, args.output, args.preset == "quick", chosen)
-        print(write(rows, settings, args.output, args.preset, started, left_out))
+        print(write(rows, settings, args.output, args.preset, started, notes))
     except (DivRegNetError, OSError) as error:
         print(f"benchmark.py: {error}", file=sys.stderr)
         return 2

@@ -1,15 +1,19 @@
-"""What a training run is: one YAML file, checked key by key, with presets and overrides from the command line."""
+"""The configuration of a training run: a YAML file with presets, and overrides from the command line.
+
+See :mod:`training.layers` for how it is read.
+"""
 
 import re
-import typing
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import yaml
-
+from DivRegNetLib.registration.methods import check_methods
 from DivRegNetLib.registration.regnet import RegNetConfig
+from DivRegNetLib.registration.variational import VariationalSettings
 from DivRegNetLib.similarity.kldivnet import KLDivNetConfig
+from training import layers
+from training.classes.config import ClassTraining
 from training.data.pairs import Augmentation
 from training.data.phantoms import TASKS
 from training.data.synthesis import Recipe
@@ -21,17 +25,19 @@ PAIRS = ("cohort", "phantoms", "synthesis")
 
 @dataclass(frozen=True)
 class Data:
-    """What is trained on.
+    """The training data.
 
     cohort: the folder of a prepared cohort.
-    pairs: ``cohort`` (two volumes of it), ``phantoms`` (AAL Brain of the paper) or ``synthesis`` (made on the fly).
-    tasks: of phantoms, moving-fixed.
-    held_out: pairs that validation looks at (of phantoms, per task).
-    part: side in voxels of the part of each pair that is trained on, at random, a multiple of 16; 0: all of it. Whole images
-        are validated on.
-    parts: how many of each pair that is drawn, one after the other: where making a pair takes longer than learning from it.
-    augmentation: of cohort and phantoms.
-    recipe: of synthesis.
+    pairs: ``cohort`` (two volumes of it), ``phantoms`` (the AAL Brain experiment of the paper) or ``synthesis`` (generated
+        pairs).
+    tasks: the contrasts of phantoms, as moving-fixed.
+    held_out: number of validation pairs; for phantoms, per task.
+    part: side in voxels of a random cube of each pair that training sees, a multiple of 16; 0 is the whole pair.
+        Validation always sees whole images.
+    parts: number of cubes cut from each pair before the next one is drawn; useful where generating a pair takes longer
+        than a training step.
+    augmentation: for ``cohort`` and ``phantoms``.
+    recipe: for ``synthesis``.
     """
 
     cohort: str = ""
@@ -44,31 +50,32 @@ class Data:
     recipe: Recipe = field(default_factory=Recipe)
 
     def __post_init__(self) -> None:
-        _one_of("data.pairs", self.pairs, PAIRS)
+        _one_of("pairs", self.pairs, PAIRS)
         for task in self.tasks:
-            _one_of("data.tasks", task, TASKS)
+            _one_of("tasks", task, TASKS)
         if self.held_out < 1:
-            raise ValueError(f"data.held_out is at least 1, got {self.held_out}")
+            raise ValueError(f"held_out is at least 1, got {self.held_out}")
         if self.part < 0 or self.part % 16:
-            raise ValueError(f"data.part is a multiple of 16, got {self.part}")
+            raise ValueError(f"part is a multiple of 16, got {self.part}")
         if self.parts < 1 or (self.parts > 1 and not self.part):
-            raise ValueError(f"data.parts is at least 1, and 1 for whole images (data.part: 0), got {self.parts}")
+            raise ValueError(f"parts is at least 1, and 1 for whole images (data.part: 0), got {self.parts}")
 
 
 @dataclass(frozen=True)
 class Loss:
-    """What the loss adds up, each weight 0 to leave it out.
+    """The terms of the loss; a weight of 0 leaves a term out.
 
-    similarity: ``kldiv`` (S of a KLDivNet trained along), ``mi`` (Parzen windows) or ``lncc``.
-    weight: of the similarity.
-    margin: voxels along every border that the similarity does not look at, as what moves into a part is missing there.
-    samples: patches (``kldiv``) or voxels (``mi``) looked at in a step, at random.
-    bins: of ``mi``.
-    window: of ``lncc``, side in voxels.
-    diffusion: smoothness of the displacement (mean squared gradient, voxels of the network's output grid), where the true
-        deformation is not known or not used; ``diffusion_known`` where it is.
-    known: distance to the true deformation, in voxels, of pairs where it is known. 0: unsupervised, as in the paper.
-    labels: 1 - soft Dice of pairs of label maps. 0: labels are for validation only.
+    similarity: ``kldiv`` (S of a KLDivNet that is trained at the same time), ``mi`` (Parzen windows) or ``lncc``.
+    weight: weight of the similarity.
+    margin: width in voxels of a border that the similarity leaves out, because what moves into a part of an image from
+        outside is missing there.
+    samples: number of random patches (``kldiv``) or voxels (``mi``) that a step uses.
+    bins: histogram bins per image, for ``mi``.
+    window: side of the window in voxels, for ``lncc``.
+    diffusion: weight of the mean squared gradient of the displacement (in voxels of the network's output grid), for pairs
+        whose true deformation is unknown or not used; ``diffusion_known`` is the weight for the others.
+    known: weight of the distance in voxels to the true deformation, where it is known. 0 is unsupervised, as in the paper.
+    labels: weight of 1 - soft Dice, where both images have label maps. With 0, labels serve validation only.
     """
 
     similarity: str = "kldiv"
@@ -83,30 +90,32 @@ class Loss:
     labels: float = 0.0
 
     def __post_init__(self) -> None:
-        _one_of("loss.similarity", self.similarity, SIMILARITIES)
+        _one_of("similarity", self.similarity, SIMILARITIES)
 
 
 @dataclass(frozen=True)
 class Config:
-    """A training run. Lengths of time are in steps.
+    """A training run. Durations are in steps.
 
-    start: a bundled model, or the path of a card, whose weights and architecture training starts from; "" for none.
-    similarity_start: the same, for the weights of KLDivNet alone.
-    batch: pairs per step, over all processes; ``micro_batch``: pairs at a time in one process, gradients
-        accumulated; the network's batch statistics are over those that go together in all processes.
-    warmup: steps in which KLDivNet learns alone.
-    single_pass: steps after that before the network is applied ``regnet.passes`` times.
-    learning_rate: of RegNet, falling by a cosine to ``final_learning_rate``; ``similarity_learning_rate``: of KLDivNet.
-    ema: decay of the averaged weights, which are what is validated and exported.
-    precision: of Lightning Fabric: ``32-true``, ``bf16-mixed``, ``16-mixed``, ``64-true``.
-    card: what the model card says beside what is known anyway: version, summary, modalities, anatomy, skull, license,
+    start: a bundled model, or the path of a model card, whose weights and architecture training starts from; "" for none.
+    batch: pairs per step, over all processes. ``micro_batch``: pairs that go through the network together in one process;
+        their gradients are accumulated, and the network's batch statistics are over the micro-batches of all processes.
+    warmup: steps in which only KLDivNet learns.
+    single_pass: steps after the warm-up in which the network is applied once, before ``regnet.passes`` takes effect.
+    learning_rate: learning rate of RegNet; it falls along a cosine to ``final_learning_rate``.
+        ``similarity_learning_rate``: that of KLDivNet, which falls in proportion.
+    ema: decay of the exponential moving average of the weights. The averaged weights are validated and exported.
+    precision: a precision of Lightning Fabric: ``32-true``, ``bf16-mixed``, ``16-mixed`` or ``64-true``.
+    methods: the methods that the model runs, in order. ``regnet`` is trained, starting from the result of those before it.
+    variational: settings of the method of that name, and of the guidance of a guided RegNet.
+    classes: training of a class network on the labels of the cohort, before RegNet; with ``classes.steps`` 0 there is none.
+    card: fields of the model card that training cannot know: version, summary, modalities, anatomy, skull, license,
         good_for, limits, training.
     """
 
     name: str
     seed: int = 1
     start: str = ""
-    similarity_start: str = ""
     steps: int = 10_000
     batch: int = 1
     micro_batch: int = 1
@@ -121,111 +130,48 @@ class Config:
     validate_every: int = 250
     data: Data = field(default_factory=Data)
     loss: Loss = field(default_factory=Loss)
+    methods: tuple[str, ...] = ("regnet",)
+    variational: VariationalSettings = field(default_factory=VariationalSettings)
     regnet: RegNetConfig = field(default_factory=RegNetConfig)
     kldivnet: KLDivNetConfig = field(default_factory=KLDivNetConfig)
+    classes: ClassTraining = field(default_factory=ClassTraining)
     card: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "similarity_learning_rate"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is above 0, got {getattr(self, name)}")
+                raise ValueError(f"{name} must be greater than 0, got {getattr(self, name)}")
         for name in ("steps", "batch", "micro_batch", "checkpoint_every", "validate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is at least 1, got {getattr(self, name)}")
         if not re.fullmatch(r"\w[\w.-]*", self.name):
             raise ValueError(f"name becomes a file name: letters, digits, '_', '-' and '.', got {self.name!r}")
+        check_methods(self.methods)
+        if self.methods not in (("regnet",), ("variational", "regnet")):
+            raise ValueError(f"methods to train with are [regnet] or [variational, regnet], got {list(self.methods)}")
+        if self.starts_from_variational and self.variational.stride != self.regnet.stride:
+            raise ValueError(
+                f"variational.stride is that of regnet, {self.regnet.stride}, got {self.variational.stride}"
+            )
+
+    @property
+    def starts_from_variational(self) -> bool:
+        """Whether RegNet continues from the variational displacement."""
+        return "variational" in self.methods
 
     def as_dict(self) -> dict:
-        return asdict(self) | {"regnet": self.regnet.as_dict(), "kldivnet": self.kldivnet.as_dict()}
+        sections = {name: getattr(self, name).as_dict() for name in ("variational", "regnet", "kldivnet")}
+        return asdict(self) | sections | {"methods": list(self.methods), "classes": self.classes.as_dict()}
 
 
 def load(file: Path, *, preset: str | None = None, overrides: Sequence[str] = (), **values: object) -> Config:
-    """Reads a configuration.
-
-    Args:
-        preset: one of those the file has under ``presets``, laid over the rest of it.
-        overrides: ``key=value`` or ``section.key=value``, the value in YAML; laid over that.
-        values: top-level keys, laid over all.
-    Raises:
-        ValueError: names the file and the key that is unknown, missing or of the wrong type.
-    """
-    try:
-        read = yaml.safe_load(file.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{file}: cannot be read as YAML: {error}") from error
-    if not isinstance(read, dict):
-        raise ValueError(f"{file}: expected keys and values, got {read!r}")
-    presets = read.pop("presets", None) or {}
-    if not isinstance(presets, dict) or not all(isinstance(laid, dict) for laid in presets.values()):
-        raise ValueError(f"{file}: presets: expected a name and its keys and values for each, got {presets!r}")
-    if preset is not None:
-        if preset not in presets:
-            raise ValueError(f"{file}: has no preset {preset!r}; it has {', '.join(presets) or 'none'}")
-        read = _merge(read, presets[preset])
-    for override in overrides:
-        read = _merge(read, _parse(override))
-    return build(_merge(read, values), str(file))
+    """Reads a configuration file, see :func:`training.layers.load`."""
+    return layers.load(Config, file, preset=preset, overrides=overrides, **values)
 
 
 def build(values: dict, where: str = "configuration") -> Config:
-    """A configuration of plain values, as :meth:`Config.as_dict` gives them.
-
-    Raises:
-        ValueError: names the key that is unknown, missing or of the wrong type.
-    """
-    return _build(Config, values, where)
-
-
-def _parse(override: str) -> dict:
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise ValueError(f"{override!r}: an override is KEY=VALUE, such as loss.diffusion=1.5")
-    try:
-        nested = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{override!r}: the value is not YAML") from error
-    for part in reversed(key.split(".")):
-        nested = {part: nested}
-    return nested
-
-
-def _merge(below: dict, above: dict) -> dict:
-    merged = dict(below)
-    for key, value in above.items():
-        nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if nested else value
-    return merged
-
-
-def _build(kind: type, values: object, where: str):
-    if not isinstance(values, dict):
-        raise ValueError(f"{where}: expected keys and values, got {values!r}")
-    known = {f.name: f.type for f in fields(kind)}
-    if unknown := sorted(str(key) for key in values if key not in known):
-        raise ValueError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(known)}")
-    built = {key: _check(known[key], value, f"{where}: {key}") for key, value in values.items()}
-    try:
-        return kind(**built)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
-def _check(wanted: type, value: object, where: str):
-    """The value as the wanted type: int, float, str, bool, dict, a list or tuple of one of these, or a dataclass."""
-    if is_dataclass(wanted):
-        return _build(wanted, value, where)
-    if wanted is float and type(value) is int:
-        return float(value)
-    if wanted is float and isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value, re.IGNORECASE):
-        return float(value)  # 1e-3, which YAML 1.1 takes for text
-    if typing.get_origin(wanted) in (list, tuple):
-        if not isinstance(value, list | tuple):
-            raise ValueError(f"{where} must be a list, got {value!r}")
-        made = [_check(typing.get_args(wanted)[0], v, where) for v in value]
-        return typing.get_origin(wanted)(made)
-    if type(value) is not wanted:
-        raise ValueError(f"{where} must be {wanted.__name__}, got {value!r}")
-    return value
+    """A configuration from plain values, as :meth:`Config.as_dict` returns them, see :func:`training.layers.build`."""
+    return layers.build(Config, values, where)
 
 
 def _one_of(key: str, value: str, known: Sequence[str]) -> None:

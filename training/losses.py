@@ -1,4 +1,4 @@
-"""What training minimizes: a similarity, smoothness, and what is known of a pair beside its images."""
+"""The loss of training: a similarity, the smoothness of the displacement, and supervised terms where more is known."""
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,10 @@ TERMS = ("loss", "similarity", "diffusion", "known", "labels")
 
 
 class Batch:
-    """Pairs that go through the network together. No dataclass, which Fabric would take apart to convert its tensors.
+    """Pairs that go through the network together. Not a dataclass, because Fabric would convert the tensors in its fields.
 
     fixed, moving: (N, 1, D, H, W).
-    seeds: one per pair, of all that is random in its loss, so that it does not depend on what else is in the batch.
+    seeds: one per pair, for the random numbers in its loss, which so do not depend on the other pairs of the batch.
     """
 
     def __init__(self, pairs: list[Pair], seeds: list[int]) -> None:
@@ -31,43 +31,43 @@ class Batch:
 
 
 class Objective(nn.Module):
-    """RegNet, the similarity it is trained by, and the loss of a batch; what is trained is all that it holds."""
+    """RegNet, the KLDivNet that it is trained with (if any), and the loss of a batch. All parameters are trained."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.loss = config.loss
-        self.regnet = RegNet(config.regnet)
+        self.regnet = RegNet(config.regnet, config.variational)
         self.kldivnet = KLDivNet(config.kldivnet) if config.loss.similarity == "kldiv" else None
 
     def forward(
         self, batch: Batch, coarse: Tensor | None, warming_up: bool = False
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-        """Loss of one pass further, judged on all that has been composed so far.
+        """Applies the network once more and computes the loss of the composed displacement.
 
         Args:
-            coarse: (N, 3, d, h, w) displacement before the pass, see :meth:`RegNet.advance`.
-            warming_up: KLDivNet alone learns, from images as they are or partly aligned.
+            coarse: (N, 3, d, h, w) displacement before this pass, see :meth:`RegNet.advance`.
+            warming_up: only KLDivNet learns, from images that are unaligned or partly aligned.
         Returns:
-            The loss (a scalar, the mean over the pairs), its terms (each of as many pairs as have it) of TERMS, and the
-            displacement after the pass.
+            The loss (a scalar, the mean over the pairs), its terms by name (see TERMS; each has one value for each pair that
+            has this term), and the displacement after the pass.
         """
         if not warming_up:
             coarse = self.regnet.advance(batch.fixed, batch.moving, coarse)
         terms: dict[str, list[Tensor]] = {}
         for i, (pair, seed) in enumerate(zip(batch.pairs, batch.seeds, strict=True)):
             random = torch.Generator().manual_seed(seed)
-            found = self._warm_up(pair, random) if warming_up else self._terms(pair, coarse[i : i + 1], random)
-            for name, value in found.items():
+            added = self._warm_up(pair, random) if warming_up else self._terms(pair, coarse[i : i + 1], random)
+            for name, value in added.items():
                 terms.setdefault(name, []).append(value)
-        found = {name: torch.stack(values) for name, values in terms.items()}
-        return found["loss"].mean(), found, coarse
+        stacked = {name: torch.stack(values) for name, values in terms.items()}
+        return stacked["loss"].mean(), stacked, coarse
 
     def similarity(self, fixed: Tensor, warped: Tensor, random: torch.Generator | None = None) -> Tensor:
-        """What is maximized, of two images (1, 1, D, H, W); a scalar."""
+        """The similarity of two images (1, 1, D, H, W), a scalar that training maximizes."""
         if edge := self.loss.margin:
             fixed, warped = (x[..., edge:-edge, edge:-edge, edge:-edge] for x in (fixed, warped))
         if self.loss.similarity == "mi":
-            with torch.autocast(fixed.device.type, enabled=False):  # counting voxels needs more than 16 bits
+            with torch.autocast(fixed.device.type, enabled=False):  # 16 bits are too few to count voxels
                 chosen = torch.randperm(fixed.numel(), generator=random)[: self.loss.samples].to(fixed.device)
             fixed, warped = (x.flatten()[chosen].view(1, 1, -1, 1, 1) for x in (fixed, warped))
             return parzen_mi(fixed, warped, bins=self.loss.bins)
@@ -76,7 +76,7 @@ class Objective(nn.Module):
         return self.kldivnet(fixed, warped, samples=self.loss.samples, generator=random)
 
     def _warm_up(self, pair: Pair, random: torch.Generator) -> dict[str, Tensor]:
-        """Partly aligned where the deformation is known, so that D has seen all it will be asked."""
+        """The loss of KLDivNet alone; pairs whose deformation is known are partly aligned by a random share of it."""
         moving = pair.moving
         if pair.truth is not None:
             moving = fields.warp(moving, pair.truth * torch.rand(1, generator=random).item())
@@ -102,7 +102,7 @@ class Objective(nn.Module):
 
 
 def known_distance(coarse: Tensor, pair: Pair, stride: int) -> Tensor:
-    """Mean distance to the true displacement in voxels of the images; where the brain is known it counts five times.
+    """Mean distance to the true displacement in voxels of the images; voxels inside a known brain have five times the weight.
 
     Args:
         coarse: (1, 3, D/stride, H/stride, W/stride), voxels of the output grid.
@@ -114,7 +114,7 @@ def known_distance(coarse: Tensor, pair: Pair, stride: int) -> Tensor:
 
 
 def label_distance(coarse: Tensor, pair: Pair, stride: int, random: torch.Generator, most: int = 8) -> Tensor:
-    """1 - mean soft Dice of up to ``most`` classes at random, on the network's output grid.
+    """1 - mean soft Dice of up to ``most`` random classes, on the network's output grid.
 
     Args:
         coarse: (1, 3, D/stride, H/stride, W/stride), voxels of the output grid.

@@ -1,4 +1,4 @@
-"""Pictures of a pair on one grid, for TensorBoard and for the experiments' figures."""
+"""Pictures of a pair on one grid, for TensorBoard and the figures of experiments."""
 
 import numpy as np
 import torch
@@ -13,14 +13,14 @@ CONTOUR = "#ffcc00"
 
 
 def plane(image: Tensor, axis: int = 0, at: float = 0.5) -> np.ndarray:
-    """A slice of (1, 1, D, H, W), across D, H or W (0, 1, 2), the head up; (rows, columns)."""
+    """A slice (rows, columns) of an image (1, 1, D, H, W) perpendicular to D, H or W (axis 0, 1, 2), with the head up."""
     number = int((image.shape[2 + axis] - 1) * at)
     cut = image[0, 0].select(axis, number).detach().float().cpu().numpy()
     return cut if axis == 0 else cut[::-1]
 
 
 def show(axes: Axes, image: Tensor, title: str = "", labels: Tensor | None = None, at: float = 0.5) -> None:
-    """An axial slice in gray, with contours of labels (1, 1, D, H, W)."""
+    """Draws an axial slice in gray, and the outline of labels (1, 1, D, H, W)."""
     axes.imshow(plane(image, at=at), cmap="gray", interpolation="nearest")
     if labels is not None and (inside := plane(labels, at=at) > 0).any():
         axes.contour(inside, levels=[0.5], colors=CONTOUR, linewidths=0.7)
@@ -29,7 +29,7 @@ def show(axes: Axes, image: Tensor, title: str = "", labels: Tensor | None = Non
 
 
 def show_grid(axes: Axes, displacement: Tensor, title: str = "", at: float = 0.5) -> None:
-    """The axial part of a deformed grid; displacement (1, 3, D, H, W) in voxels."""
+    """Draws an axial slice of the deformed grid; displacement (1, 3, D, H, W) in voxels."""
     points = fields.identity(tuple(displacement.shape[2:]), like=displacement) + displacement
     x, y = (plane(points[:, c : c + 1], at=at) for c in (0, 1))
     for lines in ((x[::LINES_EVERY].T, y[::LINES_EVERY].T), (x[:, ::LINES_EVERY], y[:, ::LINES_EVERY])):
@@ -42,7 +42,7 @@ def show_grid(axes: Axes, displacement: Tensor, title: str = "", at: float = 0.5
 
 @torch.no_grad()
 def picture(fixed: Tensor, moving: Tensor, displacement: Tensor, title: str = "") -> Figure:
-    """Fixed, moving, warped and the deformed grid side by side.
+    """Fixed, moving and warped image and the deformed grid, side by side.
 
     Args:
         fixed, moving: (1, 1, D, H, W).

@@ -1,151 +1,211 @@
-"""Looking at a result: half-faded layers, flicker, checkerboard and deformation grid, each leaving nothing behind."""
+"""Comparing fixed, moving and warped volume in the slice views.
+
+Nothing that is drawn for this is saved with a scene: the nodes made here are hidden and not saved, and only the foreground of
+a view ever shows one of them, so that a scene which is saved meanwhile opens with the fixed volume in its views. (Slicer has
+no event before a scene is saved: vtkMRMLScene declares StartSaveEvent, and nothing invokes it.)
+"""
+
+from collections.abc import Callable
 
 import numpy as np
 import qt
 import slicer
+import slicer.util
+import vtk
 
-from DivRegNetModule import _
+from DivRegNetLib.core.intensity import percentile_window, stretch, subsample
+from DivRegNetLib.quality.preview import checkerboard
+from DivRegNetModule import _, views
+from DivRegNetModule.background import Task
+from DivRegNetModule.mrml.geometry import ijk_to_ras, vtk_image_steps
+from DivRegNetModule.mrml.scene import automatic_levels_off, remove_with_display
+from DivRegNetModule.mrml.volumes import volume_image_steps
+from DivRegNetModule.steps import Steps, slabs
 
+OVERLAY, BEFORE, FLICKER, CHECKERBOARD, SIDE_BY_SIDE = "overlay", "before", "flicker", "checkerboard", "side by side"
+MODES = (OVERLAY, BEFORE, FLICKER, CHECKERBOARD, SIDE_BY_SIDE)
 FLICKER_MS = 500
-SQUARES = 8  # along the longest side
+SQUARES = 8  # of the checkerboard, along the longest side
+BOARD_BYTES = 32  # a voxel while the checkerboard is made
 GRID_LINES = 20  # across the longest side
-HALF = 0.5
-
-
-def checkerboard(one: np.ndarray, other: np.ndarray, squares: int = SQUARES) -> np.ndarray:
-    """Two arrays (D, H, W) of equal shape in alternate blocks, each stretched from its 1st-99th percentile to [0, 1].
-
-    Args:
-        squares: blocks along the longest side; blocks have the same number of voxels along each axis.
-    Returns:
-        (D, H, W) float32.
-    Raises:
-        ValueError: the shapes differ.
-    """
-    if one.shape != other.shape:
-        raise ValueError(f"a checkerboard needs arrays of one shape, got {one.shape} and {other.shape}")
-    side = max(-(-max(one.shape) // squares), 1)
-    parity = sum(np.ix_(*(np.arange(n) // side for n in one.shape))) % 2
-    return np.where(parity == 0, _stretch(one), _stretch(other)).astype(np.float32)
-
-
-def _stretch(array: np.ndarray) -> np.ndarray:
-    low, high = np.percentile(array, [1, 99])
-    return np.clip((array - low) / max(high - low, 1e-6), 0, 1)
+OPACITY = 0.5
+TINT = "vtkMRMLColorTableNodeWarmTint1"  # of the volume that lies over the gray fixed one
+GRID_COLOR = (1.0, 0.75, 0.3)
 
 
 class Comparison:
-    """What is shown of one registration. At most one of flicker and checkerboard is on; ``clear`` turns all off.
+    """How one registration is shown.
 
     Args:
-        fixed, warped: volume nodes on one grid.
+        fixed, moving, warped: volume nodes; the warped one is on the world grid of the fixed one.
         transform: transform node, may be None.
+        failed: called with an exception where something could not be shown.
     """
 
-    def __init__(self, fixed, warped, transform) -> None:
-        self.fixed, self.warped, self.transform = fixed, warped, transform
-        self._board = None
-        self._grid_state = None
+    def __init__(self, fixed, moving, warped, transform, failed: Callable[[Exception], None]) -> None:
+        self.fixed, self.moving, self.warped, self.transform = fixed, moving, warped, transform
+        self.mode = ""
+        self._failed = failed
+        self._before = views.SliceViews()
+        self._shown = None  # the node that lies over the fixed volume, made here
+        self._grid: list = []
+        self._task: Task | None = None
+        self._warped_on_top = True
         self._timer = qt.QTimer()
         self._timer.setInterval(FLICKER_MS)
         self._timer.timeout.connect(self._flip)
-        self._flickers, self._shown = False, True
-        self._before = [
-            (view, view.GetBackgroundVolumeID(), view.GetForegroundVolumeID(), view.GetForegroundOpacity())
-            for view in slicer.util.getNodesByClass("vtkMRMLSliceCompositeNode")
-        ]
 
     def needs(self, node) -> bool:
         """Whether the comparison makes no sense without this node."""
-        return any(node is mine for mine in (self.fixed, self.warped))
+        return node is self.fixed or node is self.warped
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is still being prepared to be shown."""
+        return self._task is not None and self._task.running
+
+    def show(self, mode: str) -> None:
+        """Shows the registration in one of MODES, instead of the present one."""
+        if self._gone(self.fixed, self.warped) or (mode == BEFORE and self._gone(self.moving)):
+            return
+        if not self.mode:
+            views.along(self.fixed)
+        self._end_mode()
+        self.mode = mode
+        if mode in (OVERLAY, BEFORE):
+            self._lay_over(self._twin(self.warped if mode == OVERLAY else self.moving), OPACITY)
+        elif mode == FLICKER:
+            views.show_layers(self.fixed, self.warped, 1.0)
+            self._warped_on_top = True
+            self._timer.start()
+        elif mode == CHECKERBOARD:
+            self._task = Task(self._board_steps(), lambda board: self._lay_over(board, 1.0), self._failed)
+        else:
+            views.side_by_side(self.fixed, self.warped)
+
+    def grid(self, on: bool) -> None:
+        """The deformation as a warped grid, in slice views."""
+        for node in self._grid:
+            if not self._gone(node):
+                slicer.mrmlScene.RemoveNode(node)
+        self._grid = []
+        if not on or self._gone(self.transform, self.fixed):
+            return
+        scene = slicer.mrmlScene
+        color = scene.AddNewNodeByClass("vtkMRMLProceduralColorNode", _("Deformation grid"))
+        color.GetColorTransferFunction().AddRGBPoint(0.0, *GRID_COLOR)
+        display = scene.AddNewNodeByClass("vtkMRMLTransformDisplayNode")
+        for node in (color, display):
+            node.SetSaveWithScene(False)
+            node.SetHideFromEditors(True)
+        bounds = [0.0] * 6
+        self.fixed.GetRASBounds(bounds)
+        longest = max(bounds[1] - bounds[0], bounds[3] - bounds[2], bounds[5] - bounds[4])
+        display.SetAndObserveColorNodeID(color.GetID())  # or Slicer makes one, which stays in the scene
+        display.SetVisualizationMode(display.VIS_MODE_GRID)
+        display.SetGridSpacingMm(longest / GRID_LINES)
+        display.SetGridResolutionMm(longest / GRID_LINES / 4)
+        display.SetAndObserveRegionNode(self.fixed)
+        display.SetVisibility3D(False)
+        display.SetVisibility2D(True)
+        display.SetVisibility(True)
+        self._grid = [display, color]
+        self.transform.AddAndObserveDisplayNodeID(display.GetID())
+
+    def clear(self) -> None:
+        """Takes everything away that is drawn here; also where nodes were removed. The views are left as they are."""
+        self._end_mode()
+        self.grid(False)
 
     def restore(self) -> None:
-        """Slice views as they were when this object was made."""
+        """Puts the slice views back as they were when this object was made."""
         self.clear()
-        for view, background, foreground, opacity in self._before:
-            view.SetBackgroundVolumeID(background)
-            view.SetForegroundVolumeID(foreground)
-            view.SetForegroundOpacity(opacity)
+        self._before.restore()
 
-    def blend(self) -> None:
-        """Fixed with warped half-faded, in all slice views."""
-        if self._gone(self.fixed, self.warped):
-            return
-        slicer.util.setSliceViewerLayers(background=self.fixed, foreground=self.warped, foregroundOpacity=HALF)
+    def _end_mode(self) -> None:
+        mode, self.mode = self.mode, ""
+        self._timer.stop()
+        if self._task is not None:
+            self._task.stop()
+            self._task = None
+        if mode == SIDE_BY_SIDE:
+            self._before.restore()
+            if not self._gone(self.fixed):
+                views.along(self.fixed)
+        shown, self._shown = self._shown, None
+        if shown is not None:
+            if not self._gone(self.fixed, self.warped):
+                views.show_layers(self.fixed, self.warped, 0.0)
+            remove_with_display(shown)
 
-    def flicker(self, on: bool) -> None:
-        """Fixed and warped in turn, twice a second."""
-        if on:
-            self.checkerboard(False)
-            self.blend()
-            self._timer.start()
-            self._flickers = True
-        elif self._flickers:
-            self._timer.stop()
-            self._flickers = False
-            self.blend()
+    def _lay_over(self, node, opacity: float) -> None:
+        """Shows a node that was made here over the fixed volume."""
+        self._shown = node
+        views.show_layers(self.fixed, node, opacity)
 
     def _flip(self) -> None:
         if self._gone(self.fixed, self.warped):
             self._timer.stop()
             return
-        self._shown = not self._shown
-        slicer.util.setSliceViewerLayers(foregroundOpacity=1.0 if self._shown else 0.0)
+        self._warped_on_top = not self._warped_on_top
+        views.set_opacity(1.0 if self._warped_on_top else 0.0)
 
-    def checkerboard(self, on: bool) -> None:
-        """Fixed and warped in alternate blocks, as a volume that is not saved and goes when turned off."""
-        if on:
-            if self._gone(self.fixed, self.warped):
-                return
-            self.flicker(False)
-            array = checkerboard(slicer.util.arrayFromVolume(self.fixed), slicer.util.arrayFromVolume(self.warped))
-            board = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLScalarVolumeNode", _("Fixed-warped checkerboard"))
-            board.SetSaveWithScene(False)
-            board.CopyOrientation(self.warped)
-            slicer.util.updateVolumeFromArray(board, array)
-            board.CreateDefaultDisplayNodes()
-            board.GetDisplayNode().SetSaveWithScene(False)
-            board.GetDisplayNode().AutoWindowLevelOff()
-            board.GetDisplayNode().SetWindowLevelMinMax(0.0, 1.0)
-            self._board = board
-            slicer.util.setSliceViewerLayers(background=board, foreground=None)
-        elif self._board is not None:
-            if not self._gone(self._board):
-                slicer.mrmlScene.RemoveNode(self._board.GetDisplayNode())
-                slicer.mrmlScene.RemoveNode(self._board)
-            self._board = None
-            self.blend()
+    def _twin(self, volume):
+        """A volume in another color, which shares the voxels."""
+        twin = self._new_volume(volume.GetName())
+        twin.SetIJKToRASMatrix(slicer.util.vtkMatrixFromArray(ijk_to_ras(volume)))
+        twin.SetAndObserveTransformNodeID(volume.GetTransformNodeID())
+        display = twin.GetDisplayNode()
+        if volume.GetDisplayNode() is not None:
+            display.CopyContent(volume.GetDisplayNode())
+            automatic_levels_off(display)
+        display.SetAndObserveColorNodeID(TINT)
+        self._unsaved(display)
+        twin.SetAndObserveImageData(volume.GetImageData())
+        return twin
 
-    def grid(self, on: bool) -> None:
-        """The deformation as a warped grid, in slice views."""
-        if self._gone(self.transform) or (not on and self._grid_state is None):
-            return
-        self.transform.CreateDefaultDisplayNodes()
-        display = self.transform.GetDisplayNode()
-        if on:
-            self._grid_state = display.GetVisibility(), display.GetVisibility2D(), display.GetVisibility3D()
-            bounds = [0.0] * 6
-            self.fixed.GetRASBounds(bounds)
-            longest = max(bounds[1] - bounds[0], bounds[3] - bounds[2], bounds[5] - bounds[4])
-            display.SetVisualizationMode(display.VIS_MODE_GRID)
-            display.SetGridSpacingMm(longest / GRID_LINES)
-            display.SetGridResolutionMm(longest / GRID_LINES / 4)
-            display.SetAndObserveRegionNode(self.fixed)
-            display.SetVisibility3D(False)
-            display.SetVisibility2D(True)
-            display.SetVisibility(True)
-        else:
-            visible, in_2d, in_3d = self._grid_state
-            display.SetVisibility(visible)
-            display.SetVisibility2D(in_2d)
-            display.SetVisibility3D(in_3d)
-            self._grid_state = None
+    def _board_steps(self) -> Steps:
+        """A volume with fixed and warped volume in alternate blocks."""
+        warped = slicer.util.arrayFromVolume(self.warped)
+        fixed = yield from self._on_warped_grid()
+        windows = [percentile_window(subsample(array), 1, 99) for array in (fixed, warped)]
+        board = np.empty(warped.shape, np.uint8)
+        side = max(-(-max(board.shape) // SQUARES), 1)
+        for start, end in slabs(len(board), BOARD_BYTES * board[0].size):
+            parts = (stretch(a[start:end], window) for a, window in zip((fixed, warped), windows, strict=True))
+            board[start:end] = 255 * checkerboard(*parts, side=side, first=start)
+            yield
+        image = yield from vtk_image_steps(board, vtk.VTK_UNSIGNED_CHAR)
+        node = self._new_volume(_("Fixed-warped checkerboard"))
+        node.SetIJKToRASMatrix(slicer.util.vtkMatrixFromArray(ijk_to_ras(self.warped)))
+        automatic_levels_off(node.GetDisplayNode())
+        node.GetDisplayNode().SetWindowLevelMinMax(0.0, 255.0)
+        node.SetAndObserveImageData(image)
+        return node
 
-    def clear(self) -> None:
-        """Turns everything off; safe when nodes are gone."""
-        self.flicker(False)
-        self.checkerboard(False)
-        self.grid(False)
+    def _on_warped_grid(self) -> Steps[np.ndarray]:
+        """The voxels of the fixed volume on the grid of the warped one; under a transform that is not linear, they are
+        others than those of its node."""
+        parent = self.fixed.GetParentTransformNode()
+        if parent is None or parent.IsTransformToWorldLinear():
+            return slicer.util.arrayFromVolume(self.fixed)
+        import SimpleITK as sitk
+
+        return sitk.GetArrayFromImage((yield from volume_image_steps(self.fixed)))
+
+    def _new_volume(self, name: str):
+        node = slicer.vtkMRMLScalarVolumeNode()
+        node.SetName(name)
+        self._unsaved(node)  # before selectors see it
+        slicer.mrmlScene.AddNode(node)
+        node.CreateDefaultDisplayNodes()
+        self._unsaved(node.GetDisplayNode())
+        return node
+
+    @staticmethod
+    def _unsaved(node) -> None:
+        node.SetSaveWithScene(False)
+        node.SetHideFromEditors(True)
 
     @staticmethod
     def _gone(*nodes) -> bool:

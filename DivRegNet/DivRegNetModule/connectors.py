@@ -13,13 +13,18 @@ PROPERTY = "DivRegNetParameterName"
 
 def connectors(ui) -> dict:
     """Parameter name -> connector, for every control of ``slicer.util.childWidgetVariables`` that has the property."""
-    found = {}
+    made = {}
     for widget in list(vars(ui).values()):
         name = widget.property(PROPERTY)
         if name:
             kind = CheckedNodes if isinstance(widget, slicer.qMRMLCheckableNodeComboBox) else Choices
-            found[str(name)] = kind(widget)
-    return found
+            made[str(name)] = kind(widget)
+    return made
+
+
+def boxes_in(selector) -> list:
+    """The combo box inside a node selector, whose own access to it Python cannot call (it is protected)."""
+    return [child for child in selector.children() if child.inherits("QComboBox")]
 
 
 class Choices(GuiConnector):
@@ -106,3 +111,5 @@ class CheckedNodes(GuiConnector):
         for node in self._nodes():
             if node and bool(self._widget.checkState(node)) != (node.GetID() in wanted):
                 (self._widget.check if node.GetID() in wanted else self._widget.uncheck)(node)
+        for box in boxes_in(self._widget):
+            box.update()  # ctkCheckableComboBox does not paint what a program has checked

@@ -1,4 +1,4 @@
-"""Do two volumes look like what a model was made for? Sentences for the user; they inform and never block."""
+"""How two volumes differ from the images that a model is meant for. The sentences inform and never block."""
 
 from dataclasses import dataclass
 
@@ -13,12 +13,12 @@ SMALLEST_VOXELS = 24  # of the model's grid, along the shortest side
 FIELD_OF_VIEW_MM = {"head": (90, 400), "brain": (90, 400), "abdomen": (60, 700), "liver": (60, 700)}
 """Anatomy in a card -> plausible shortest and longest side of a volume that shows it."""
 FAMILIES = {"CT": ("CT", "CBCT", "CTA"), "MR": ("MR", "MRI", "T1", "T2", "PD", "FLAIR", "T1C", "DWI", "MRA")}
-"""What can be told from intensities or DICOM -> the modalities of a card that belong to it."""
+"""Modality as DICOM names it or as guessed from intensities -> the modalities of a card that belong to it."""
 
 
 @dataclass(frozen=True)
 class VolumeFacts:
-    """What is known of a volume without looking at what it shows.
+    """What is known of a volume before it is registered.
 
     size: voxels along i, j, k.
     spacing: mm along i, j, k.
@@ -40,7 +40,7 @@ class VolumeFacts:
 
 
 def guess_modality(volume: VolumeFacts) -> str:
-    """``CT``, ``MR``, another DICOM modality, or empty: DICOM's word, else a guess from the range of values.
+    """``CT``, ``MR``, another DICOM modality, or empty: from DICOM if it is known, else guessed from the range of values.
 
     CT in Hounsfield units reaches from air to bone; MR magnitude has no negative values. CT that is stored with an
     offset looks like MR, so a guess of MR is never held against a model for CT.
@@ -53,15 +53,15 @@ def guess_modality(volume: VolumeFacts) -> str:
 
 
 def complaints(card: Card, fixed: VolumeFacts, moving: VolumeFacts) -> list[str]:
-    """Sentences about what does not fit the card, the card's own limits last; empty where everything seems to."""
-    found, spacing = [], card.working_spacing(fixed, moving)
+    """Sentences about how the volumes differ from the card, the card's own limits last; empty where they do not."""
+    sentences, spacing = [], card.working_spacing(fixed, moving)
     for volume in (fixed, moving):
-        found += [
+        sentences += [
             *_modality_complaint(card, volume),
             *_spacing_complaint(spacing, volume),
             *_field_of_view_complaint(card, spacing, volume),
         ]
-    return [*found, card.limits] if found and card.limits else found
+    return [*sentences, card.limits] if sentences and card.limits else sentences
 
 
 def _modality_complaint(card: Card, volume: VolumeFacts) -> list[str]:
@@ -77,7 +77,8 @@ def _spacing_complaint(spacing: float, volume: VolumeFacts) -> list[str]:
     if max(volume.spacing) <= THICK_SLICES * spacing:
         return []
     text = _(
-        "'{name}' has slices {thick:.3g} mm apart, the model works at {model:.3g} mm: expect less accuracy across."
+        "The slices of '{name}' are {thick:.3g} mm apart and the model works at {model:.3g} mm: expect less accuracy "
+        "across the slices."
     )
     return [text.format(name=volume.name, thick=max(volume.spacing), model=spacing)]
 
@@ -85,7 +86,7 @@ def _spacing_complaint(spacing: float, volume: VolumeFacts) -> list[str]:
 def _field_of_view_complaint(card: Card, spacing: float, volume: VolumeFacts) -> list[str]:
     smallest, largest = min(volume.extent), max(volume.extent)
     if smallest < SMALLEST_VOXELS * spacing:
-        text = _("'{name}' is only {mm:.0f} mm thick, too little for the model to see the anatomy around.")
+        text = _("'{name}' is only {mm:.0f} mm thick, which is little context for the model.")
         return [text.format(name=volume.name, mm=smallest)]
     low, high = next((r for word, r in FIELD_OF_VIEW_MM.items() if word in card.anatomy.lower()), (0, np.inf))
     if smallest < low or largest > high:
@@ -93,3 +94,33 @@ def _field_of_view_complaint(card: Card, spacing: float, volume: VolumeFacts) ->
         sides = " x ".join(f"{mm:.0f}" for mm in volume.extent)
         return [text.format(name=volume.name, sides=sides, anatomy=card.anatomy)]
     return []
+
+
+def memory_text(card: Card, fixed_node, moving_node, spacing: float, refine: int) -> str:
+    """How much memory a registration of two volume nodes takes, and on which grid it works.
+
+    Args:
+        spacing: of the working grid, mm; 0: the model's.
+    """
+    from DivRegNetLib.registration import memory
+    from DivRegNetModule.mrml.geometry import local_grid
+
+    fixed, moving = local_grid(fixed_node), local_grid(moving_node)
+    asked = max(spacing or card.working_spacing(fixed, moving), memory.FINEST_MM)
+    estimate = memory.estimate(card, fixed, moving, spacing=spacing or None, refine=refine)
+    finest = memory.working_grid(card, fixed, asked).spacing[0]
+    values = {
+        "device": memory.text(estimate.device),
+        "host": memory.text(estimate.host),
+        "size": " x ".join(map(str, estimate.working)),
+        "mm": finest,
+        "asked": spacing or asked,
+    }
+    if finest > max(spacing, asked) * 1.001 or (spacing and asked > spacing):
+        text = _(
+            "About {device} on the device and {host} in main memory. {asked:.2g} mm is too fine for a volume of this size: "
+            "the deformation is computed at {mm:.2g} mm ({size} voxels)."
+        )
+    else:
+        text = _("About {device} on the device and {host} in main memory ({size} voxels of {mm:.2g} mm)")
+    return text.format(**values)

@@ -1,4 +1,4 @@
-"""The sample pairs that come with the extension, in Slicer's Sample Data module. They load offline."""
+"""The sample pairs that come with the extension, for Slicer's Sample Data module. They load offline."""
 
 from pathlib import Path
 
@@ -8,6 +8,7 @@ import slicer.util
 from DivRegNetModule import _
 
 CATEGORY = "DivRegNet"
+THUMBNAIL = "DivRegNetHeadT1T2.png"
 LABELS, LANDMARKS = "_labels.nii.gz", ".mrk.json"
 PAIRS = {"DivRegNetHeadT1T2": ("fixed_T1.nii.gz", "moving_T2.nii.gz")}
 """Name in Sample Data -> fixed and moving image; segmentation and landmarks lie beside each, if there are any."""
@@ -20,20 +21,25 @@ def folder(module_folder: Path) -> Path:
 
 
 def register(module_folder: Path) -> None:
-    """Adds the pairs whose files are there to the Sample Data module; more than once does no harm."""
+    """Adds the pairs whose files are there to the Sample Data module, each once.
+
+    Sample Data itself compares sources by ``str()`` (SampleData.py, SampleDataSource.__eq__), which differs between two
+    that are made alike, since it contains the address of the function that loads them.
+    """
     import SampleData
 
     logic = SampleData.SampleDataLogic
     if hasattr(logic, "registerCustomSampleDataCategory"):  # since Slicer 5.11
         logic.registerCustomSampleDataCategory(CATEGORY, title=_("DivRegNet"))
+    registered = {source.sampleName for source in getattr(slicer.modules, "sampleDataSources", {}).get(CATEGORY, [])}
     here = folder(module_folder)
     for name, files in PAIRS.items():
         paths = [here / file for file in files]
-        if all(path.is_file() for path in paths):
+        if name not in registered and all(path.is_file() for path in paths):
             logic.registerCustomSampleDataSource(
                 category=CATEGORY,
                 sampleName=name,
-                thumbnailFileName=str(module_folder / "Resources" / "Icons" / "DivRegNet.png"),
+                thumbnailFileName=str(module_folder / "Resources" / "Icons" / THUMBNAIL),
                 uris=[path.as_uri() for path in paths],
                 fileNames=list(files),
                 nodeNames=[_stem(file) for file in files],

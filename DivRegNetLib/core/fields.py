@@ -17,25 +17,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-MATRICES = 128  # small ones that are kept
-PARTS = 16  # of the points of one image, at which several threads sample it
-COARSEST = 16  # voxels of the shortest side, from which on an inversion starts at half the resolution
+CACHED_MATRICES = 128  # per function
+SAMPLING_PARTS = 16  # into which the points of one image are divided, so that the threads of a CPU share them
+MULTILEVEL_SIDE = 16  # shortest side, in voxels, from which on an inversion starts from half the resolution
+TRUNCATION = 2.5  # radius of a Gaussian kernel in standard deviations
 
 
-def kept(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Keeps what a function of numbers and ``like`` (whose dtype and device it gives its result) has last returned: on small
-    images the making of small matrices takes longer than their use. Nobody may write to them."""
+def cached(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Caches the results of a function of numbers and ``like``, which gives its result dtype and device of ``like``.
 
-    @functools.lru_cache(MATRICES)
-    def made(numbers: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
+    For small images, making the small matrices takes longer than using them. The results must not be written to.
+    """
+
+    @functools.lru_cache(CACHED_MATRICES)
+    def cached_make(numbers: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
         with torch.inference_mode(False):
             return make(*numbers, like=torch.empty(0, dtype=dtype, device=device))
 
     @functools.wraps(make)
-    def found(*numbers: float, like: Tensor) -> Tensor:
-        return made(numbers, like.dtype, like.device)
+    def lookup(*numbers: float, like: Tensor) -> Tensor:
+        return cached_make(numbers, like.dtype, like.device)
 
-    return found
+    return lookup
 
 
 def identity(shape: tuple[int, int, int], *, like: Tensor) -> Tensor:
@@ -54,43 +57,44 @@ def sample(image: Tensor, points: Tensor, *, mode: str = "bilinear", padding: st
         (N, C, d, h, w).
     """
     size = points.new_tensor(image.shape[:1:-1]).view(1, 3, 1, 1, 1)
-    grid = (points * 2 + 1) / size - 1  # in this order the border of the grid, and with it 0 beyond, is met exactly
-    grid, how = grid.permute(0, 2, 3, 4, 1), {"mode": mode, "padding_mode": padding, "align_corners": False}
+    grid = (points * 2 + 1) / size - 1  # in this order the image's border is met exactly, beyond which ``zeros`` begins
+    grid, options = grid.permute(0, 2, 3, 4, 1), {"mode": mode, "padding_mode": padding, "align_corners": False}
     if len(grid) > 1 or grid.is_cuda or image.requires_grad:
-        return F.grid_sample(image, grid, **how)
-    # On a CPU threads share the images of a batch, not the voxels of one: parts of the grid are made a batch.
+        return F.grid_sample(image, grid, **options)
+    # On a CPU, threads share the images of a batch but not the points of one image: the points are made a batch.
     count = points[0, 0].numel()
-    parts = grid.new_empty(PARTS * math.ceil(count / PARTS), 3)
+    parts = grid.new_empty(SAMPLING_PARTS * math.ceil(count / SAMPLING_PARTS), 3)
     parts[:count].view(grid.shape).copy_(grid)
     parts[count:] = 0
-    found = F.grid_sample(image.expand(PARTS, -1, -1, -1, -1), parts.view(PARTS, 1, 1, -1, 3), **how)
-    return found.transpose(0, 1).flatten(1)[:, :count].unflatten(1, points.shape[2:])[None]
+    images = image.expand(SAMPLING_PARTS, -1, -1, -1, -1)
+    values = F.grid_sample(images, parts.view(SAMPLING_PARTS, 1, 1, -1, 3), **options)
+    return values.transpose(0, 1).flatten(1)[:, :count].unflatten(1, points.shape[2:])[None]
 
 
 def sample_along(image: Tensor, dim: int, at: Tensor) -> Tensor:
-    """Values of a tensor at positions (n,), in voxels, along one dimension; beyond, the border's."""
+    """Linear interpolation of a tensor at positions (n,), in voxels, along one dimension; the border is repeated."""
     last, dims = image.shape[dim] - 1, image.dim()
     shape = [-1 if d == dim else 1 for d in range(dims)]
     at = at.clamp(0, last)
     low = at.floor().long()
 
-    def taken(index: Tensor) -> Tensor:
+    def take(index: Tensor) -> Tensor:
         if dim < dims - 1:
             return image.index_select(dim, index)
-        return image.gather(dim, index.expand(*image.shape[:-1], -1))  # on a CPU five times as fast there
+        return image.gather(dim, index.expand(*image.shape[:-1], -1))  # five times as fast on a CPU along the last axis
 
-    return taken(low).lerp_(taken((low + 1).clamp_max(last)), (at - low).view(shape).to(image.dtype))
+    return take(low).lerp_(take((low + 1).clamp_max(last)), (at - low).view(shape).to(image.dtype))
 
 
 def shifted(image: Tensor, *by: float) -> Tensor:
-    """Values of an image (N, C, D, H, W) so many voxels further along x, y and z; beyond, the border's."""
+    """Values of an image (N, C, D, H, W) at ``x + by``, with ``by`` in voxels along x, y and z; the border is repeated."""
     sizes = zip(image.shape[:1:-1], by, strict=True)
     return along_axes(image, *(_shift(n, distance, like=image) if distance else None for n, distance in sizes))
 
 
-@kept
+@cached
 def _shift(n: int, distance: float, *, like: Tensor) -> Tensor:
-    """(n, n): each row takes the values of a line to the one so many voxels further."""
+    """(n, n): maps the values on a line to those ``distance`` voxels further."""
     at = torch.arange(n, device=like.device, dtype=like.dtype) + distance
     return sample_along(torch.eye(n, device=like.device, dtype=like.dtype), 0, at)
 
@@ -120,26 +124,26 @@ def integrate(velocity: Tensor, steps: int = 6) -> Tensor:
 def invert(displacement: Tensor, *, iterations: int = 30, tolerance: float = 4e-2) -> Tensor:
     """Displacement v with ``(x + v) + u(x + v) = x``, by fixed-point iteration ``v <- -u(x + v)``.
 
-    Converges where u is a contraction, that is where the map is well invertible; elsewhere the result is an iterate.
-    Starts from the inverse at half the resolution; a voxel that moved by no more than ``tolerance`` voxels is done, and
-    the others go on. Source: Chen et al., "A simple fixed-point approach to invert a deformation field", Med. Phys. 2008.
+    Converges where u is a contraction; elsewhere the result is the last iterate. Starts from the inverse at half the
+    resolution. A voxel whose update is at most ``tolerance`` voxels is finished; the others are iterated further.
+    Source: Chen et al., "A simple fixed-point approach to invert a deformation field", Med. Phys. 2008.
     """
     shape = displacement.shape[2:]
     inverse = -displacement
-    if min(shape) >= COARSEST:
+    if min(shape) >= MULTILEVEL_SIDE:
         half = resize(displacement, tuple((n + 1) // 2 for n in shape))
         inverse = resize(invert(half, iterations=iterations, tolerance=tolerance), shape)
     inverse, x = inverse.flatten(2), identity(shape, like=inverse).flatten(2)
-    here, v = None, inverse  # None: all voxels
+    active, v = None, inverse  # None: all voxels
     for i in range(iterations):
         residual = v + sample(displacement, (x + v)[..., None, None]).flatten(2)
-        v = v - (0.75 if i else 1.0) * residual  # damped but for the first: stable where the gradient of u is strong
-        inverse = v if here is None else inverse.index_copy(2, here, v)
-        goes_on = (residual.abs().amax((0, 1)) > tolerance).nonzero()[:, 0]
-        if not len(goes_on):
+        v = v - (0.75 if i else 1.0) * residual  # damped after the first: stable where the gradient of u is steep
+        inverse = v if active is None else inverse.index_copy(2, active, v)
+        unfinished = (residual.abs().amax((0, 1)) > tolerance).nonzero()[:, 0]
+        if not len(unfinished):
             break
-        here = goes_on if here is None else here[goes_on]
-        x, v = x[..., goes_on], v[..., goes_on]
+        active = unfinished if active is None else active[unfinished]
+        x, v = x[..., unfinished], v[..., unfinished]
     return inverse.view_as(displacement)
 
 
@@ -150,6 +154,39 @@ def resize(displacement: Tensor, shape: tuple[int, int, int]) -> Tensor:
     ratio = displacement.new_tensor([n / o for n, o in zip(shape, displacement.shape[2:], strict=True)][::-1])
     resized = F.interpolate(displacement, size=tuple(shape), mode="trilinear", align_corners=False)
     return resized * ratio.view(1, 3, 1, 1, 1)
+
+
+def padded(image: Tensor, multiple: int, mode: str = "replicate") -> Tensor:
+    """(N, C, D, H, W) extended at the far end of D, H and W to multiples of a number of voxels.
+
+    Args:
+        mode: ``replicate`` repeats the border, ``constant`` adds zeros.
+    """
+    return extended(image, [-n % multiple for n in image.shape[2:]], mode)
+
+
+def extended(image: Tensor, voxels: list[int], mode: str = "replicate") -> Tensor:
+    """(N, C, D, H, W) with so many more voxels at the far end of D, H and W; ``mode`` as in :func:`padded`."""
+    return F.pad(image, [n for side in reversed(voxels) for n in (0, side)], mode=mode) if any(voxels) else image
+
+
+def upsample(displacement: Tensor, stride: int, shape: tuple[int, int, int]) -> Tensor:
+    """A displacement on a grid whose voxels are ``stride`` times as long, brought to a grid of ``shape`` (D, H, W).
+
+    Args:
+        displacement: (N, 3, d, h, w) in voxels of its grid, which may reach beyond ``shape`` at the far ends, as it does
+            for padded images.
+    Returns:
+        (N, 3, D, H, W) in voxels of the finer grid.
+    """
+    fine = resize(displacement, tuple(n * stride for n in displacement.shape[2:]))
+    return fine[:, :, : shape[0], : shape[1], : shape[2]]
+
+
+def coarsen(displacement: Tensor, stride: int, multiple: int) -> Tensor:
+    """The reverse of :func:`upsample`: to the grid of the images padded to a multiple and coarsened by ``stride``."""
+    fine = padded(displacement, multiple)
+    return resize(fine, tuple(n // stride for n in fine.shape[2:]))
 
 
 def length(field: Tensor) -> Tensor:
@@ -168,10 +205,7 @@ def smooth(field: Tensor, *sigma: float) -> Tensor:
 
 
 def along_axes(field: Tensor, x: Tensor | None, y: Tensor | None, z: Tensor | None) -> Tensor:
-    """(N, C, D, H, W) with the values along each axis multiplied by a matrix (to, from); None leaves an axis as it is.
-
-    Many channels at once, and the same sum on every run.
-    """
+    """(N, C, D, H, W) with the values along each axis multiplied by a matrix (to, from); None leaves an axis as it is."""
     if x is not None:
         field = F.linear(field, x)
     if y is not None:
@@ -181,15 +215,16 @@ def along_axes(field: Tensor, x: Tensor | None, y: Tensor | None, z: Tensor | No
     return field
 
 
-@kept
+@cached
 def gaussian(n: int, sigma: float, *, like: Tensor) -> Tensor:
-    """(n, n): each row a Gaussian about its own place, what would fall over the border added to it."""
-    reach = max(round(2.5 * sigma), 1)
-    offsets = torch.arange(-reach, reach + 1, device=like.device)
+    """(n, n): smoothing along an axis of n voxels by a Gaussian whose standard deviation is ``sigma`` voxels. What would
+    fall beyond the border is added to the border's weight."""
+    radius = max(round(TRUNCATION * sigma), 1)
+    offsets = torch.arange(-radius, radius + 1, device=like.device)
     kernel = torch.exp(-0.5 * (offsets.double() / sigma) ** 2)
-    falls = (torch.arange(n, device=like.device)[:, None] + offsets).clamp_(0, n - 1)
-    # In double precision, so that the order in which a GPU adds up what falls over the border does not show.
-    matrix = kernel.new_zeros(n, n).scatter_add_(1, falls, (kernel / kernel.sum()).expand(n, -1))
+    columns = (torch.arange(n, device=like.device)[:, None] + offsets).clamp_(0, n - 1)
+    # In double precision, so that the order in which a GPU adds at the border makes no difference after rounding.
+    matrix = kernel.new_zeros(n, n).scatter_add_(1, columns, (kernel / kernel.sum()).expand(n, -1))
     return matrix.to(like.dtype)
 
 

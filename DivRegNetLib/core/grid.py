@@ -39,7 +39,7 @@ class Grid:
             raise ValueError("a grid's axes must span space, but its index-to-LPS matrix is singular")
 
     def __eq__(self, other: object) -> bool:
-        """Same size, and no voxel further apart than a thousandth of a voxel."""
+        """Whether the sizes are equal and all corners agree to a thousandth of a voxel."""
         if not isinstance(other, Grid) or self.size != other.size:
             return NotImplemented if not isinstance(other, Grid) else False
         shift = self.corners() - other.corners()
@@ -60,7 +60,7 @@ class Grid:
 
     @property
     def voxels(self) -> int:
-        """How many there are."""
+        """Number of voxels."""
         return math.prod(self.size)
 
     @property
@@ -126,17 +126,18 @@ class Grid:
         pairs = [(a, b) for own in edges for a, b in zip(own, np.roll(own, 1, 0), strict=True)]
         pairs += [(a, b) for a in edges[0] for b in edges[1]]
         axes = np.cross(*np.swapaxes(pairs, 0, 1))
-        axes = axes[np.linalg.norm(axes, axis=1) > 1e-6]  # parallel edges have no perpendicular of their own
+        axes = axes[np.linalg.norm(axes, axis=1) > 1e-6]  # parallel edges have no common perpendicular
         here, there = ((grid.corners() - self.center) @ axes.T for grid in (self, other))
         return bool(((here.max(0) >= there.min(0)) & (there.max(0) >= here.min(0))).all())
 
     def axis_aligned(self, spacing: float, *, multiple: int = 1) -> "Grid":
-        """The isotropic grid along the LPS axes that covers this one, centered on it; sides are multiples of ``multiple``.
+        """The isotropic grid along the LPS axes that covers this one and is centered on it.
 
-        Where this one is no thicker than a voxel, it is centered on a voxel, so as not to fall between two.
+        Along axes on which this grid is no thicker than a voxel, it is centered on a voxel, not between two.
 
         Args:
             spacing: mm.
+            multiple: the side lengths are multiples of this number of voxels.
         """
         corners = self.corners()
         extent = corners.max(0) - corners.min(0)
@@ -145,11 +146,12 @@ class Grid:
         return Grid.build(size, [spacing] * 3, self.center - middle * spacing)
 
     def working_grid(self, spacing: float, *, multiple: int = 1) -> "Grid":
-        """The :meth:`axis_aligned` grid a network works on; coarser than asked only where that has too many voxels.
+        """The :meth:`axis_aligned` grid on which a pair is registered.
 
-        Moved by less than a voxel, so that an edge between voxels falls on this grid's low side: along the LPS axes and at
-        its own spacing this grid's voxels are then voxels of the new one, and no image is blurred by falling between them.
-        Where this grid is no thicker than a voxel, the voxel stays centered on it.
+        It is coarser than ``spacing`` only where it would have more than LARGEST_WORKING_VOXELS voxels. It is shifted by less
+        than a voxel, so that a border between voxels coincides with the lower border of this grid: if this grid lies along
+        the LPS axes and has the same spacing, its voxels are then voxels of the new grid, and resampling does not blur. Along
+        axes on which this grid is no thicker than a voxel, it is not shifted.
         """
         while True:
             grid = self.axis_aligned(spacing, multiple=multiple)
@@ -162,7 +164,8 @@ class Grid:
         return Grid.build(grid.size, grid.spacing, grid.origin + move * spacing)
 
     def thinned(self, spacing: float) -> "Grid":
-        """Every n-th voxel along each axis, as far apart as ``spacing`` (mm) allows; covers this grid's voxel centers."""
+        """Every n-th voxel along each axis, with the largest n whose spacing is at most ``spacing`` (mm); covers this grid's
+        voxel centers."""
         every = np.maximum(np.floor(spacing / np.array(self.spacing) + 1e-6), 1).astype(int)
         size = np.ceil((np.array(self.size) - 1) / every).astype(int) + 1
         return Grid(tuple(size), self.matrix @ np.diag([*every, 1]))

@@ -1,18 +1,41 @@
-"""Intensity normalization: what a network was trained on is what it must be given."""
+"""Intensities: windows for showing images, and the normalization that a network was trained with."""
+
+from typing import TYPE_CHECKING
 
 import numpy as np
 import SimpleITK as sitk
-import torch
-from torch import Tensor
 
-QUANTILE_VOXELS = 200_000
-LEVELS = 256  # of brightness that are told apart where they are counted
+if TYPE_CHECKING:
+    from torch import Tensor
+
+QUANTILE_VOXELS = 200_000  # at most about as many are used to compute percentiles
+LEVELS = 256  # bins of the histogram of the scheme "balanced"
 AIR_HU = -1024.0
-PADDING_HU = -1500.0  # what scanners fill up with is this low, -2000 or -3024 for instance, and stands alone
+PADDING_HU = -1500.0  # scanners mark voxels outside the field of view by a value below this, such as -2000 or -3024
+
+
+def subsample(values: np.ndarray) -> np.ndarray:
+    """Evenly spaced values of an array, (n,), enough to compute its percentiles."""
+    flat = values.ravel()
+    return flat[:: max(len(flat) // QUANTILE_VOXELS, 1)]
+
+
+def percentile_window(values: np.ndarray, low: float, high: float) -> tuple[float, float]:
+    """The intensities at two percentiles of some values, between which an image is shown or compared."""
+    return tuple(np.percentile(values, [low, high]))
+
+
+def stretch(values: np.ndarray, window: tuple[float, float]) -> np.ndarray:
+    """Intensities from 0 (at the lower end of a window and below) to 1 (at its upper end and above)."""
+    low, high = window
+    return np.clip((values - low) / max(high - low, 1e-6), 0, 1)
 
 
 def without_padding(image: sitk.Image) -> sitk.Image:
-    """The image, its lowest value replaced by the next where that is the padding of a CT: far below air, nothing near."""
+    """The image, with the padding of a CT replaced by its next higher value.
+
+    The lowest value counts as padding if it is below PADDING_HU and no other value is far below air.
+    """
     values = sitk.GetArrayViewFromImage(image)
     low = values.min()
     if low > PADDING_HU:
@@ -25,28 +48,32 @@ def without_padding(image: sitk.Image) -> sitk.Image:
     return filled
 
 
-def _limits(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the darkest 0.5 % of the values end, and the brightest 0.5 % of the foreground (those above their mean) begin."""
+def _limits(values: "Tensor") -> "tuple[Tensor, Tensor]":
+    """The 0.5th percentile of the values, and the 99.5th of the foreground, which are the values above their mean."""
     foreground = values[values > values.mean()]
     return _quantile(values, 0.005), _quantile(foreground if len(foreground) else values, 0.995)
 
 
-def _quantile(values: Tensor, share: float) -> Tensor:
+def _quantile(values: "Tensor", share: float) -> "Tensor":
     return values.kthvalue(1 + round(share * (len(values) - 1))).values
 
 
-def _between(image: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def _between(image: "Tensor", low: "Tensor", high: "Tensor") -> "Tensor":
+    import torch
+
     return ((image - low) / (high - low).clamp_min(torch.finfo(image.dtype).tiny)).clamp(0, 1)
 
 
-def _robust(image: Tensor, values: Tensor) -> Tensor:
-    """What is darkest in the values -> 0, what is brightest in their foreground -> 1, clipped."""
+def _robust(image: "Tensor", values: "Tensor") -> "Tensor":
+    """The interval of :func:`_limits` is mapped linearly to [0, 1] and clipped."""
     return _between(image, *_limits(values))
 
 
-def _balanced(image: Tensor, values: Tensor) -> Tensor:
-    """As ``robust``, then a quarter of the way towards every brightness being equally common (but for those that more than
-    5 % of the values have, such as air's): a CT's soft tissues then differ by more than a bin of a histogram."""
+def _balanced(image: "Tensor", values: "Tensor") -> "Tensor":
+    """As ``robust``, then a quarter of the way to an equalized histogram, in which no bin counts for more than 5 % of the
+    values, so that air does not dominate. The soft tissues of a CT then differ by more than a bin of a joint histogram."""
+    import torch
+
     limits = _limits(values)
     at, of_values = (_between(x, *limits).mul_(LEVELS) for x in (image, values))
     common = torch.bincount(of_values.int().clamp_(max=LEVELS - 1), minlength=LEVELS).double()
@@ -61,11 +88,11 @@ SCHEMES = {"robust": _robust, "balanced": _balanced}
 """Name in a model card -> function of an image (1, 1, D, H, W) and of some of its values (n,), to the image's shape."""
 
 
-def normalize(image: Tensor, scheme: str, seen: Tensor | None = None) -> Tensor:
-    """An image (1, 1, D, H, W) float as a network of this normalization expects it.
+def normalize(image: "Tensor", scheme: str, measured: "Tensor | None" = None) -> "Tensor":
+    """An image (1, 1, D, H, W) float in the normalization that a model card names.
 
     Args:
-        seen: (1, 1, D, H, W) bool: where the image has been measured, which alone decides; None: everywhere.
+        measured: (1, 1, D, H, W) bool: the voxels that the normalization is computed from; None: all.
     Raises:
         ValueError: unknown scheme.
     """
@@ -73,5 +100,5 @@ def normalize(image: Tensor, scheme: str, seen: Tensor | None = None) -> Tensor:
         raise ValueError(f"unknown intensity normalization {scheme!r}, known are {', '.join(SCHEMES)}")
     every = slice(None, None, max(image.numel() // QUANTILE_VOXELS, 1))
     values = image.flatten()[every]
-    measured = values if seen is None else values[seen.flatten()[every]]
-    return SCHEMES[scheme](image, measured if len(measured) else values)
+    chosen = values if measured is None else values[measured.flatten()[every]]
+    return SCHEMES[scheme](image, chosen if len(chosen) else values)

@@ -1,5 +1,9 @@
-"""From a displacement on the working grid to transforms in physical space (LPS, mm), slab by slab."""
+"""From a displacement on the working grid to transforms in physical space (LPS, mm), slab by slab.
 
+Transforms are composites as in :mod:`DivRegNetLib.core.composites`.
+"""
+
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -8,67 +12,79 @@ import torch
 from torch import Tensor
 
 from DivRegNetLib.core import fields
+from DivRegNetLib.core.composites import LARGEST_GROWTH, composite
 from DivRegNetLib.core.grid import Grid
 
 CHUNK_VOXELS = 250_000
-ROUNDING = 1e-3  # voxels that axes which are meant to be parallel may drift apart
+ROUNDING = 1e-3  # voxels by which axes may deviate from parallel to count as parallel
+FADE = 3.0  # width of the margin in which the field fades to zero, in lengths of the largest displacement at the border
+SMALL_FIELD = 500_000  # voxels up to which LARGEST_GROWTH does not limit the margin
+FACE_POINTS = 24  # sample points along each edge of the image, for the largest displacement at its border
 
 
-def forward_transform(
-    displacement: Tensor, grid: Grid, initial: np.ndarray, fixed: Grid
-) -> sitk.DisplacementFieldTransform:
-    """``T(p) = initial(p + u(p))``, fixed -> moving points, as a displacement field on the fixed grid (LPS, mm).
+def forward_transform(displacement: Tensor, grid: Grid, initial: np.ndarray, fixed: Grid) -> sitk.CompositeTransform:
+    """``T(p) = initial(p + u(p))``, which maps fixed points to moving points (LPS, mm), with a field on the fixed grid.
 
     Args:
-        displacement: u, (1, 3, D, H, W) on the CPU, in voxels of ``grid``; beyond the grid its border values go on.
+        displacement: u, (1, 3, D, H, W) on the CPU, in voxels of ``grid``; beyond the grid its border values continue.
         grid: working grid, in fixed space.
-        initial: (4, 4) LPS, fixed -> moving.
+        initial: (4, 4) LPS, maps fixed points to moving points.
     """
-    sampled = _sampler(displacement, grid.inverse_matrix @ fixed.matrix, fixed)
-    return _displacement_transform(fixed, initial, initial[:3, :3] @ grid.matrix[:3, :3], sampled)
+
+    def sampled_on(padded: Grid) -> Callable[[slice], Tensor]:
+        return _sampler(displacement, grid.inverse_matrix @ padded.matrix, padded)
+
+    return composite(initial, _faded_field(fixed, grid.matrix[:3, :3], sampled_on))
 
 
 def inverse_transform(
     displacement: Tensor, inverse: Tensor, grid: Grid, initial: np.ndarray, moving: Grid, iterations: int = 1
-) -> sitk.DisplacementFieldTransform:
-    """The inverse of :func:`forward_transform`, moving -> fixed points, on the moving grid (LPS, mm).
+) -> sitk.CompositeTransform:
+    """The inverse of :func:`forward_transform`: maps moving points to fixed points (LPS, mm), with a field on the moving grid.
 
     Starts from ``inverse``, the inverse of ``displacement`` on the working grid, and solves ``p + u(p) = initial^-1(q)``
-    for every moving voxel q by fixed-point iteration, so that no resolution is lost to the working grid: one is enough for
-    a hundredth of a voxel of the working grid, and rarely a tenth.
+    for every moving voxel q by fixed-point iteration, so that the working grid does not limit the resolution. One iteration
+    brings the error to a hundredth of a voxel of the working grid, in rare cases to a tenth.
     """
     back = np.linalg.inv(initial)
-    to_working = grid.inverse_matrix @ back @ moving.matrix
-    start = _sampler(inverse, to_working, moving)
 
-    def sampled(slab: slice) -> Tensor:
-        at, found = _points(to_working, moving, slab), start(slab)
-        for _ in range(iterations):
-            found = -fields.sample(displacement, at + found)
-        return found
+    def sampled_on(padded: Grid) -> Callable[[slice], Tensor]:
+        to_working = grid.inverse_matrix @ back @ padded.matrix
+        start = _sampler(inverse, to_working, padded)
 
-    return _displacement_transform(moving, back, grid.matrix[:3, :3], sampled)
+        def sampled(slab: slice) -> Tensor:
+            at, v = _points(to_working, padded, slab), start(slab)
+            for _ in range(iterations):
+                v = -fields.sample(displacement, at + v)
+            return v
+
+        return sampled
+
+    return composite(back, _faded_field(moving, initial[:3, :3] @ grid.matrix[:3, :3], sampled_on))
 
 
 def _sampler(field: Tensor, to_working: np.ndarray, grid: Grid) -> Callable[[slice], Tensor]:
-    """Some slices of a grid -> a field there, (1, 3, d, h, w); beyond the working grid its border values go on.
+    """A function from some slices of a grid to the field there, (1, 3, d, h, w); beyond the working grid its border values
+    continue.
 
     Args:
         field: (1, 3, D, H, W) on the working grid.
         to_working: (4, 4), voxels of ``grid`` -> voxels of the working grid.
     """
-    along = np.abs(to_working[:3, :3]).argmax(1)  # each axis of the working grid -> the grid's that it follows
+    along = np.abs(to_working[:3, :3]).argmax(
+        1
+    )  # the axis of the grid that each axis of the working grid is nearest to
 
     def sampled(slab: slice) -> Tensor:
         return fields.sample(field, _points(to_working, grid, slab))
 
     def sampled_along_axes(slab: slice) -> Tensor:
-        found = field
-        for axis in np.argsort(-along):  # the one that the slab is cut from first
+        values = field
+        for axis in np.argsort(-along):  # first the axis that the slab is cut from
             at = np.arange(grid.size[along[axis]])[slab if along[axis] == 2 else slice(None)]
             at = to_working[axis, along[axis]] * at + to_working[axis, 3]
-            found = fields.sample_along(found, 4 - axis, torch.from_numpy(at))
-        return found.permute(0, 1, *(4 - np.argsort(along)[::-1]))
+            values = fields.sample_along(values, 4 - axis, torch.from_numpy(at))
+        return values.permute(0, 1, *(4 - np.argsort(along)[::-1]))
 
     others = np.abs(to_working[:3, :3]).sum(1) - np.abs(to_working[range(3), along])
     straight = sorted(along) == [0, 1, 2] and (others * max(grid.size)).max() < ROUNDING
@@ -76,38 +92,65 @@ def _sampler(field: Tensor, to_working: np.ndarray, grid: Grid) -> Callable[[sli
 
 
 def _points(to_working: np.ndarray, grid: Grid, slab: slice) -> Tensor:
-    """Where the voxels of some slices of a grid are, (1, 3, d, h, w) in voxels of the working grid."""
+    """Positions of the voxels of some slices of a grid, (1, 3, d, h, w) in voxels of the working grid."""
     return torch.stack(_mapped(to_working, grid, slab))[None].to(torch.float32)
 
 
 def _mapped(matrix: np.ndarray, grid: Grid, slab: slice) -> list[Tensor]:
-    """x, y and z, each (d, h, w) in double precision, that a (4, 4) map gives the voxels of some slices of a grid."""
+    """The voxels of some slices of a grid through a (4, 4) map: x, y and z, each (d, h, w) in double precision."""
     k, j, i = (torch.arange(n, dtype=torch.float64) for n in grid.shape)
     j, k = j[:, None], k[slab, None, None]
     return [a * i + b * j + c * k + d for a, b, c, d in matrix[:3].tolist()]
 
 
-def _displacement_transform(
-    grid: Grid, linear: np.ndarray, to_mm: np.ndarray, sampled: Callable[[slice], Tensor]
-) -> sitk.DisplacementFieldTransform:
-    """``q -> linear(q) + to_mm @ sampled(q)`` as the displacement of every voxel of a grid, slab by slab.
+def _faded_field(grid: Grid, to_mm: np.ndarray, sampled_on: Callable[[Grid], Callable[[slice], Tensor]]) -> sitk.Image:
+    """``to_mm @ sampled`` at every voxel of a grid and of a margin around it, in which it fades to zero, slab by slab.
 
     Args:
-        linear: (4, 4), LPS -> LPS.
-        to_mm: (3, 3), voxels of the working grid -> mm at the far end of the map.
-        sampled: some slices of ``grid`` -> displacement there, (1, 3, d, h, w) in voxels of the working grid.
+        to_mm: (3, 3), voxels of the working grid -> mm.
+        sampled_on: a grid -> some slices of it -> displacement there, (1, 3, d, h, w) in voxels of the working grid.
     """
-    field = sitk.Image(list(grid.size), sitk.sitkVectorFloat64, 3)
-    shift = linear @ grid.matrix - grid.matrix  # voxels -> mm, double precision: origins can be far away
-    height, width = grid.shape[1:]
     in_mm = torch.from_numpy(to_mm).to(torch.float32)
+    margin = _margin(grid, _largest_at_border(grid, in_mm, sampled_on))
+    offset = np.eye(4)
+    offset[:3, 3] = -margin
+    padded = Grid(tuple(np.array(grid.size) + 2 * margin), grid.matrix @ offset)
+    sampled = sampled_on(padded)
+    x, y, z = (_weights(n, int(m)) for n, m in zip(grid.size, margin, strict=True))
+    field = sitk.Image(list(padded.size), sitk.sitkVectorFloat64, 3)
+    depth, height, width = padded.shape
     slices = max(CHUNK_VOXELS // (height * width), 1)
-    for first in range(0, grid.shape[0], slices):
-        last = min(first + slices, grid.shape[0])
-        slab = slice(first, last)
-        bent = torch.tensordot(in_mm, sampled(slab)[0], 1)
-        found = torch.empty(last - first, height, width, 3, dtype=torch.float64)
-        for out, straight, more in zip(found.unbind(-1), _mapped(shift, grid, slab), bent, strict=True):
-            torch.add(straight, more, out=out)
-        field[:, :, slab] = sitk.GetImageFromArray(found.numpy(), isVector=True)  # in place: the field is there once
-    return sitk.DisplacementFieldTransform(grid.stamp(field))
+    for first in range(0, depth, slices):
+        slab = slice(first, min(first + slices, depth))
+        in_space = torch.tensordot(in_mm, sampled(slab)[0], 1).to(torch.float64)
+        in_space *= z[slab, None, None] * y[:, None] * x
+        values = in_space.permute(1, 2, 3, 0).contiguous().numpy()
+        field[:, :, slab] = sitk.GetImageFromArray(
+            values, isVector=True
+        )  # in place, so that the field is in memory once
+    return padded.stamp(field)
+
+
+def _largest_at_border(grid: Grid, in_mm: Tensor, sampled_on: Callable[[Grid], Callable[[slice], Tensor]]) -> float:
+    """Approximate length (mm) of the largest displacement on the six sides of a grid."""
+    every = np.maximum((np.array(grid.size) - 1) / (FACE_POINTS - 1), 1)
+    size = np.floor((np.array(grid.size) - 1) / every + 1e-6).astype(int) + 1
+    every = np.where(size > 1, (np.array(grid.size) - 1) / np.maximum(size - 1, 1), 1)
+    coarse = Grid(tuple(size), grid.matrix @ np.diag([*every, 1]))
+    length = torch.linalg.vector_norm(torch.tensordot(in_mm, sampled_on(coarse)(slice(None))[0], 1), dim=0)
+    return max(float(length.select(axis, end).max()) for axis in range(3) for end in (0, -1))
+
+
+def _margin(grid: Grid, displacement: float) -> np.ndarray:
+    """Voxels (3,) along x, y and z in which a displacement (mm) fades out on each side."""
+    margin = np.maximum(np.ceil(FADE * displacement / np.array(grid.spacing)), 1)
+    limit = max(LARGEST_GROWTH * grid.voxels, SMALL_FIELD)
+    while margin.max() > 1 and np.prod(np.array(grid.size) + 2 * margin) > limit:
+        margin = np.maximum(np.floor(0.8 * margin), 1)
+    return margin.astype(int)
+
+
+def _weights(size: int, margin: int) -> Tensor:
+    """1 along ``size`` voxels, and a cosine down to 0 in a margin at either end, double precision."""
+    rising = [0.5 - 0.5 * math.cos(math.pi * k / margin) for k in range(margin)]
+    return torch.tensor(rising + [1.0] * size + rising[::-1], dtype=torch.float64)

@@ -6,12 +6,14 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from DivRegNetLib.errors import InputError
+from DivRegNetLib.errors import InputError, reason_of
 from DivRegNetLib.io import dicom, nifti
-from DivRegNetLib.io.atomic import check_ending, check_file, check_name, write_whole
-from DivRegNetLib.io.quiet import quiet, reason_of
+from DivRegNetLib.io.atomic import write_atomically
+from DivRegNetLib.io.damage import reason_why_incomplete
+from DivRegNetLib.io.itk import file_access
+from DivRegNetLib.io.paths import check_ending, check_file, unchanged, utf8_name
 
-WRITTEN_VOLUMES = (".nii", ".nii.gz", ".nrrd", ".mha")  # in one file, of 3D volumes with their place in space
+WRITTEN_VOLUMES = (".nii", ".nii.gz", ".nrrd", ".mha")  # formats that hold a 3D volume and its geometry in one file
 
 
 def read_image(path: str | Path) -> sitk.Image:
@@ -21,51 +23,36 @@ def read_image(path: str | Path) -> sitk.Image:
         InputError: names the file and what is wrong with it.
     """
     path = Path(path)
-    check_name(path)
+    utf8_name(path)
     if os.path.isdir(path):
-        return _read_dicom(path)
+        return dicom.read_series(path)
     check_file(path)
+    if dicom.is_dicom(path):
+        return dicom.read_file(path)
     try:
-        with quiet():
-            header = nifti.check_whole(path)
-            image = sitk.ReadImage(str(path))
+        with unchanged(path), file_access():
+            header = nifti.check_complete(path)
+            if missing := reason_why_incomplete(path):
+                raise RuntimeError(f"it lacks {missing}")
+            image = sitk.ReadImage(utf8_name(path))
     except (RuntimeError, TypeError, UnicodeError) as error:
         raise InputError(
-            f"{path}: cannot be read as an image ({reason_of(error)}); is it whole, and of the format its name says?"
+            f"{path}: cannot be read as an image ({reason_of(error)}); is it complete, and of the format its name says?"
         ) from error
     while image.GetDimension() > 3 and image.GetSize()[-1] == 1:
         image = image[..., 0]
-    nifti.check_place(path, image, header)
+    nifti.check_geometry(path, image, header)
     return image
 
 
-def _read_dicom(folder: Path) -> sitk.Image:
-    reader = sitk.ImageSeriesReader()
-    with quiet():
-        series = reader.GetGDCMSeriesIDs(str(folder))
-    if not series:
-        raise InputError(f"{folder}: the folder holds no DICOM series")
-    if len(series) > 1:
-        counts = ", ".join(f"{len(reader.GetGDCMSeriesFileNames(str(folder), s))} files in {s}" for s in series)
-        raise InputError(f"{folder}: the folder holds {len(series)} DICOM series ({counts}); keep one")
-    names = reader.GetGDCMSeriesFileNames(str(folder), series[0])
-    reader.SetFileNames(names)
-    reader.MetaDataDictionaryArrayUpdateOn()
-    try:
-        with quiet():
-            image = reader.Execute()
-    except RuntimeError as error:
-        raise InputError(f"{folder}: the DICOM series cannot be read ({reason_of(error)})") from error
-    return image if len(names) < 2 or image.GetDimension() != 3 else dicom.placed_by_slices(folder, image, reader)
-
-
 def check_right_angles(image: sitk.Image, name: str) -> None:
-    """Raises InputError where the axes of an image lean, so that no NIfTI file can say where it is."""
-    direction = np.reshape(image.GetDirection(), (3, 3))
-    if np.abs(direction.T @ direction - np.eye(3)).max() > 1e-4:
+    """Raises InputError unless the axes of an image are orthogonal, without which NIfTI cannot store its geometry."""
+    axes = image.GetDimension()
+    direction = np.reshape(image.GetDirection(), (axes, axes))
+    if np.abs(direction.T @ direction - np.eye(axes)).max() > 1e-4:
         raise InputError(
             f"{name}: the axes are not at right angles, as of a CT with tilted gantry, and results on this grid could "
-            "not be saved as NIfTI; resample it to right angles, or take it as the moving image"
+            "not be saved as NIfTI; resample it to right angles, or use it as the moving image"
         )
 
 
@@ -77,29 +64,36 @@ def read_labels(path: str | Path) -> sitk.Image:
     """
     image = read_image(path)
     if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
-        raise InputError(f"{path}: a label map is a 3D volume with one component per voxel")
+        layers = any(key.startswith("Segment0_") for key in image.GetMetaDataKeys())
+        raise InputError(
+            f"{path}: holds segments that overlap, in {image.GetNumberOfComponentsPerPixel()} layers, where one label per "
+            "voxel is needed; in Slicer, export it to a label map, or each segment to a file of its own"
+            if layers
+            else f"{path}: a label map is a 3D volume with one component per voxel"
+        )
     if "float" in image.GetPixelIDTypeAsString():
         values = sitk.GetArrayViewFromImage(image)
-        odd = values[~(np.isfinite(values) & (values == np.round(values)))]
-        if odd.size:
-            raise InputError(f"{path}: a label map holds whole numbers, but here is {odd[0]:g}")
+        fractions = values[~(np.isfinite(values) & (values == np.round(values)))]
+        if fractions.size:
+            raise InputError(f"{path}: a label map holds whole numbers, but this one holds {fractions[0]:g}")
         large = values.size and np.abs(values).max() > np.iinfo(np.int32).max
         image = sitk.Cast(image, sitk.sitkInt64 if large else sitk.sitkInt32)
     return image
 
 
 def write_image(image: sitk.Image, path: Path) -> None:
-    """Writes a volume, compressed.
+    """Writes a compressed volume atomically.
 
     Raises:
-        InputError: the file cannot be written, or its format cannot hold the volume and where it is.
+        InputError: the file cannot be written, or its format cannot hold the volume and its geometry.
     """
     check_ending(path, WRITTEN_VOLUMES, "volumes")
     if path.name.lower().endswith(nifti.SUFFIXES):
         check_right_angles(image, str(path))
 
     def write(part: Path) -> None:
-        sitk.WriteImage(image, str(part), useCompression=True)
-        nifti.check_whole(part)  # of NIfTI, ITK does not notice where the disk was full
+        with file_access():
+            sitk.WriteImage(image, utf8_name(part), useCompression=True)
+            nifti.check_complete(part)  # ITK does not notice a full disk when it writes NIfTI
 
-    write_whole(path, write)
+    write_atomically(path, write)

@@ -11,6 +11,7 @@ from DivRegNetLib.models.store import (
     find,
     folders,
     load,
+    own_folder,
     own_folders,
     save,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "find",
     "folders",
     "load",
+    "own_folder",
     "own_folders",
     "read_card",
     "save",

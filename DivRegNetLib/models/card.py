@@ -1,17 +1,19 @@
-"""Model cards: what a model is, what it is for and how it was made, as JSON beside its weights. Read without torch."""
+"""Model cards: purpose, settings and origin of a model, as JSON beside its weights. Read without torch."""
 
 import json
 import math
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from DivRegNetLib.errors import ModelError
+from DivRegNetLib.registration import METHODS
+from DivRegNetLib.registration.variational.settings import DEFAULT, REFINEMENT, VariationalSettings
 
 if TYPE_CHECKING:
     from DivRegNetLib.core.grid import Grid
 
-FORMAT = 1
+FORMAT = 2
 LARGEST_CARD_BYTES = 1_000_000
 WORKING_VOXELS = 900_000  # of a grid that follows the field of view: 2 mm for a head
 FINEST_MM = 0.1
@@ -19,7 +21,7 @@ FINEST_MM = 0.1
 
 @dataclass(frozen=True)
 class Card:
-    """What a model is, what it is for and how it was made.
+    """Purpose, settings and origin of a model.
 
     name: also the name of the weight file, ``name.safetensors``.
     version: of the model.
@@ -29,13 +31,18 @@ class Card:
     skull: ``whole``, ``stripped``, ``either`` or ``not applicable``.
     spacing_mm: of the isotropic grid it works on, along the LPS axes; 0: see :meth:`working_spacing`.
     normalization: a key of :data:`DivRegNetLib.core.intensity.SCHEMES`.
-    regnet: fields of :class:`DivRegNetLib.registration.regnet.RegNetConfig`.
+    methods: names of :data:`DivRegNetLib.registration.METHODS`, in the order in which they run.
+    variational: fields of :class:`DivRegNetLib.registration.variational.VariationalSettings` of that method.
+    refinement: the same, of the steps that the option ``refine`` asks for.
+    regnet: fields of :class:`DivRegNetLib.registration.regnet.RegNetConfig`; None if the file has no such network.
     kldivnet: fields of :class:`DivRegNetLib.similarity.kldivnet.KLDivNetConfig`; None if the file has no similarity network.
+    classnet: fields of :class:`DivRegNetLib.similarity.classes.ClassNetConfig`; None if the file has no class network.
+    classes: names of the classes that it tells apart, background first.
     training: data, its license, command, configuration.
-    scores: what it reached, by task.
+    scores: results by task.
     license: of the weights.
     sha256: of the weight file.
-    good_for, limits: sentences for the user: what it registers well, and what it does not.
+    good_for, limits: sentences for the user: the images that it registers well, and those that it does not.
     format: version of this card format.
     """
 
@@ -47,15 +54,28 @@ class Card:
     skull: str
     spacing_mm: float
     normalization: str
-    regnet: dict
+    methods: list
+    variational: dict
+    refinement: dict
+    regnet: dict | None
     kldivnet: dict | None
     training: dict
     scores: dict
     license: str
     sha256: str
+    classnet: dict | None = None
+    classes: list = field(default_factory=list)
     good_for: str = ""
     limits: str = ""
     format: int = FORMAT
+
+    @property
+    def variational_settings(self) -> VariationalSettings:
+        return VariationalSettings.from_dict(self.variational)
+
+    @property
+    def refinement_settings(self) -> VariationalSettings:
+        return VariationalSettings.from_dict(self.refinement)
 
     def working_spacing(self, fixed: "Grid", moving: "Grid") -> float:
         """Spacing in mm of the grid on which a pair is registered.
@@ -64,7 +84,7 @@ class Card:
         are no smaller than the shortest side of a voxel of either image.
 
         Args:
-            fixed, moving: of the images; only their ``size`` and ``spacing`` are looked at.
+            fixed, moving: grids of the images; only their ``size`` and ``spacing`` are used.
         """
         if self.spacing_mm:
             return self.spacing_mm
@@ -77,7 +97,7 @@ def read_card(file: Path) -> Card:
 
     Raises:
         ModelError: names the file and what is wrong: unreadable, a missing or unknown key, a wrong type, a value out of
-            range, another format version.
+            range, an unknown format version.
     """
     try:
         if file.exists() and not file.is_file():  # a pipe would be waited on
@@ -91,6 +111,7 @@ def read_card(file: Path) -> Card:
         raise ModelError(f"{file}: the model card cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise ModelError(f"{file}: a model card is a JSON object")
+    values = _upgraded(values)
     if values.get("format") != FORMAT:
         raise ModelError(
             f"{file}: the card has format {values.get('format')!r}, this version of DivRegNet reads {FORMAT}; "
@@ -98,7 +119,7 @@ def read_card(file: Path) -> Card:
         )
     known = {f.name: f.type for f in fields(Card)}
     for key in fields(Card):
-        if key.default is MISSING and key.name not in values:
+        if key.default is MISSING and key.default_factory is MISSING and key.name not in values:
             raise ModelError(f"{file}: the model card has no {key.name!r}")
     if unknown := sorted(set(values) - set(known)):
         raise ModelError(f"{file}: the model card has an unknown key {unknown[0]!r}")
@@ -112,4 +133,32 @@ def read_card(file: Path) -> Card:
         raise ModelError(f"{file}: the card is of model {values['name']!r:.80}, its file must have that name")
     if values["spacing_mm"] != 0 and not 0.05 <= values["spacing_mm"] <= 50:
         raise ModelError(f"{file}: spacing_mm must be between 0.05 and 50, or 0, got {values['spacing_mm']}")
+    for key in ("variational", "refinement"):
+        try:
+            VariationalSettings.from_dict(values[key])
+        except ValueError as error:
+            raise ModelError(f"{file}: {key} in the model card: {error}") from error
+    if not values["methods"] or any(name not in METHODS for name in values["methods"]):
+        raise ModelError(f"{file}: 'methods' in the model card: one or more of {', '.join(METHODS)}")
+    if "regnet" in values["methods"] and values["regnet"] is None:
+        raise ModelError(f"{file}: 'methods' in the model card names regnet, but the file has no such network")
+    if len(values.get("classes", [])) != (values.get("classnet") or {"classes": 0}).get("classes"):
+        raise ModelError(f"{file}: 'classes' in the model card: one name for each class that 'classnet' tells apart")
     return Card(**values)
+
+
+def _upgraded(values: dict) -> dict:
+    """A card of format 1 converted to format 2; any other card unchanged."""
+    if values.get("format") != 1 or not isinstance(values.get("regnet"), dict):
+        return values
+    values = {{"normalisation": "normalization", "licence": "license"}.get(k, k): v for k, v in values.items()}
+    regnet = dict(values["regnet"])
+    steps = regnet.pop("newton", 0)
+    stride = regnet.get("stride", DEFAULT.stride)
+    return values | {
+        "format": 2,
+        "methods": ["regnet"] if steps == 0 else ["variational", "regnet"],
+        "variational": DEFAULT.as_dict() | {"stride": stride} | ({} if steps == 0 else {"steps": steps}),
+        "refinement": REFINEMENT.as_dict(),
+        "regnet": regnet | {"guided": steps != 0},
+    }

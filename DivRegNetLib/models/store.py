@@ -1,29 +1,38 @@
-"""Models on disk: weights as safetensors, and a card (JSON) beside them that says what they are for.
+"""Models on disk: weights as safetensors, and beside them a card (JSON) that describes them.
 
 A model is two files, ``NAME.safetensors`` and ``NAME.json``, in ``Resources/Models`` or in a folder of the user's own: those
 that the environment variable ``DIVREGNET_MODELS`` names (separated as in PATH), else ``.divregnet/models`` in the home
 folder. Cards can be read without torch.
 """
 
+import contextlib
+import copy
+import glob
 import hashlib
 import json
 import os
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from DivRegNetLib.errors import ModelError
+from DivRegNetLib.io.atomic import staging_folder
 from DivRegNetLib.models.card import FORMAT, Card, read_card
 
 if TYPE_CHECKING:
     import torch
 
     from DivRegNetLib.registration.regnet import RegNet
+    from DivRegNetLib.similarity.classes import ClassNet
     from DivRegNetLib.similarity.kldivnet import KLDivNet
 
 DEFAULT = "general"
 ENVIRONMENT = "DIVREGNET_MODELS"
 LARGEST_WEIGHTS_BYTES = 500_000_000
+SUFFIX = ".safetensors"
+ATTEMPTS = 3  # to read a card and the weights that belong to it
+ABANDONED_SECONDS = 3600.0  # age of weights that no card refers to, after which they are removed
 
 
 @dataclass(frozen=True)
@@ -31,21 +40,48 @@ class Model:
     """A loaded model, ready for inference."""
 
     card: Card
-    regnet: "RegNet"
+    regnet: "RegNet | None"
     kldivnet: "KLDivNet | None"
+    classnet: "ClassNet | None" = None
+
+    def on(self, device: "torch.device") -> "Model":
+        """The same model with its networks on a device: copies, unless they are there already. This model is not changed."""
+
+        def placed(network):
+            if network is None or all(p.device == device for p in network.parameters()):
+                return network
+            return copy.deepcopy(network).to(device)
+
+        return Model(self.card, placed(self.regnet), placed(self.kldivnet), placed(self.classnet))
 
 
 def bundled_folder() -> Path:
-    """Where the models that ship are: beside the library in a checkout and in a wheel, or in Slicer's extension."""
+    """The folder of the bundled models: beside the library in a checkout, in a wheel or in Slicer's extension."""
     here = Path(__file__).resolve().parents[1]
     candidates = (here / "Resources" / "Models", here.parent / "Resources" / "Models")
     return next((c for c in candidates if c.is_dir()), candidates[-1])
 
 
 def own_folders() -> list[Path]:
-    """The user's own folders of models, whether they exist or not; trained models go to the first."""
-    named = [Path(entry).expanduser() for entry in os.environ.get(ENVIRONMENT, "").split(os.pathsep) if entry]
-    return named or [Path.home() / ".divregnet" / "models"]
+    """The user's own folders of models, whether they exist or not; none where none is named and the user has no home."""
+    named = [os.path.expanduser(entry) for entry in os.environ.get(ENVIRONMENT, "").split(os.pathsep) if entry]
+    try:
+        return [Path(entry) for entry in named] or [Path.home() / ".divregnet" / "models"]
+    except RuntimeError:
+        return []
+
+
+def own_folder() -> Path:
+    """Where trained models go.
+
+    Raises:
+        ModelError: no folder is named, and the user has no home.
+    """
+    if folders := own_folders():
+        return folders[0]
+    raise ModelError(
+        f"there is no home folder for the model: name a folder, or set the environment variable {ENVIRONMENT}"
+    )
 
 
 def folders() -> list[Path]:
@@ -54,19 +90,19 @@ def folders() -> list[Path]:
 
 
 def card_files() -> dict[str, Path]:
-    """Name -> card file of every model found; the first folder wins. Cards are not read."""
-    found: dict[str, Path] = {}
+    """Name -> card file of every model; where a name occurs in several folders, the first folder counts. Cards are not read."""
+    files: dict[str, Path] = {}
     for folder in folders():
         for file in sorted(folder.glob("*.json")) if folder.is_dir() else []:
-            found.setdefault(file.stem, file)
-    return found
+            files.setdefault(file.stem, file)
+    return files
 
 
 def find(name: str | Path) -> Path:
     """The card file of a model, by its name or by the path of its card.
 
     Raises:
-        ModelError: there is none of that name; lists those there are.
+        ModelError: there is no model of that name; the message lists the models.
     """
     known, name = card_files(), str(name)
     if name in known:
@@ -92,32 +128,66 @@ def load(name: str | Path, device: "torch.device | str" = "cpu") -> Model:
     Raises:
         ModelError: card or weights are missing, damaged, do not fit each other or are not finite.
     """
+    import torch
+
+    from DivRegNetLib.core.torch_state import default_state
+
+    file = find(name)
+    card, weights, content = _read(file)
+    with default_state(), torch.random.fork_rng(devices=[]):  # new networks draw numbers that the weights then replace
+        return _build(file, card, weights, content, device)
+
+
+def _read(file: Path) -> tuple[Card, Path, bytes]:
+    """A card, the file of its weights and their content, also while another process replaces them.
+
+    Raises:
+        ModelError: they are missing, damaged or do not belong together.
+    """
+    for last in (*[False] * (ATTEMPTS - 1), True):
+        card = read_card(file)
+        usual = file.with_suffix(SUFFIX)
+        for weights in (usual, _fresh(file, card.sha256)):
+            try:
+                if weights.stat().st_size > LARGEST_WEIGHTS_BYTES:
+                    raise ModelError(f"{weights}: weights of more than {LARGEST_WEIGHTS_BYTES} bytes are refused")
+                content = weights.read_bytes() if weights.is_file() else None
+            except OSError as error:
+                if not isinstance(error, FileNotFoundError):
+                    raise ModelError(f"{weights}: cannot be read ({error.strerror or error})") from error
+                continue
+            if content is not None and hashlib.sha256(content).hexdigest() == card.sha256:
+                return card, weights, content
+        if last and not usual.is_file():
+            raise ModelError(f"{usual}: the weights of model {card.name!r} are missing")
+    raise ModelError(f"{usual}: the checksum is not the one in its card: damaged or exchanged; get both files again")
+
+
+def _fresh(file: Path, sha256: str) -> Path:
+    """Where the weights of a card are until they have replaced those of the card before."""
+    return file.with_name(f"{file.stem}.{sha256[:12]}{SUFFIX}")
+
+
+def _build(file: Path, card: Card, weights: Path, content: bytes, device: "torch.device | str") -> Model:
+    """The networks of a card with these weights."""
     import safetensors
     import torch
-    from safetensors.torch import load_file
+    from safetensors.torch import load as load_tensors
 
     from DivRegNetLib.core.intensity import SCHEMES
     from DivRegNetLib.registration.regnet import RegNet, RegNetConfig
+    from DivRegNetLib.similarity.classes import ClassNet, ClassNetConfig
     from DivRegNetLib.similarity.kldivnet import KLDivNet, KLDivNetConfig
 
-    file = find(name)
-    card = read_card(file)
-    weights = file.with_suffix(".safetensors")
     if card.normalization not in SCHEMES:
         raise ModelError(f"{file}: unknown normalization {card.normalization!r}, known are {', '.join(SCHEMES)}")
-    if not weights.is_file():
-        raise ModelError(f"{weights}: the weights of model {card.name!r} are missing")
-    if weights.stat().st_size > LARGEST_WEIGHTS_BYTES:
-        raise ModelError(f"{weights}: weights of more than {LARGEST_WEIGHTS_BYTES} bytes are refused")
-    if checksum(weights) != card.sha256:
-        raise ModelError(
-            f"{weights}: the checksum is not the one in its card: damaged or exchanged; get both files again"
-        )
     try:
-        tensors = load_file(weights)
-        regnet = RegNet(RegNetConfig(**card.regnet))
+        tensors = load_tensors(content)
+        regnet = None if card.regnet is None else RegNet(RegNetConfig(**card.regnet), card.variational_settings)
         kldivnet = None if card.kldivnet is None else KLDivNet(KLDivNetConfig(**card.kldivnet))
-        networks = {"regnet": regnet} | ({} if kldivnet is None else {"kldivnet": kldivnet})
+        classnet = None if card.classnet is None else ClassNet(ClassNetConfig(**card.classnet))
+        parts = {"regnet": regnet, "kldivnet": kldivnet, "classnet": classnet}
+        networks = {prefix: network for prefix, network in parts.items() if network is not None}
         for prefix, network in networks.items():
             own = {k.removeprefix(f"{prefix}."): v for k, v in tensors.items() if k.startswith(f"{prefix}.")}
             network.load_state_dict(own)
@@ -130,26 +200,39 @@ def load(name: str | Path, device: "torch.device | str" = "cpu") -> Model:
         raise ModelError(f"{weights}: tensor {bad[0]!r} holds values that are not finite")
     for network in networks.values():
         network.eval().requires_grad_(False).to(device)
-    regnet.to(memory_format=torch.channels_last_3d)
-    return Model(card, regnet, kldivnet)
+    if regnet is not None:
+        regnet.to(memory_format=torch.channels_last_3d)
+    return Model(card, **parts)
 
 
-def save(folder: Path, card: Card, regnet: "RegNet", kldivnet: "KLDivNet | None") -> Path:
-    """Writes weights and card, each whole or not at all; the card's sha256 is filled in. Returns the card's file."""
+def save(
+    folder: Path, card: Card, regnet: "RegNet | None", kldivnet: "KLDivNet | None", classnet: "ClassNet | None" = None
+) -> Path:
+    """Writes weights and card; the card's sha256 is filled in. Returns the card's file.
+
+    A model of that name is replaced in one step, by the card: before it the old weights are in place, and from then on the
+    new ones are found under a name of their own, until they have theirs.
+    """
     from safetensors.torch import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
-    for prefix, network in (("regnet", regnet), ("kldivnet", kldivnet)):
+    for prefix, network in (("regnet", regnet), ("kldivnet", kldivnet), ("classnet", classnet)):
         if network is not None:
             tensors |= {f"{prefix}.{k}": v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
-    weights, file = folder / f"{card.name}.safetensors", folder / f"{card.name}.json"
-    part = weights.with_name(weights.name + ".part")
-    save_file(tensors, part)
-    part.chmod(0o644)  # safetensors makes it readable for its owner alone
-    values = asdict(card) | {"sha256": checksum(part), "format": FORMAT}
-    card_part = file.with_name(file.name + ".part")
-    card_part.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, weights)
-    os.replace(card_part, file)
+    file = folder / f"{card.name}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    with staging_folder(folder) as staging:
+        weights = staging / f"weights{SUFFIX}"
+        save_file(tensors, weights)
+        weights.chmod(0o644)  # safetensors makes it readable for its owner alone
+        values = asdict(card) | {"sha256": checksum(weights), "format": FORMAT}
+        (staging / file.name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        fresh = _fresh(file, values["sha256"])
+        os.replace(weights, fresh)
+        os.replace(staging / file.name, file)
+    os.replace(fresh, file.with_suffix(SUFFIX))
+    for left in folder.glob(f"{glob.escape(card.name)}.{'[0-9a-f]' * 12}{SUFFIX}"):  # of a process that was killed
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
+                left.unlink()
     return file

@@ -1,65 +1,111 @@
 """The picture of a registration: fixed, moving, warped, both interleaved, and the deformed grid, in three planes."""
 
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
 
+from DivRegNetLib.core.composites import displacement_on
 from DivRegNetLib.core.grid import Grid, affine_transform, apply_matrix
+from DivRegNetLib.core.intensity import percentile_window, stretch, subsample
 from DivRegNetLib.io import atomic
 
 GRID_MM = 10.0
-TILES = 6
+LONGEST_PIXELS = 320  # of the fixed image's longest side
+SQUARES = 6  # of a checkerboard, along the longer side
 INCHES = 15.6  # width of the picture
 COLUMNS = ("fixed", "moving, initially aligned", "warped", "fixed | moving", "fixed | warped", "deformation")
 PLANES = (("axial", 2), ("coronal", 1), ("sagittal", 0))
 
 
-def write_preview(fixed: sitk.Image, moving: sitk.Image, result, path: Path) -> None:
-    """Renders the middle of the fixed image, along the LPS axes and in physical aspect ratio, as PNG.
+@dataclass(frozen=True)
+class Plane:
+    """A registration in one plane through the middle of the fixed image; superior or anterior is at the top.
+
+    name: ``axial``, ``coronal`` or ``sagittal``.
+    images: one for each of COLUMNS, (rows, columns) from 0 to 1; the last one is the background of the deformation.
+    positions: (rows, columns, 2), where the deformation, without the initial alignment, moves each pixel: column and row;
+        NaN outside of the image.
+    """
+
+    name: str
+    images: tuple[np.ndarray, ...]
+    positions: np.ndarray
+
+
+def cut_planes(
+    fixed: sitk.Image,
+    moving: sitk.Image,
+    warped: sitk.Image,
+    displacement: Callable[[Grid], np.ndarray],
+    initial: np.ndarray,
+) -> tuple[list[Plane], float]:
+    """A registration in three planes along the LPS axes, in physical aspect ratio.
 
     Args:
-        result: of :func:`DivRegNetLib.registration.pipeline.register`.
+        displacement: from a grid to the displacement of its voxels, (D, H, W, 3) mm LPS, the initial alignment included.
+        initial: (4, 4) of the initial alignment, maps fixed points to moving points (LPS, mm).
+    Returns:
+        the planes, and mm a pixel.
+    """
+    longest = max(n * s for n, s in zip(fixed.GetSize(), fixed.GetSpacing(), strict=True))
+    spacing = max(min(fixed.GetSpacing()), longest / LONGEST_PIXELS)
+    grid = Grid.of(fixed).axis_aligned(spacing)
+    back = np.linalg.inv(initial)
+    shown = [(fixed, sitk.Transform()), (moving, affine_transform(initial)), (warped, sitk.Transform())]
+    windows = [percentile_window(subsample(sitk.GetArrayViewFromImage(image)), 1, 99.5) for image, _ in shown]
+    planes = []
+    for name, axis in PLANES:
+        across, up = (a for a in range(3) if a != axis)
+        cut, size = _middle(grid, axis), (grid.size[across], grid.size[up])
+        f, m, w = (_cut(i, t, cut, axis, window) for (i, t), window in zip(shown, windows, strict=True))
+        # The deformation without the initial alignment, in fixed space.
+        points = cut.to_physical(np.stack(np.indices(cut.shape)[::-1], -1)) + displacement(cut)
+        index = np.take(grid.to_index(apply_matrix(back, points)), 0, axis=2 - axis)[..., [across, up]]
+        index[(index < 0).any(-1) | (index > np.array(size) - 1).any(-1)] = np.nan
+        if up == 2:  # superior at the top
+            f, m, w = (image[::-1] for image in (f, m, w))
+            index[..., 1] = size[1] - 1 - index[..., 1]
+        images = (f, m, w, checkerboard(f, m, SQUARES), checkerboard(f, w, SQUARES), f)
+        planes.append(Plane(name, images, index))
+    return planes, spacing
+
+
+def field_displacement(field: sitk.Image) -> Callable[[Grid], np.ndarray]:
+    """The displacement of a field (vectors, mm LPS) on any grid, for :func:`cut_planes`."""
+    return lambda grid: sitk.GetArrayFromImage(sitk.Resample(field, grid.empty_image(), sitk.Transform()))
+
+
+def write_preview(fixed: sitk.Image, moving: sitk.Image, result, path: Path) -> None:
+    """Renders the middle of the fixed image as PNG.
+
+    Args:
+        result: of :func:`DivRegNetLib.register`.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.collections import LineCollection
     from matplotlib.figure import Figure
 
-    spacing = max(
-        min(fixed.GetSpacing()), max(n * s for n, s in zip(fixed.GetSize(), fixed.GetSpacing(), strict=True)) / 320
-    )
-    grid = Grid.of(fixed).axis_aligned(spacing)
-    back = np.linalg.inv(result.initial)
-    shown = [
-        (fixed, sitk.Transform()),
-        (moving, affine_transform(result.initial)),
-        (result.warped, sitk.Transform()),
-    ]
-    ranges = [_range(image) for image, _ in shown]
-    planes = [(plane, axis, *(a for a in range(3) if a != axis)) for plane, axis in PLANES]
-    width, height = (max(grid.size[p[i]] for p in planes) for i in (2, 3))
+    def displacement(grid: Grid) -> np.ndarray:
+        return sitk.GetArrayFromImage(displacement_on(result.transform, grid))
+
+    planes, spacing = cut_planes(fixed, moving, result.warped, displacement, result.initial)
+    height, width = (max(plane.images[0].shape[i] for plane in planes) for i in (0, 1))
     gap = max(width, height) // 12  # takes the titles
     canvas = np.zeros((len(PLANES) * (height + gap), len(COLUMNS) * width), np.float32)
     every = max(round(GRID_MM / spacing), 2)
     lines, corners = [], []
-    for row, (_, axis, across, up) in enumerate(planes):
-        cut, size = _middle(grid, axis), (grid.size[across], grid.size[up])
-        f, start, w = (_cut(i, t, cut, axis, limits) for (i, t), limits in zip(shown, ranges, strict=True))
-        # What the deformation does beyond the initial alignment, seen in the fixed space.
-        field = sitk.Resample(result.transform.GetDisplacementField(), cut.empty_image(), sitk.Transform())
-        points = cut.to_physical(np.stack(np.indices(cut.shape)[::-1], -1)) + sitk.GetArrayViewFromImage(field)
-        index = np.take(grid.to_index(apply_matrix(back, points)), 0, axis=2 - axis)[..., [across, up]]
-        index[(index < 0).any(-1) | (index > np.array(size) - 1).any(-1)] = np.nan
-        if up == 2:  # superior at the top
-            f, start, w = (image[::-1] for image in (f, start, w))
-            index[..., 1] = size[1] - 1 - index[..., 1]
-        top = row * (height + gap) + gap + (height - size[1]) // 2
-        images = (f, start, w, _checkerboard(f, start), _checkerboard(f, w), f)
-        for column, image in enumerate(images):
-            left = column * width + (width - size[0]) // 2
-            canvas[top : top + size[1], left : left + size[0]] = image
-        index += (left, top)
-        lines += [*index[:, ::every].swapaxes(0, 1), *index[::every]]
+    for row, plane in enumerate(planes):
+        rows, columns = plane.images[0].shape
+        top = row * (height + gap) + gap + (height - rows) // 2
+        for column, image in enumerate(plane.images):
+            left = column * width + (width - columns) // 2
+            canvas[top : top + rows, left : left + columns] = image
+        positions = plane.positions + np.array([left, top])
+        lines += [*positions[:, ::every].swapaxes(0, 1), *positions[::every]]
         corners.append(top)
 
     # One axes and one image: matplotlib takes seconds to lay out eighteen.
@@ -71,13 +117,15 @@ def write_preview(fixed: sitk.Image, moving: sitk.Image, result, path: Path) -> 
     axes.add_collection(LineCollection(lines, colors="#ffc04d", linewidths=0.6))
     for column, title in enumerate(COLUMNS):
         axes.text((column + 0.5) * width, gap / 2, title, color="white", fontsize=10, ha="center", va="center")
-    for (plane, *_), top in zip(planes, corners, strict=True):
-        axes.text(1, top, plane, color="white", fontsize=8, va="bottom")
-    atomic.write_whole(path, lambda part: figure.savefig(part, dpi=100, facecolor="black"))
+    for plane, top in zip(planes, corners, strict=True):
+        axes.text(1, top, plane.name, color="white", fontsize=8, va="bottom")
+    picture = io.BytesIO()  # an error in drawing is not an error in writing
+    figure.savefig(picture, dpi=100, facecolor="black")
+    atomic.write_atomically(path, lambda part: part.write_bytes(picture.getvalue()))
 
 
 def _middle(grid: Grid, axis: int) -> Grid:
-    """The one slice across the middle of an axis: volumes would need a hundred times the memory."""
+    """The slice through the middle of an axis; whole volumes would need a hundred times the memory."""
     first, size = np.zeros(3), list(grid.size)
     first[axis], size[axis] = size[axis] // 2, 1
     matrix = grid.matrix.copy()
@@ -85,21 +133,27 @@ def _middle(grid: Grid, axis: int) -> Grid:
     return Grid(tuple(size), matrix)
 
 
-def _cut(image: sitk.Image, transform: sitk.Transform, cut: Grid, axis: int, limits: tuple[float, float]) -> np.ndarray:
-    """An image on a slice through a transform, (rows, columns) from 0 to 1 between the limits."""
+def _cut(image: sitk.Image, transform: sitk.Transform, cut: Grid, axis: int, window: tuple[float, float]) -> np.ndarray:
+    """An image on a slice through a transform, (rows, columns) from 0 to 1 between the ends of a window."""
     values = sitk.Resample(image, cut.empty_image(), transform, sitk.sitkLinear, 0.0, sitk.sitkFloat32)
-    low, high = limits
-    return np.clip((np.take(sitk.GetArrayFromImage(values), 0, axis=2 - axis) - low) / max(high - low, 1e-6), 0, 1)
+    return stretch(np.take(sitk.GetArrayFromImage(values), 0, axis=2 - axis), window)
 
 
-def _range(image: sitk.Image) -> tuple[float, float]:
-    """Intensities that are shown black and white."""
-    values = sitk.GetArrayViewFromImage(image).ravel()
-    return tuple(np.percentile(values[:: max(len(values) // 200_000, 1)], [1, 99.5]).tolist())
+def checkerboard(
+    one: np.ndarray, other: np.ndarray, squares: int = 8, *, side: int | None = None, first: int = 0
+) -> np.ndarray:
+    """Two arrays of one shape (any number of axes) in alternate blocks: where they match, edges continue across blocks.
 
-
-def _checkerboard(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Two images (rows, columns) interleaved in squares, about ``TILES`` along the longer side."""
-    side = max(max(a.shape) // TILES, 1)
-    odd = sum(i // side for i in np.indices(a.shape)) % 2
-    return np.where(odd == 1, b, a)
+    Args:
+        squares: blocks along the longest side.
+        side: of a block, in elements along each axis; None: as ``squares`` says.
+        first: where the arrays begin along their first axis, if they are parts of larger ones.
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if one.shape != other.shape:
+        raise ValueError(f"a checkerboard needs arrays of one shape, got {one.shape} and {other.shape}")
+    side = side or max(-(-max(one.shape) // squares), 1)
+    starts = (first, *[0] * (one.ndim - 1))
+    parity = sum(np.ix_(*((np.arange(n) + start) // side for n, start in zip(one.shape, starts, strict=True)))) % 2
+    return np.where(parity == 0, one, other)

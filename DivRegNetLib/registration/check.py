@@ -1,4 +1,4 @@
-"""Is this an image that can be registered? If not, say which it is, what is wrong and what to do."""
+"""Checks of images and masks; an error names the image, the fault and the remedy."""
 
 import numpy as np
 import SimpleITK as sitk
@@ -6,11 +6,11 @@ import SimpleITK as sitk
 from DivRegNetLib.errors import InputError
 
 LARGEST_SPACING_MM = 200.0
-FARTHEST_ORIGIN_MM = 1_000_000.0  # beyond it the single precision of file headers and Slicer's fields is off by 0.1 mm
+FARTHEST_ORIGIN_MM = 1_000_000.0  # farther out, single precision in file headers and Slicer's fields is off by 0.1 mm
 
 
 def check_image(image: sitk.Image, name: str) -> sitk.Image:
-    """The image, if it is 3D, scalar, real, finite, not constant and of sane geometry.
+    """The image, if it is 3D, scalar, real, finite, not constant and has a valid geometry.
 
     Args:
         name: ``fixed`` or ``moving``, or a file, for the message.
@@ -29,14 +29,14 @@ def check_image(image: sitk.Image, name: str) -> sitk.Image:
     single, largest = np.finfo(np.float32), max(abs(low), abs(high))
     if not max(float(single.tiny), 100 * float(single.eps) * largest) < high - low < float(single.max):
         raise InputError(
-            f"the {name} image holds values from {low:.9g} to {high:.9g}, which single precision cannot tell apart or "
-            "hold; shift and scale them to a range such as 0 to 1000"
+            f"the {name} image holds values from {low:.9g} to {high:.9g}, which single precision cannot hold or "
+            "distinguish; shift and scale them to a range such as 0 to 1000"
         )
     return image
 
 
 def check_mask(mask: sitk.Image | None, image: sitk.Image, name: str) -> sitk.Image | None:
-    """The mask as uint8 of 0 and 1, if it is a 3D scalar image that covers something of the image; None stays None.
+    """The mask as uint8 of 0 and 1, if it is a 3D scalar image that covers a part of the image; None for None.
 
     Raises:
         InputError: otherwise.
@@ -57,7 +57,7 @@ def check_mask(mask: sitk.Image | None, image: sitk.Image, name: str) -> sitk.Im
 
 
 def check_default(value: float, image: sitk.Image) -> None:
-    """Raises InputError unless voxels of the image's type can hold the value that fills what it does not show."""
+    """Raises InputError unless the pixel type of the image can hold the default value."""
     pixel = sitk.GetArrayViewFromImage(image).dtype
     limits = np.iinfo(pixel) if pixel.kind in "iu" else np.finfo(pixel)
     if not limits.min <= value <= limits.max:
@@ -68,8 +68,7 @@ def check_default(value: float, image: sitk.Image) -> None:
 
 
 def check_geometry(image: sitk.Image, name: str) -> None:
-    """Raises InputError unless spacing, origin and direction are finite and sane, and no axis lies in the plane of the
-    others."""
+    """Raises InputError unless spacing, origin and direction are finite and plausible and the axes span space."""
     numbers = (*image.GetSpacing(), *image.GetOrigin(), *image.GetDirection())
     if not np.isfinite(numbers).all():
         raise InputError(f"the {name} has a spacing, origin or direction that is not finite; repair its header")
@@ -77,8 +76,8 @@ def check_geometry(image: sitk.Image, name: str) -> None:
         raise InputError(f"the {name} has a spacing of {max(image.GetSpacing()):g} mm; repair its header")
     if (far := max(map(abs, image.GetOrigin()))) > FARTHEST_ORIGIN_MM:
         raise InputError(
-            f"the {name} lies {far / 1e6:g} km from the origin of its coordinates, where its place cannot be kept to a "
-            "tenth of a mm; move its origin nearer"
+            f"the {name} lies {far / 1e6:g} km from the origin of its coordinates, where single precision is off by more "
+            "than 0.1 mm; move its origin nearer"
         )
     if abs(np.linalg.det(np.reshape(image.GetDirection(), (3, 3)))) < 1e-3:
         raise InputError(f"the {name} has axes that do not span space; repair its header")

@@ -1,10 +1,18 @@
 """One registration, from two images to a warped volume, transforms and a quality card.
 
-Data flows one way: check -> affine -> sample -> predict -> refine -> physical -> outputs.
+Data flows one way, each value made by a function of those before it::
+
+    images -> Inputs -> (4, 4) alignment -> Sampled -> displacement -> Fields -> Result
+           check     align              sample    deform, refine    fields    outputs
+
+:func:`register` runs these stages. Where the memory runs out, it goes on with the smaller
+:class:`~DivRegNetLib.registration.resources.Resources` that :mod:`DivRegNetLib.registration.resources` allows.
 """
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import SimpleITK as sitk
@@ -14,51 +22,25 @@ from torch import Tensor
 from DivRegNetLib import models
 from DivRegNetLib.core import fields, physical_fields, resampling
 from DivRegNetLib.core.grid import Grid, affine_matrix
-from DivRegNetLib.core.intensity import normalize
-from DivRegNetLib.errors import Cancelled, DeviceError, DivRegNetError, InputError, is_out_of_memory
+from DivRegNetLib.core.intensity import AIR_HU, normalize
+from DivRegNetLib.core.torch_state import default_state
+from DivRegNetLib.errors import Cancelled, DivRegNetError, InputError, is_out_of_memory
 from DivRegNetLib.options import INTERPOLATIONS, STAGES, Options, Progress
 from DivRegNetLib.quality import metrics
-from DivRegNetLib.registration import alignment
+from DivRegNetLib.registration import alignment, memory, methods
 from DivRegNetLib.registration.check import check_default, check_image, check_mask
-from DivRegNetLib.registration.refine import refine
-from DivRegNetLib.run import memory
-from DivRegNetLib.run.device import CPU, free_memory, pick_device, why_not_cuda
+from DivRegNetLib.registration.methods import Images
+from DivRegNetLib.registration.resources import Resources, no_memory
+from DivRegNetLib.result import Result
 from DivRegNetLib.similarity.kldivnet import patches
 
-FEWEST_PATCHES = 4  # that a similarity can be estimated from
-AGAIN = STAGES[STAGES.index("sample") :]  # what is done again at another resolution or on another device
-# Share of the time that each stage takes, for the progress bar.
+MINIMUM_PATCHES = 4  # that a similarity can be estimated from
+AIR_IN_CT = -900.0  # Hounsfield units; an image that holds lower values is taken for a CT
+# Fraction of the whole that is done when each stage ends, for the progress bar.
 STAGE_END = dict(zip(STAGES, (0.02, 0.35, 0.45, 0.6, 0.75, 0.9, 1.0), strict=True))
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a registration gives back.
-
-    warped: the moving volume on the fixed grid, in full resolution, with the moving volume's pixel type.
-    transform: displacement field on the fixed grid that maps fixed to moving points (LPS, mm), the initial alignment
-        included; resampling the moving volume with it gives ``warped``. Where there is not the memory for every voxel,
-        on every n-th.
-    inverse: displacement field on the moving grid that maps moving to fixed points, likewise.
-    initial: (4, 4) LPS matrix of the initial alignment, fixed -> moving.
-    quality: see :func:`DivRegNetLib.quality.metrics.quality`.
-    timings: seconds per stage.
-    settings: the options, and what ``auto`` and defaults came to.
-    warnings: sentences the user should read.
-    card: of the model.
-    """
-
-    warped: sitk.Image
-    transform: sitk.DisplacementFieldTransform
-    inverse: sitk.DisplacementFieldTransform
-    initial: np.ndarray
-    quality: dict
-    timings: dict[str, float]
-    settings: dict
-    warnings: tuple[str, ...]
-    card: models.Card
-
-
+@default_state()
 def register(
     fixed: sitk.Image,
     moving: sitk.Image,
@@ -73,305 +55,361 @@ def register(
 
     Args:
         fixed, moving: 3D scalar images, each on a grid of its own.
-        fixed_mask, moving_mask: non-zero where the image is to be looked at, on any grid.
-        progress: called with stage and fraction; returning False cancels.
-        model: name, path of a card, or a :class:`~DivRegNetLib.models.Model` already loaded.
+        fixed_mask, moving_mask: non-zero where the image is compared, on any grid.
+        progress: called with the stage and the fraction that is done; returning False cancels.
+        model: name, path of a card, or a :class:`~DivRegNetLib.models.Model` already loaded, which is not changed.
         options: fields of :class:`~DivRegNetLib.options.Options`.
     Raises:
         InputError: an image, mask or option that cannot be used; the message says which and why.
         ModelError: the model cannot be used.
-        DeviceError: the device is not there or its memory too small.
+        DeviceError: the device is not there or its memory is too small.
         Cancelled: the progress callback returned False.
     """
     loaded = model if isinstance(model, models.Model) else None
-    if loaded is not None:
-        options["model"] = loaded.card.name
-    elif model is not None:
-        options["model"] = model
+    if model is not None:
+        options["model"] = loaded.card.name if loaded else model
+    options = Options.of(**options)
+    stages = Stages(progress)
     try:
-        asked = Options(**options)
-    except TypeError as error:
-        raise InputError(f"unknown option: {error}; options are {', '.join(Options.__dataclass_fields__)}") from error
-    return _Registration(asked, fixed, moving, fixed_mask, moving_mask, progress, loaded).run()
+        inputs = stages.run("check", check, fixed, moving, fixed_mask, moving_mask, options)
+        resources = stages.run("check", Resources.choose, options, inputs.fixed, inputs.moving, loaded)
+    except OutOfMemory as error:
+        raise no_memory(error.stage) from error
+    matrix = None
+    while True:
+        try:
+            if matrix is None:
+                matrix = stages.run("align", align, inputs, options, resources.device, progress=True)
+            return _deform_and_warp(inputs, matrix, resources, options, stages)
+        except OutOfMemory as error:
+            stage = error.stage
+        # The exception, and with it the memory of the attempt, is released here.
+        memory.give_back()
+        resources = resources.smaller(stage)
 
 
-@dataclass
-class _Registration:
-    """The steps, in order; each reads what those before left and is named in STAGES."""
+@dataclass(frozen=True)
+class Inputs:
+    """Images and masks that were checked; masks are uint8 of 0 and 1, or None."""
 
-    options: Options
     fixed: sitk.Image
     moving: sitk.Image
     fixed_mask: sitk.Image | None
     moving_mask: sitk.Image | None
-    progress: Progress | None
-    model: models.Model | None
-    timings: dict[str, float] = field(default_factory=dict)
-    told: float = 0.0
-    device: torch.device = CPU
 
-    def run(self) -> Result:
-        waiting = list(STAGES)
-        while waiting:
-            if self.perform(waiting[0]):
-                del waiting[0]
-            else:
-                self.fall_back()
-                waiting = [stage for stage in STAGES if stage in waiting or stage in AGAIN]
-        self.report(1.0)
-        return self.result
 
-    def perform(self, stage: str) -> bool:
-        """Does a step; False where the memory ran out, and what the step had taken is free again."""
+@dataclass(frozen=True)
+class Sampled:
+    """Both images on the working grid.
+
+    grid: isotropic, in fixed space.
+    images: the input of the methods.
+    unaligned: (1, 1, D, H, W) the moving image without the initial alignment.
+    """
+
+    grid: Grid
+    images: Images
+    unaligned: Tensor
+
+
+@dataclass(frozen=True)
+class Fields:
+    """The deformation in both directions.
+
+    displacement, inverse_displacement: (1, 3, D, H, W) in voxels of the working grid, without the initial alignment.
+    transform, inverse: in physical space, see :class:`~DivRegNetLib.result.Result`.
+    """
+
+    displacement: Tensor
+    inverse_displacement: Tensor
+    transform: sitk.CompositeTransform
+    inverse: sitk.CompositeTransform
+
+
+def _deform_and_warp(
+    inputs: Inputs, matrix: np.ndarray, resources: Resources, options: Options, stages: "Stages"
+) -> Result:
+    """The stages after the alignment, with the device and the grids that ``resources`` names.
+
+    Raises:
+        OutOfMemory: names the stage.
+    """
+    sampled = stages.run("sample", sample, inputs, matrix, resources, progress=True)
+    displacement = stages.run("deform", deform, sampled, resources, options, progress=True)
+    displacement = stages.run("refine", refine, sampled, displacement, resources, options, progress=True)
+    both = stages.run("fields", to_physical, displacement, sampled.grid, matrix, resources, progress=True)
+    default = default_value(options, inputs.moving)
+    warped = stages.run("outputs", warp, inputs, both.transform, options, default)
+    quality = stages.run("outputs", measure, sampled, both, resources.model, progress=True)
+    stages.finish()
+    return Result(
+        warped=warped,
+        transform=both.transform,
+        inverse=both.inverse,
+        initial=matrix,
+        quality=quality,
+        timings=stages.seconds,
+        settings=options.as_dict() | resources.settings() | {"default_value": default},
+        warnings=tuple(resources.compromises()),
+        card=resources.model.card,
+    )
+
+
+# --- the stages
+
+
+def check(
+    fixed: sitk.Image,
+    moving: sitk.Image,
+    fixed_mask: sitk.Image | None,
+    moving_mask: sitk.Image | None,
+    options: Options,
+) -> Inputs:
+    """Raises InputError for an image, a mask or a default value that cannot be used."""
+    # Copies share their voxels until the caller changes the originals: what is checked is what is registered.
+    fixed, moving = (sitk.Image(check_image(image, name)) for image, name in ((fixed, "fixed"), (moving, "moving")))
+    masks = check_mask(fixed_mask, fixed, "fixed"), check_mask(moving_mask, moving, "moving")
+    if options.default_value is not None:
+        check_default(options.default_value, moving)
+    return Inputs(fixed, moving, *masks)
+
+
+def align(inputs: Inputs, options: Options, device: torch.device, *, progress: Callable[[float], None]) -> np.ndarray:
+    """The initial alignment: (4, 4) matrix that maps fixed points to moving points (LPS, mm).
+
+    Raises:
+        InputError: the images do not overlap after it.
+    """
+    if isinstance(options.align, sitk.Transform):
+        matrix = affine_matrix(options.align)
+    else:
+        matrix = alignment.align(
+            inputs.fixed,
+            inputs.moving,
+            options.align,
+            fixed_mask=inputs.fixed_mask,
+            moving_mask=inputs.moving_mask,
+            device=device,
+            progress=progress,
+        )
+    moving = Grid.of(inputs.moving)
+    if not Grid.of(inputs.fixed).overlaps(Grid(moving.size, np.linalg.inv(matrix) @ moving.matrix)):
+        remedy = "; choose an initial alignment" if options.align == "none" else " after the initial alignment"
+        raise InputError("fixed and moving image do not overlap in physical space" + remedy)
+    return matrix
+
+
+def sample(inputs: Inputs, matrix: np.ndarray, resources: Resources, *, progress: Callable[[float], None]) -> Sampled:
+    """Both images and masks on the working grid, normalized, and what the model's class network sees in them.
+
+    Raises:
+        InputError: on the working grid an image is constant, or a mask too small.
+    """
+    grid, model, unmoved = resources.working, resources.model, np.eye(4)
+    on_grid = partial(_on_working_grid, grid=grid, scheme=model.card.normalization, device=resources.device)
+    mask_on_grid = partial(_mask_on_working_grid, grid=grid, device=resources.device)
+    ((fixed, fixed_valid),) = on_grid(inputs.fixed, [unmoved])
+    fixed_mask = mask_on_grid(inputs.fixed_mask, unmoved)
+    progress(0.5)
+    matrices = [matrix] if np.array_equal(matrix, unmoved) else [matrix, unmoved]
+    (moving, moving_valid), *others = on_grid(inputs.moving, matrices)
+    unaligned = others[0][0] if others else moving
+    moving_mask = mask_on_grid(inputs.moving_mask, matrix)
+    _check_sampled("fixed", fixed, fixed_mask, grid, model)
+    _check_sampled("moving", moving, moving_mask, grid, model)
+    images = Images(fixed, moving, fixed_mask, moving_mask, (fixed_valid, moving_valid))
+    if model.classnet is not None:
+        images = methods.with_classes(images, model.classnet)
+    return Sampled(grid, images, unaligned)
+
+
+def deform(sampled: Sampled, resources: Resources, options: Options, *, progress: Callable[[float], None]) -> Tensor:
+    """The displacement that the methods compute, (1, 3, D, H, W) in voxels of the working grid.
+
+    Raises:
+        InputError: the option ``method`` asks for a network that the model does not have.
+    """
+    if options.method == "none":
+        return sampled.images.fixed.new_zeros(1, 3, *sampled.grid.shape)
+    card = resources.model.card
+    names = card.methods if options.method == "auto" else options.method.split("+")
+    if "regnet" in names and resources.model.regnet is None:
+        raise InputError(f"method {options.method!r} needs a RegNet, which model {card.name!r} does not have")
+    return methods.deform(sampled.images, tuple(names), card.variational_settings, resources.model.regnet, progress)
+
+
+def refine(
+    sampled: Sampled, displacement: Tensor, resources: Resources, options: Options, *, progress: Callable[[float], None]
+) -> Tensor:
+    """The displacement after refinement, if the options ask for it and it improves the objective."""
+    if not options.refine or options.method == "none":
+        return displacement
+    settings = replace(resources.model.card.refinement_settings, steps=options.refine)
+    return methods.refine(sampled.images, displacement, settings, progress)
+
+
+def to_physical(
+    displacement: Tensor, grid: Grid, matrix: np.ndarray, resources: Resources, *, progress: Callable[[float], None]
+) -> Fields:
+    """Displacement fields in mm, forward and inverse, composed with the initial alignment.
+
+    Computed on the CPU: at full resolution in double precision they are large.
+    """
+    inverse_displacement = fields.invert(displacement)
+    progress(0.2)
+    u, inverse_u = displacement.cpu(), inverse_displacement.cpu()
+    transform = physical_fields.forward_transform(u, grid, matrix, resources.grids.fixed)
+    progress(0.5)
+    inverse = physical_fields.inverse_transform(u, inverse_u, grid, matrix, resources.grids.moving)
+    return Fields(displacement, inverse_displacement, transform, inverse)
+
+
+def default_value(options: Options, moving: sitk.Image) -> float:
+    """The value of the warped volume outside the moving one: that of the options, or air for a CT, or 0."""
+    if options.default_value is not None:
+        return options.default_value
+    return AIR_HU if float(sitk.GetArrayViewFromImage(moving).min()) <= AIR_IN_CT else 0.0
+
+
+def warp(inputs: Inputs, transform: sitk.Transform, options: Options, default: float) -> sitk.Image:
+    """The moving volume on the fixed grid.
+
+    Raises:
+        InputError: the warped volume is constant.
+    """
+    interpolator = INTERPOLATIONS[options.interpolation]
+    warped = resampling.resample(inputs.moving, inputs.fixed, transform, interpolator, default)
+    values = sitk.GetArrayViewFromImage(warped)
+    if values.min() == values.max():
+        raise InputError(
+            "the warped moving image is empty inside the fixed image: the two have too little in common; choose another "
+            "initial alignment, or crop the larger one"
+        )
+    return warped
+
+
+def measure(sampled: Sampled, both: Fields, model: models.Model, *, progress: Callable[[float], None]) -> dict:
+    """The quality card, see :func:`DivRegNetLib.quality.metrics.quality`."""
+    progress(0.5)
+    images = sampled.images
+    return metrics.quality(
+        images.fixed,
+        sampled.unaligned,
+        images.moving,
+        both.displacement,
+        both.inverse_displacement,
+        sampled.grid.spacing[0],
+        model.kldivnet,
+        mask=images.fixed_mask,
+    )
+
+
+# --- sampling
+
+
+def _on_working_grid(
+    image: sitk.Image, matrices: list[np.ndarray], *, grid: Grid, scheme: str, device: torch.device
+) -> list[tuple[Tensor, Tensor]]:
+    """An image through each of some (4, 4) LPS maps, normalized, and where it was measured (bool); both
+    (1, 1, D, H, W) on the device."""
+    pairs = []
+    for matrix, resampled in zip(matrices, resampling.resample_smooth(image, grid, *matrices), strict=True):
+        inside = resampling.field_of_view(Grid.of(image), grid, matrix)
+        valid = torch.from_numpy(inside)[None, None].to(device)
+        pairs.append((normalize(_tensor(resampled, device), scheme, valid), valid))
+    return pairs
+
+
+def _mask_on_working_grid(
+    mask: sitk.Image | None, matrix: np.ndarray, *, grid: Grid, device: torch.device
+) -> Tensor | None:
+    """A mask through a (4, 4) LPS map, (1, 1, D, H, W) bool on the device; None for None."""
+    return None if mask is None else _tensor(resampling.resample_mask(mask, grid, matrix), device) > 0.5
+
+
+def _tensor(image: sitk.Image, device: torch.device) -> Tensor:
+    """An image on the working grid as (1, 1, D, H, W) float32 on the device."""
+    array = sitk.GetArrayFromImage(image).astype(np.float32, copy=False)
+    return torch.from_numpy(array)[None, None].to(device)
+
+
+def _check_sampled(name: str, image: Tensor, mask: Tensor | None, grid: Grid, model: models.Model) -> None:
+    """Raises InputError where an image (1, 1, D, H, W), inside its mask, is flat or too small on the working grid."""
+    mm = grid.spacing[0]
+    if mask is not None and model.kldivnet is not None:
+        side = model.kldivnet.config.patch
+        count = int(patches(mask, side).all(-1).sum())
+        if count < MINIMUM_PATCHES:
+            raise InputError(
+                f"the {name} mask covers {count} blocks of {side} voxels of {mm:.3g} mm, too few to compare; draw a larger "
+                "mask or choose a finer spacing"
+            )
+    inside = image if mask is None else image[mask]
+    if not inside.numel() or inside.min() == inside.max():
+        where = " inside its mask" if mask is not None else ""
+        where += " where the fixed one is" if name == "moving" else ""
+        raise InputError(
+            f"at {mm:.3g} mm the {name} image is flat{where}; choose a finer spacing, a larger mask or another initial "
+            "alignment"
+        )
+
+
+# --- running stages
+
+
+class OutOfMemory(Exception):
+    """The memory ran out in a stage."""
+
+    def __init__(self, stage: str) -> None:
+        super().__init__(stage)
         self.stage = stage
-        self.report(0.0)
+
+
+class Stages:
+    """Runs stages: measures their time, reports progress, and says in which one the memory ran out.
+
+    seconds: per stage, of all attempts together.
+    """
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._progress, self._reported = progress, 0.0
+
+    def run(self, stage: str, function: Callable, *arguments, progress: bool = False):
+        """Runs ``function(*arguments)`` and returns its result.
+
+        Args:
+            progress: the function has a keyword ``progress``, which it calls with the fraction of the stage that is done.
+        Raises:
+            OutOfMemory: the memory ran out in it.
+            Cancelled: the progress callback returned False.
+        """
+        self.report(stage, 0.0)
+        keywords = {"progress": partial(self.report, stage)} if progress else {}
         started = time.perf_counter()
         try:
-            # Faster than no_grad alone. But a model loaded in it could never be trained, and the alignment takes gradients.
-            with torch.no_grad(), torch.inference_mode(stage not in ("check", "affine")):
-                getattr(self, stage)()
-            return True
+            # Inference mode is faster than no_grad alone. But the alignment takes gradients, and a model that is loaded
+            # in inference mode could never be trained.
+            with torch.no_grad(), torch.inference_mode(stage not in ("check", "align")):
+                return function(*arguments, **keywords)
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, DivRegNetError) or not is_out_of_memory(error):
                 raise
-            return False
+            raise OutOfMemory(stage) from error
         finally:
-            self.timings[stage] = self.timings.get(stage, 0.0) + time.perf_counter() - started
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
 
-    def fall_back(self) -> None:
-        """After the memory ran out: coarser, then on the CPU.
-
-        Raises:
-            DeviceError: neither is left.
-        """
-        for name in ("f", "m", "unaligned", "f_mask", "m_mask", "valid", "u", "inverse_u", "transform", "inverse"):
-            vars(self).pop(name, None)
-        memory.give_back()
-        at = f", the last time at {self.grid.spacing[0]:.3g} mm" if self.stage in AGAIN else ""
-        finest = self.grid.spacing[0] * memory.COARSER**2 if at else np.inf
-        if finest <= max(self.asked, memory.COARSEST * self.usual):
-            self.plan(finest)
-        elif self.device != CPU and self.stage != "check":
-            torch.cuda.empty_cache()
-            self.use(CPU)
-            self.plan(self.asked)
-        else:
-            raise DeviceError(
-                f"the memory ran out in step {self.stage!r}{at}: choose a coarser spacing, or device cpu, close other "
-                "programs, or use a computer with more memory"
-            )
-
-    def report(self, fraction: float) -> None:
-        """Tells how far the present stage is, 0 to 1."""
-        if self.progress is None:
+    def report(self, stage: str, fraction: float) -> None:
+        """Reports how far a stage is, 0 to 1. The reported fraction of the whole never falls, not even when a stage is
+        repeated."""
+        if self._progress is None:
             return
-        end = STAGE_END[self.stage]
+        end = STAGE_END[stage]
         start = max((e for e in STAGE_END.values() if e < end), default=0.0)
-        self.told = max(self.told, start + (end - start) * fraction)  # what is done again is not told again
-        if self.progress(self.stage, self.told) is False:
-            raise Cancelled(f"cancelled in step {self.stage!r}")
+        self._reported = max(self._reported, start + (end - start) * fraction)
+        if self._progress(stage, self._reported) is False:
+            raise Cancelled(f"cancelled in step {stage!r}")
 
-    def check(self) -> None:
-        self.fixed = check_image(self.fixed, "fixed")
-        self.moving = check_image(self.moving, "moving")
-        self.fixed_mask = check_mask(self.fixed_mask, self.fixed, "fixed")
-        self.moving_mask = check_mask(self.moving_mask, self.moving, "moving")
-        if self.options.default_value is not None:
-            check_default(self.options.default_value, self.moving)
-        self.chosen = pick_device(self.options.device)
-        self.model = self.model or models.load(self.options.model, self.chosen)
-        self.use(self.chosen)
-        self.usual = self.model.card.working_spacing(Grid.of(self.fixed), Grid.of(self.moving))
-        self.asked = self.options.spacing or self.usual
-        self.plan(self.asked)
-
-    def use(self, device: torch.device) -> None:
-        self.device = device
-        for network in (self.model.regnet, self.model.kldivnet):
-            if network is not None:
-                network.to(device)
-
-    def plan(self, finest: float) -> None:
-        """Chooses the grids: as fine as asked for where there is the memory for it, and no finer than ``finest`` mm.
-
-        Raises:
-            DeviceError: there is not even the memory for the coarsest.
-        """
-        room = memory.room(self.options.memory, self.fixed, self.moving)
-        on_device = free_memory(self.device) * memory.SPARE if self.device != CPU else None
-
-        def fits(needed: memory.Estimate) -> bool:
-            if on_device is None:
-                return needed.cpu <= room
-            return needed.host <= room and needed.device <= on_device
-
-        grids = Grid.of(self.fixed), Grid.of(self.moving)
-        try:
-            self.grids = memory.plan(self.model.card, *grids, finest, self.options.refine, fits)
-        except DeviceError:
-            if self.device == CPU:
-                raise
-            self.use(CPU)
-            self.plan(self.asked)
-        self.grid = self.grids.working
-
-    def compromises(self) -> list[str]:
-        """What was done otherwise than asked for, and why."""
-        found, fixed = [], Grid.of(self.fixed)
-        fine = memory.working_grid(self.model.card, fixed, self.asked).spacing[0]
-        coarse = self.grid.spacing[0]
-        if coarse > self.asked * 1.001:
-            reason = "the fixed image is so large" if coarse < fine * 1.001 else "there is so little memory"
-            found.append(f"{reason} that the working resolution was lowered from {self.asked:g} to {coarse:.2g} mm")
-        if self.grids.fixed != fixed or self.grids.moving != Grid.of(self.moving):
-            spacing = max(self.grids.fixed.spacing)
-            found.append(
-                f"there is so little memory that the transforms hold a displacement every {spacing:.2g} mm only"
-            )
-        if self.device != self.chosen:
-            found.append("the memory of the graphics card was too small, so that the CPU was used")
-        elif self.options.device == "auto" and self.device == CPU and torch.cuda.device_count():
-            found.append(f"the CPU was used: {why_not_cuda()}")
-        return found
-
-    def affine(self) -> None:
-        align = self.options.align
-        if isinstance(align, sitk.Transform):
-            self.initial = affine_matrix(align)
-        else:
-            self.initial = alignment.align(
-                self.fixed,
-                self.moving,
-                align,
-                fixed_mask=self.fixed_mask,
-                moving_mask=self.moving_mask,
-                device=self.device,
-                progress=self.report,
-            )
-        moving = Grid.of(self.moving)
-        if not Grid.of(self.fixed).overlaps(Grid(moving.size, np.linalg.inv(self.initial) @ moving.matrix)):
-            raise InputError(
-                "fixed and moving image do not overlap in physical space"
-                + (" after the initial alignment" if align != "none" else "; choose an initial alignment")
-            )
-
-    def sample(self) -> None:
-        here = np.eye(4)
-        ((self.f, seen),) = self.on_working_grid(self.fixed, here)
-        self.f_mask = self.mask_on_working_grid(self.fixed_mask, here)
-        self.report(0.5)
-        maps = [self.initial] if np.array_equal(self.initial, here) else [self.initial, here]
-        (self.m, also_seen), *others = self.on_working_grid(self.moving, *maps)
-        self.unaligned = others[0][0] if others else self.m
-        self.m_mask = self.mask_on_working_grid(self.moving_mask, self.initial)
-        self.valid = seen, also_seen
-        self.check_seen("fixed", self.f, self.f_mask)
-        self.check_seen("moving", self.m, self.m_mask)
-
-    def check_seen(self, name: str, image: Tensor, mask: Tensor | None) -> None:
-        """Raises InputError where an image (1, 1, D, H, W), inside its mask, is flat or too small on the working grid."""
-        seen = image if mask is None else image[mask]
-        similarity = self.model.kldivnet
-        if mask is not None and similarity is not None:
-            blocks = int(patches(mask, similarity.config.patch).all(-1).sum())
-            if blocks < FEWEST_PATCHES:
-                raise InputError(
-                    f"the {name} mask covers {blocks} blocks of {similarity.config.patch} voxels of "
-                    f"{self.grid.spacing[0]:.3g} mm, too few to compare; draw a larger mask or choose a finer spacing"
-                )
-        if not seen.numel() or seen.min() == seen.max():
-            where = (" inside its mask" if mask is not None else "") + (
-                " where the fixed one is" if name == "moving" else ""
-            )
-            raise InputError(
-                f"at {self.grid.spacing[0]:.3g} mm the {name} image is flat{where}; choose a finer spacing, a larger mask "
-                "or another initial alignment"
-            )
-
-    def predict(self) -> None:
-        """RegNet sees nothing outside the masks, and its Newton steps look at nothing outside the fields of view."""
-        f, m = (x if mask is None else x * mask for x, mask in ((self.f, self.f_mask), (self.m, self.m_mask)))
-        f, m = (x.contiguous(memory_format=torch.channels_last_3d) for x in (f, m))
-        self.u = self.model.regnet(f, m, self.valid).contiguous()
-
-    def refine(self) -> None:
-        if self.options.refine:
-            valid = tuple(
-                v if mask is None else v & mask for v, mask in zip(self.valid, (self.f_mask, self.m_mask), strict=True)
-            )
-            self.u = refine(self.f, self.m, self.u, steps=self.options.refine, valid=valid, progress=self.report)
-
-    def physical(self) -> None:
-        """On the CPU: full-resolution fields in double precision are large."""
-        self.inverse_u = fields.invert(self.u)
-        self.report(0.2)
-        u, inverse_u = self.u.cpu(), self.inverse_u.cpu()
-        self.transform = physical_fields.forward_transform(u, self.grid, self.initial, self.grids.fixed)
-        self.report(0.5)
-        self.inverse = physical_fields.inverse_transform(u, inverse_u, self.grid, self.initial, self.grids.moving)
-
-    def outputs(self) -> None:
-        default = self.options.default_value
-        if default is None:
-            default = -1024.0 if _minimum(self.moving) <= -900 else 0.0
-        warped = resampling.resample(
-            self.moving, self.fixed, self.transform, INTERPOLATIONS[self.options.interpolation], default
-        )
-        shown = sitk.GetArrayViewFromImage(warped)
-        if shown.min() == shown.max():
-            raise InputError(
-                "nothing of the moving image is left where the fixed one is: they have too little in common; choose another "
-                "initial alignment, or crop the larger one"
-            )
-        self.report(0.5)
-        quality = metrics.quality(
-            self.f,
-            self.unaligned,
-            self.m,
-            self.u,
-            self.inverse_u,
-            self.grid.spacing[0],
-            self.model.kldivnet,
-            mask=self.f_mask,
-        )
-        settings = self.options.as_dict() | {
-            "device": str(self.device),
-            "default_value": default,
-            "spacing": self.grid.spacing[0],
-            "working_size": list(self.grid.size),
-            "model_version": self.model.card.version,
-        }
-        self.result = Result(
-            warped=warped,
-            transform=self.transform,
-            inverse=self.inverse,
-            initial=self.initial,
-            quality=quality,
-            timings=self.timings,
-            settings=settings,
-            warnings=tuple(self.compromises()),
-            card=self.model.card,
-        )
-
-    def on_working_grid(self, image: sitk.Image, *matrices: np.ndarray) -> list[tuple[Tensor, Tensor]]:
-        """An image through each of some (4, 4) LPS maps, normalized, and where it was measured (bool); both
-        (1, 1, D, H, W) on the device."""
-        found = []
-        for matrix, resampled in zip(matrices, resampling.resample_smooth(image, self.grid, *matrices), strict=True):
-            inside = resampling.field_of_view(Grid.of(image), self.grid, matrix)
-            seen = torch.from_numpy(inside)[None, None].to(self.device)
-            found.append((normalize(self.tensor(resampled), self.model.card.normalization, seen), seen))
-        return found
-
-    def mask_on_working_grid(self, mask: sitk.Image | None, matrix: np.ndarray) -> Tensor | None:
-        """A mask through a (4, 4) LPS map, (1, 1, D, H, W) bool on the device; None stays None."""
-        return None if mask is None else self.tensor(resampling.resample_mask(mask, self.grid, matrix)) > 0.5
-
-    def tensor(self, image: sitk.Image) -> Tensor:
-        """An image on the working grid as (1, 1, D, H, W) float32 on the device."""
-        array = sitk.GetArrayFromImage(image).astype(np.float32, copy=False)
-        return torch.from_numpy(array)[None, None].to(self.device)
-
-
-def _minimum(image: sitk.Image) -> float:
-    return float(sitk.GetArrayViewFromImage(image).min())
+    def finish(self) -> None:
+        """Reports that all is done."""
+        self.report(STAGES[-1], 1.0)

@@ -6,14 +6,16 @@ normalization (Luo et al., "Differentiable learning-to-normalize via switchable 
 squeeze-and-excitation (Hu et al., CVPR 2018) in the decoders.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from DivRegNetLib.core import fields
-from DivRegNetLib.registration import newton
+from DivRegNetLib.registration.variational.equations import Valid
+from DivRegNetLib.registration.variational.guidance import CHANNELS, guidance
+from DivRegNetLib.registration.variational.settings import DEFAULT, VariationalSettings
 
 LEVELS = 4
 
@@ -28,11 +30,11 @@ class RegNetConfig:
         False the displacement itself.
     integration_steps: number of squarings.
     passes: how often the network is applied, each time to the moving image warped by the passes before.
-    newton: how many Gauss-Newton steps on mutual information (:mod:`DivRegNetLib.registration.newton`) come before the first pass;
-        the network then sees, beside the two images, the step that would be next, and predicts what to add to it. 0
-        gives it the two images alone, as in the paper.
-    symmetric: True takes half of what is predicted for (fixed, moving) less what is predicted for (moving, fixed), at
-        twice the cost: identical images then do not move, and a velocity is the opposite of that of the swapped pair.
+    guided: True shows the network, beside the two images, the step that the variational method would make next, and adds
+        its prediction to that step (:mod:`DivRegNetLib.registration.variational.guidance`). False shows it the two images
+        alone, as in the paper.
+    symmetric: True predicts half the difference of the predictions for (fixed, moving) and (moving, fixed), at twice the
+        cost: identical images then do not move, and the swapped pair has the opposite velocity.
     """
 
     channels: tuple[int, int, int, int] = (16, 32, 32, 32)
@@ -40,38 +42,39 @@ class RegNetConfig:
     velocity: bool = True
     integration_steps: int = 6
     passes: int = 1
-    newton: int = 0
+    guided: bool = False
     symmetric: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "channels", tuple(self.channels))
-        whole = [*self.channels, self.stride, self.integration_steps, self.passes, self.newton]
+        whole = [*self.channels, self.stride, self.integration_steps, self.passes]
         if any(isinstance(n, bool) or not isinstance(n, int) for n in whole):
-            raise ValueError("RegNet: channels, stride, integration_steps, passes and newton are whole numbers")
+            raise ValueError("RegNet: channels, stride, integration_steps and passes are whole numbers")
         if len(self.channels) != LEVELS or not all(1 <= c <= 1024 for c in self.channels):
             raise ValueError(f"RegNet has {LEVELS} levels of 1 to 1024 channels, got channels={self.channels}")
         if self.stride not in (1, 2):
             raise ValueError(f"RegNet's stride is 1 (full resolution) or 2 (half), got {self.stride}")
-        for name in ("velocity", "symmetric"):
+        for name in ("velocity", "guided", "symmetric"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"RegNet's {name} is true or false, got {getattr(self, name)!r}")
-        for name, least, most in (("integration_steps", 0, 16), ("passes", 1, 16), ("newton", 0, 64)):
+        for name, least, most in (("integration_steps", 0, 16), ("passes", 1, 16)):
             if not least <= getattr(self, name) <= most:
                 raise ValueError(f"RegNet's {name} is {least} to {most}, got {getattr(self, name)}")
 
     @property
     def multiple(self) -> int:
-        """Images are padded to a multiple of this number of voxels per axis, so that Newton steps can halve them twice."""
-        return self.stride * max(newton.LEVELS)
+        """Images are padded to a multiple of this number of voxels per axis: that of the default variational settings, so
+        that both methods have the same output grid."""
+        return self.stride * 4
 
     def as_dict(self) -> dict:
         return asdict(self) | {"channels": list(self.channels)}
 
 
 class SwitchableNorm(nn.Module):
-    """Normalizes by a learnt mixture of instance, layer and batch statistics; shape (N, C, D, H, W) in and out.
+    """Normalizes by a learned mixture of instance, layer and batch statistics; shape (N, C, D, H, W) in and out.
 
-    In a training by several processes the batch is that of all of them, each having as many images.
+    In a training by several processes the batch statistics are those of all processes, which have batches of equal size.
     """
 
     def __init__(self, channels: int, momentum: float = 0.1, eps: float = 1e-5) -> None:
@@ -85,11 +88,11 @@ class SwitchableNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        # Where channels lie last, as in a registration, this is a view, and five times as fast as torch.var_mean on a CPU.
+        # In the memory format channels_last_3d this is a view, and five times as fast as torch.var_mean on a CPU.
         voxels = x.permute(0, 2, 3, 4, 1).flatten(1, 3)
         mean_in = voxels.mean(1)
         var_in = (voxels - mean_in[:, None]).square().mean(1)
-        # In mixed precision these few numbers are kept in full.
+        # In mixed precision the statistics keep full precision.
         mean_in, var_in = mean_in.to(self.weight.dtype), var_in.to(self.weight.dtype)
         square_in = var_in + mean_in.square()
         mean_ln = mean_in.mean(1, keepdim=True).expand_as(mean_in)
@@ -113,7 +116,7 @@ class SwitchableNorm(nn.Module):
 
 
 class _MeanOverProcesses(torch.autograd.Function):
-    """Mean over the processes of a distributed training. Its adjoint is itself: each process's loss counts alike."""
+    """Mean over the processes of a distributed training. It is its own adjoint, as each process's loss has equal weight."""
 
     @staticmethod
     def forward(_, values: Tensor) -> Tensor:
@@ -127,7 +130,7 @@ class _MeanOverProcesses(torch.autograd.Function):
 
 
 class SqueezeExcitation(nn.Module):
-    """Re-weights channels by what the whole image shows; shape (N, C, D, H, W) in and out."""
+    """Scales each channel by a gate computed from the means of all channels; shape (N, C, D, H, W) in and out."""
 
     def __init__(self, channels: int, reduction: int = 4) -> None:
         super().__init__()
@@ -157,15 +160,20 @@ class Block(nn.Sequential):
 
 
 class RegNet(nn.Module):
-    """Predicts the displacement that maps fixed voxels to moving voxels (arXiv 1908.08767, section 2)."""
+    """Predicts the displacement that maps fixed points to moving points (arXiv 1908.08767, section 2)."""
 
-    def __init__(self, config: RegNetConfig | None = None) -> None:
+    def __init__(self, config: RegNetConfig | None = None, variational: VariationalSettings = DEFAULT) -> None:
+        """
+        Args:
+            variational: settings of the step that a guided network is shown, and the validity threshold.
+        """
         super().__init__()
         self.config = config = config or RegNetConfig()
+        self.variational = replace(variational, stride=config.stride)
         c = config.channels
         self.encoders = nn.ModuleList([Block(2, c[0], stride=config.stride)])
         self.encoders.extend(Block(c[i - 1], c[i], stride=2) for i in range(1, LEVELS))
-        self.reader = Block(4 * len(newton.TOLD), c[0]) if config.newton else None
+        self.reader = Block(CHANNELS, c[0]) if config.guided else None
         # Deepest first; each but the deepest joins the upsampled features with the encoder's of its own level.
         self.decoders = nn.ModuleList(
             [Block(c[-1], c[-1], excite=True)]
@@ -175,32 +183,33 @@ class RegNet(nn.Module):
         nn.init.normal_(self.head.weight, std=1e-5)  # start from the identity
         nn.init.zeros_(self.head.bias)
 
-    def predict(self, fixed: Tensor, moving: Tensor, counts: Tensor | None = None) -> Tensor:
+    def predict(self, fixed: Tensor, moving: Tensor, counted: Tensor | None = None) -> Tensor:
         """One pass: velocity or displacement on the network's output grid, in voxels of that grid.
 
         Args:
-            fixed, moving: (N, 1, D, H, W), sides multiples of ``config.multiple``.
-            counts: (N, 1, D, H, W) bool, voxels that the Newton step looks at; None: all.
+            fixed, moving: (N, 1, D, H, W), sides multiples of ``config.multiple``; moving already warped.
+            counted: (N, 1, D, H, W) bool, voxels that the guidance counts; None: all.
         Returns:
             (N, 3, D/stride, H/stride, W/stride), components along x, y, z (that is W, H, D).
         """
-        step = told = None
-        if self.config.newton:
-            step, *told = newton.guess(fixed, moving, self.config.stride, counts)
-        if self.config.symmetric:  # as one batch: PyTorch does not have its fast convolutions for a single small image
-            both = torch.cat((fixed, moving)), torch.cat((moving, fixed)), torch.cat(told) if told else None
+        step = guides = None
+        if self.config.guided:
+            step, *guides = guidance(fixed, moving, self.variational, counted)
+        if self.config.symmetric:  # as one batch: PyTorch has no fast convolutions for a single small image
+            both = torch.cat((fixed, moving)), torch.cat((moving, fixed)), torch.cat(guides) if guides else None
             forward, backward = self._predict(*both).chunk(2)
-            found = (forward - backward) / 2
+            predicted = (forward - backward) / 2
         else:
-            found = self._predict(fixed, moving, told[0] if told else None)
-        return found if step is None else found + step
+            predicted = self._predict(fixed, moving, guides[0] if guides else None)
+        return predicted if step is None else predicted + step
 
-    def _predict(self, fixed: Tensor, moving: Tensor, guess: Tensor | None) -> Tensor:
+    def _predict(self, fixed: Tensor, moving: Tensor, guide: Tensor | None) -> Tensor:
         stride, shape = self.config.stride, [n // self.config.stride for n in fixed.shape[2:]]
-        more = [-n % 2 ** (LEVELS - 1) for n in shape]  # so that each level is half of the one before
-        x = self.encoders[0](_padded(torch.cat((fixed, moving), 1), [stride * n for n in more]))
-        if guess is not None:
-            x = x + self.reader(_padded(guess, more))
+        more = [-n % 2 ** (LEVELS - 1) for n in shape]  # so that each level has half the sides of the level before
+        images = fields.extended(torch.cat((fixed, moving), 1), [stride * n for n in more])
+        x = self.encoders[0](images)
+        if guide is not None:
+            x = x + self.reader(fields.extended(guide, more))
         skips = [x]
         for encoder in self.encoders[1:]:
             x = encoder(x)
@@ -211,56 +220,57 @@ class RegNet(nn.Module):
             x = decoder(torch.cat((F.interpolate(x, size=skip.shape[2:], mode="nearest"), skip), 1))
         return self.head(x)[:, :, : shape[0], : shape[1], : shape[2]].to(fixed.dtype)
 
-    def begin(self, fixed: Tensor, moving: Tensor, valid: newton.Valid | None = None) -> Tensor | None:
-        """The displacement that the first pass starts from, as :meth:`advance` takes it; None for the identity.
-
-        Args:
-            valid: where the images have been measured; None: everywhere.
-        """
-        if not self.config.newton:
-            return None
-        return newton.approach(fixed, moving, self.config.newton, self.config.stride, valid)
-
     def advance(
-        self,
-        fixed: Tensor,
-        moving: Tensor,
-        displacement: Tensor | None = None,
-        valid: newton.Valid | None = None,
+        self, fixed: Tensor, moving: Tensor, displacement: Tensor | None = None, valid: Valid | None = None
     ) -> Tensor:
-        """One pass further: looks at the moving image as warped so far, and composes what it finds with it.
+        """One more pass: predicts from the fixed and the warped moving image, and composes the prediction with the
+        displacement.
 
         Args:
             fixed, moving: (N, 1, D, H, W), sides multiples of ``config.multiple``.
-            displacement: (N, 3, D/stride, H/stride, W/stride), what this method or :meth:`begin` returned.
-            valid: where the images have been measured; None: everywhere.
+            displacement: (N, 3, D/stride, H/stride, W/stride), as it is returned; None: the identity.
+            valid: where the images were measured; None: everywhere.
         Returns:
             The displacement on the network's output grid, in voxels of that grid.
         """
-        update = self.predict(fixed, *newton.warped(moving, displacement, valid))
+        update = self.predict(fixed, *self._warped(moving, displacement, valid))
         if self.config.velocity:
             update = fields.integrate(update, self.config.integration_steps)
         return update if displacement is None else fields.compose(displacement, update)
 
-    def forward(self, fixed: Tensor, moving: Tensor, valid: newton.Valid | None = None) -> Tensor:
-        """Displacement in voxels of the images' grid.
+    def _warped(self, moving: Tensor, displacement: Tensor | None, valid: Valid | None) -> tuple[Tensor, Tensor | None]:
+        """The warped moving image (N, 1, D, H, W), and the voxels that were then measured in both images (bool), or None."""
+        both = moving if valid is None else torch.cat((moving, valid[1].to(moving.dtype)), 1)
+        if displacement is not None:
+            both = fields.warp(both, fields.resize(displacement, moving.shape[2:]))
+        if valid is None:
+            return both, None
+        threshold = self.variational.validity_threshold
+        return both[:, :1], (valid[0] > threshold) & (both[:, 1:] > threshold)
+
+    def register(
+        self, fixed: Tensor, moving: Tensor, start: Tensor | None = None, valid: Valid | None = None
+    ) -> Tensor:
+        """All passes; the displacement on the network's output grid.
 
         Args:
             fixed, moving: (N, 1, D, H, W) on one grid, any sides; padded inside to multiples of ``config.multiple``.
-            valid: where each has been measured, (N, 1, D, H, W) bool: Newton steps look there alone; None: everywhere.
+            start: displacement before the first pass, as it is returned; None: the identity.
+            valid: where each image was measured, (N, 1, D, H, W) bool: guidance counts these voxels only; None: everywhere.
         Returns:
-            (N, 3, D, H, W): components along x, y, z (W, H, D); ``warp(moving, forward(...))`` resembles fixed.
+            (N, 3, d, h, w) on the grid of the padded images coarsened by ``config.stride``, in voxels of that grid.
         """
-        shape = fixed.shape[2:]
-        more = [-n % self.config.multiple for n in shape]
-        fixed, moving = (_padded(x, more) for x in (fixed, moving))
-        valid = None if valid is None else tuple(_padded(x, more, mode="constant") for x in valid)
-        displacement = self.begin(fixed, moving, valid)
+        multiple = self.config.multiple
+        fixed, moving = (fields.padded(x, multiple) for x in (fixed, moving))
+        valid = None if valid is None else tuple(fields.padded(v, multiple, mode="constant") for v in valid)
+        displacement = start
         for _ in range(self.config.passes):
             displacement = self.advance(fixed, moving, displacement, valid)
-        return fields.resize(displacement, fixed.shape[2:])[:, :, : shape[0], : shape[1], : shape[2]]
+        return displacement
 
+    def forward(self, fixed: Tensor, moving: Tensor, start: Tensor | None = None, valid: Valid | None = None) -> Tensor:
+        """Displacement in voxels of the images' grid, (N, 3, D, H, W), components along x, y, z (W, H, D).
 
-def _padded(image: Tensor, more: list[int], mode: str = "replicate") -> Tensor:
-    """(N, C, D, H, W) with so many voxels more at the far end of D, H and W."""
-    return F.pad(image, [n for side in reversed(more) for n in (0, side)], mode=mode) if any(more) else image
+        ``warp(moving, forward(fixed, moving))`` resembles fixed. Arguments as of :meth:`register`.
+        """
+        return fields.upsample(self.register(fixed, moving, start, valid), self.config.stride, fixed.shape[2:])

@@ -1,6 +1,6 @@
-"""KLDivNet: the network that estimates how similar two images are whose intensities need not be comparable.
+"""KLDivNet: a network that estimates the similarity of two images whose intensities need not be comparable.
 
-Images are (N, 1, D, H, W) on one grid; the estimate is one number to **maximize**, averaged over N.
+Images are (N, 1, D, H, W) on one grid. The estimate is one number to **maximize**, averaged over N.
 """
 
 import math
@@ -33,8 +33,8 @@ class KLDivNetConfig:
 
     channels: features of every block.
     patch: side of the voxel patch that the downsampling layer averages.
-    frequencies: sine/cosine pairs of the intensity given beside it; 0 as in the paper.
-    context: size of the summary of the pair that conditions D, so that one D serves many contrasts; 0 as in the paper.
+    frequencies: number of sine/cosine pairs of the intensity that are added to the input; 0 as in the paper.
+    context: size of the embedding of the pair that D is conditioned on, so that one D fits many contrasts; 0 as in the paper.
     """
 
     channels: int = 32
@@ -56,12 +56,12 @@ class KLDivNet(nn.Module):
     """The network D of arXiv 1908.08767 whose Donsker-Varadhan bound estimates mutual information.
 
     Y-shaped and pointwise: each image goes through two blocks (1x1x1 convolution, leaky ReLU, no normalization) and a
-    downsampling layer that averages patches; the two join and go through two more blocks. It sees a random choice of
-    patches, which estimates S as well as all of them do at a fraction of the cost; 1x1x1 convolutions over chosen
-    patches are linear layers.
+    downsampling layer that averages patches; the two branches are joined and go through two more blocks. D is evaluated on
+    a random subset of the patches, which estimates S as accurately as all of them at a fraction of the cost; on single
+    patches, 1x1x1 convolutions are linear layers.
 
-    With ``context`` the mean embedding of one half of the patches conditions D, which is evaluated on the other half:
-    still a lower bound of MI, as the summary is independent of the patches that D is judged on.
+    With ``context``, D is conditioned on the mean embedding of one half of the patches and evaluated on the other half. The
+    result is still a lower bound of MI, as the embedding is independent of the patches that D is evaluated on.
     """
 
     def __init__(self, config: KLDivNetConfig | None = None) -> None:
@@ -92,14 +92,14 @@ class KLDivNet(nn.Module):
 
         Args:
             fixed, moving: (N, 1, D, H, W), moving already warped; any intensities (standardized inside).
-            mask: (1, 1, D, H, W) bool; patches wholly inside count. None: all.
-            samples: patches looked at, at random; fewer where the image has fewer.
+            mask: (1, 1, D, H, W) bool; only patches entirely inside count. None: all.
+            samples: number of patches drawn at random; fewer where the image has fewer.
             shuffle: what is permuted for the product of marginals: ``patches`` after the downsampling layer, or, as in
                 the paper, the ``voxels`` of the fixed image before it. The latter is no bound where a patch has more
-                than one voxel: the texture inside a patch tells shuffled from aligned.
-            generator: source of the random choice, on the CPU.
+                than one voxel, as the texture inside a patch distinguishes shuffled from aligned pairs.
+            generator: random numbers, on the CPU.
         Raises:
-            ValueError: unknown shuffle, images of unlike shape, or fewer than 4 patches inside the mask.
+            ValueError: unknown shuffle, images that differ in shape, or fewer than 4 patches inside the mask.
         """
         if fixed.shape != moving.shape:
             raise ValueError(f"fixed {tuple(fixed.shape)} and moving {tuple(moving.shape)} differ in shape")
@@ -116,7 +116,7 @@ class KLDivNet(nn.Module):
     def estimate(
         self, f: Tensor, m: Tensor, *, shuffle: str = "patches", generator: torch.Generator | None = None
     ) -> Tensor:
-        """S of patches that correspond (a scalar, mean over N); :meth:`forward` after the choice of patches.
+        """S of corresponding patches (a scalar, mean over N): :meth:`forward` after the patches are drawn.
 
         Args:
             f, m: (N, K, patch^3) intensities of K patches of the fixed and the warped moving image, standardized.
@@ -128,7 +128,7 @@ class KLDivNet(nn.Module):
             raise ValueError(f"shuffle is one of {SHUFFLES}, got {shuffle!r}")
         hf, hm = self._branch(self.fixed_branch, f), self._branch(self.moving_branch, m)
         context = None
-        if self.summary is not None:  # one half is summarized, the other judged; the shuffle stays inside that
+        if self.summary is not None:  # one half is embedded, the other evaluated and shuffled
             half = f.shape[1] // 2
             context = self.summary(torch.cat((hf[:, :half], hm[:, :half]), -1)).mean(1, keepdim=True)
             f, hf, hm = f[:, half:], hf[:, half:], hm[:, half:]
@@ -153,10 +153,10 @@ class KLDivNet(nn.Module):
 
 
 def patches(image: Tensor, patch: int, chosen: Tensor | None = None) -> Tensor:
-    """(N, 1, D, H, W) -> (N, number of patches, patch^3), the remainder at the far end left out.
+    """(N, 1, D, H, W) -> (N, number of patches, patch^3); incomplete patches at the far end are left out.
 
     Args:
-        chosen: (K,) numbers of patches; None: all.
+        chosen: (K,) indices of patches; None: all.
     """
     every = image[:, 0].unfold(1, patch, patch).unfold(2, patch, patch).unfold(3, patch, patch)
     if chosen is None:
@@ -166,10 +166,10 @@ def patches(image: Tensor, patch: int, chosen: Tensor | None = None) -> Tensor:
 
 
 def standardize(image: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """Values (N, K, P) of an image in units in which it has zero mean and unit variance (inside the mask): D hardly learns
-    from inputs in [0, 1]."""
+    """Values (N, K, P) of an image, scaled so that the image has zero mean and unit variance (inside the mask). D hardly
+    learns from inputs in [0, 1]."""
     with torch.no_grad():
         inside = image.flatten(1) if mask is None else image[mask.expand_as(image)].view(len(image), -1)
         mean = inside.mean(1)
-        var = (inside - mean[:, None]).square().mean(1)  # ten times as fast as torch.var_mean on a CPU
+        var = (inside - mean[:, None]).square().mean(1)  # ten times as fast on a CPU as torch.var_mean
     return (values - mean.view(-1, 1, 1)) * torch.rsqrt(var + 1e-8).view(-1, 1, 1)

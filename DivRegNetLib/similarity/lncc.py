@@ -12,7 +12,7 @@ def lncc(fixed: Tensor, moving: Tensor, *, window: int = 9, mask: Tensor | None 
     Args:
         fixed, moving: (N, 1, D, H, W).
         window: odd side of the window in voxels.
-        mask: (1, 1, D, H, W) bool, windows centered outside do not count.
+        mask: (1, 1, D, H, W) bool; windows centered outside do not count.
     Raises:
         ValueError: an even or non-positive window, or an image smaller than half of it.
     """
@@ -28,7 +28,7 @@ def lncc(fixed: Tensor, moving: Tensor, *, window: int = 9, mask: Tensor | None 
             x = F.avg_pool3d(x, kernel, stride=1, padding=pad, count_include_pad=False)
         return x
 
-    # Centring first keeps the variances E[x^2] - E[x]^2 from cancelling in float32.
+    # Centering first keeps the variances E[x^2] - E[x]^2 from cancelling in float32.
     f, m = (x - x.mean((2, 3, 4), keepdim=True).detach() for x in (fixed, moving))
     mean_f, mean_m = local_mean(f), local_mean(m)
     cross = local_mean(f * m) - mean_f * mean_m

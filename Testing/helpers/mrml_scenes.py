@@ -1,4 +1,4 @@
-"""Real MRML nodes for the tests of the adapter, made with Slicer's own means."""
+"""Real MRML nodes for tests, made with Slicer's own means, and what Slicer makes of them."""
 
 from dataclasses import replace
 
@@ -8,9 +8,13 @@ import slicer
 import slicer.util
 import torch
 import vtk
+from vtk.util.numpy_support import numpy_to_vtk
 
 from DivRegNetLib import models
 from DivRegNetLib.core.grid import LPS_FROM_RAS, Grid
+
+RAS = LPS_FROM_RAS[:3, :3].diagonal()
+SHEARED = np.array([[1.0, 0.15, 0.0, 5.0], [0.0, 0.95, 0.1, -4.0], [0.05, 0.0, 1.1, 3.0], [0.0, 0.0, 0.0, 1.0]])
 
 
 def add_volume(scene, image: sitk.Image, name: str, kind: str = "vtkMRMLScalarVolumeNode"):
@@ -96,3 +100,54 @@ def save_bold_model(name: str, bold: str) -> str:
         model.regnet.head.bias += torch.tensor([0.3, -0.2, 0.25])
     models.save(card.parent, replace(model.card, name=bold), model.regnet, model.kldivnet)
     return bold
+
+
+def turned(degrees: float, center_ras, shift=(0.0, 0.0, 0.0)) -> np.ndarray:
+    """(4, 4) RAS: rotation about an oblique axis through a point, then a shift."""
+    transform = vtk.vtkTransform()
+    transform.PostMultiply()
+    transform.Translate(*(-np.asarray(center_ras)))
+    transform.RotateWXYZ(degrees, 1, 2, 3)
+    transform.Translate(*(np.asarray(center_ras) + shift))
+    return slicer.util.arrayFromVTKMatrix(transform.GetMatrix())
+
+
+def array(node):
+    """The voxels of a volume node, (D, H, W)."""
+    return slicer.util.arrayFromVolume(node)
+
+
+def put_registered(node, transform_node):
+    """Puts a node, with all of its parents, under the transform of a registration, as the adapter says to."""
+    topmost(node).SetAndObserveTransformNodeID(transform_node.GetID())
+
+
+def resampled_by_slicer(node, reference) -> np.ndarray:
+    """A volume, where its transforms put it, on the grid of another without transforms, by Slicer's Volumes logic."""
+    return array(slicer.vtkSlicerVolumesLogic.ResampleVolumeToReferenceVolume(node, reference)).astype(float)
+
+
+def inside_image(transform, image: sitk.Image, warped) -> np.ndarray:
+    """Voxels of the warped volume that come from inside an image, (D, H, W) bool."""
+    ones = sitk.Image(image.GetSize(), sitk.sitkFloat32) + 1
+    ones.CopyInformation(image)
+    ones = sitk.ConstantPad(ones[1:-1, 1:-1, 1:-1], [1] * 3, [1] * 3, 0.0)
+    reference = world_grid(warped).empty_image()
+    return sitk.GetArrayFromImage(sitk.Resample(ones, reference, transform, sitk.sitkLinear, 0.0)) == 1
+
+
+def add_segmentation(volume_node, segments: dict):
+    """A segmentation in the scene; segments are arrays (D, H, W) on the grid of a volume node, by name."""
+    matrix = vtk.vtkMatrix4x4()
+    volume_node.GetIJKToRASMatrix(matrix)
+    node = volume_node.GetScene().AddNewNodeByClass("vtkMRMLSegmentationNode", f"{volume_node.GetName()} segments")
+    for name, array in segments.items():
+        image = slicer.vtkOrientedImageData()
+        image.SetDimensions(array.shape[::-1])
+        image.GetPointData().SetScalars(numpy_to_vtk(array.astype(np.uint8).ravel(), deep=1))
+        image.SetGeometryFromImageToWorldMatrix(matrix)
+        segment = slicer.vtkSegment()
+        segment.SetName(name)
+        segment.AddRepresentation(slicer.vtkSegmentationConverter.GetBinaryLabelmapRepresentationName(), image)
+        node.GetSegmentation().AddSegment(segment)
+    return node

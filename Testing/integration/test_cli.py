@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from DivRegNetLib import models
 from DivRegNetLib.io import images, landmarks
+from DivRegNetLib.options import STAGES
 from DivRegNetLib.run.cli import main
 
 QUICK = ["--device", "cpu", "--align", "center", "--spacing", "6"]
@@ -69,7 +71,7 @@ def test_json_prints_the_report_and_nothing_else(pair, tmp_path, capsys):
 def test_stages_are_plain_lines_where_there_is_no_terminal(pair, tmp_path, capsys):
     assert main(["register", *pair, *QUICK, "--output", str(tmp_path)]) == 0
     assert capsys.readouterr().err.split() == [
-        word for stage in ("check", "affine", "sample", "predict", "refine", "physical", "outputs")
+        word for stage in STAGES
         for word in (stage, "...")
     ]  # fmt: skip
 
@@ -135,6 +137,14 @@ def test_models_lists_the_bundled_model(capsys):
     assert "general" in capsys.readouterr().out
     assert main(["models", "--json"]) == 0
     assert any(card["name"] == "general" for card in json.loads(capsys.readouterr().out))
+
+
+def test_models_lists_the_classes_of_a_class_network(tiny_model, capsys):
+    card = models.find(tiny_model)
+    told = {"classes": ["background", "liver", "spleen"], "classnet": {"classes": 3}}
+    card.write_text(json.dumps(json.loads(card.read_text()) | told))
+    assert main(["models"]) == 0
+    assert "guided by classes: liver, spleen" in capsys.readouterr().out
 
 
 def bad_inputs(folder):

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +20,12 @@ import SimpleITK as sitk
 import torch
 
 from DivRegNetLib import models
-from DivRegNetLib.io import atomic, claim, images
+from DivRegNetLib.io import atomic, images
 from DivRegNetLib.io.landmarks import Landmarks, write_landmarks
 from DivRegNetLib.options import Options
-from DivRegNetLib.run import cohort, cohort_dask
+from DivRegNetLib.run import cohort
 from DivRegNetLib.run.cli import main
+from DivRegNetLib.run.cohort import dask as on_dask
 
 distributed = pytest.importorskip("distributed", reason="needs the extra dask")
 fcntl = pytest.importorskip("fcntl", reason="files are held by the locks of POSIX systems")
@@ -178,7 +178,7 @@ def test_the_table_and_the_volumes_are_those_of_the_local_cohort(
                 for o in ("here", "there")
             )
         )
-    loads = client.run(lambda: cohort_dask._load.cache_info().misses)
+    loads = client.run(lambda: on_dask._load.cache_info().misses)
     assert set(loads.values()) <= {0, 1}
     assert 1 in loads.values()
 
@@ -214,7 +214,7 @@ def test_a_killed_worker_costs_only_its_pair(write_table, tmp_path, client, clus
 def test_a_client_that_leaves_calls_back_what_the_workers_do(write_table, tmp_path, client, cluster):
     pairs = cohort.read_pairs(write_table("a", "late"))
     held, output = Held(tmp_path / "late.csv"), tmp_path / "out"
-    rows = cohort_dask.register_pairs(pairs, output, Options(**SETTINGS), cluster.scheduler_address, overwrite=False)
+    rows = on_dask.rows(pairs, output, Options(**SETTINGS), cluster.scheduler_address, overwrite=False)
     assert next(rows)["name"] == "a"
     wait_until(held.waited_for, "the second pair is at work")
     rows.close()
@@ -235,7 +235,7 @@ def test_ctrl_c_ends_local_processes_and_leaves_whole_folders_only(write_table, 
     command = [sys.executable, "-m", "DivRegNetLib.run.cli", "register", "--pairs", str(table), "--output", str(output)]
     process = subprocess.Popen(
         [*command, *FLAGS, "--dask", "local:1"],
-        cwd=Path(cohort.__file__).parent.parent,
+        cwd=Path(cohort.__file__).parents[3],
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,  # a group of its own, to which a terminal's Ctrl-C goes
@@ -268,7 +268,7 @@ def silent_listener():
 def test_an_address_that_is_none_is_one_line_and_exit_code_2(
     address, silent_listener, write_table, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(cohort_dask, "CONNECT_SECONDS", 1.0)
+    monkeypatch.setattr(on_dask, "CONNECT_SECONDS", 1.0)
     address = silent_listener if address == "silent" else address
     output = tmp_path / "out"
     command = ["register", "--pairs", str(write_table("a")), *FLAGS, "--output", str(output), "--dask", address]
@@ -280,7 +280,7 @@ def test_an_address_that_is_none_is_one_line_and_exit_code_2(
 
 
 def test_a_scheduler_without_workers_is_not_waited_for_without_end(write_table, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cohort_dask, "WORKERS_SECONDS", 1.0)
+    monkeypatch.setattr(on_dask, "WORKERS_SECONDS", 1.0)
     command = ["register", "--pairs", str(write_table("a")), *FLAGS, "--output", str(tmp_path / "out")]
     with distributed.LocalCluster(n_workers=0, dashboard_address=ANY_PORT, silence_logs=50) as empty:
         assert main([*command, "--dask", empty.scheduler_address]) == 2
@@ -288,9 +288,9 @@ def test_a_scheduler_without_workers_is_not_waited_for_without_end(write_table, 
 
 
 def test_a_worker_that_does_not_see_the_output_folder_writes_nowhere_and_says_so(write_table, tmp_path, client):
-    pair = {k: v for k, v in asdict(cohort.read_pairs(write_table("a"))["a"]).items() if v is not None}
+    pair = cohort.read_pairs(write_table("a"))["a"].paths()
     job = ("a", pair, tmp_path / "out", SETTINGS, "", False)
-    row = client.submit(cohort_dask.register_pair, *job).result(timeout=PATIENCE)
+    row = client.submit(on_dask.register_pair, *job).result(timeout=PATIENCE)
     assert row["status"] == "failed"
     assert str(tmp_path / "out") in row["message"]
     assert socket.gethostname() in row["message"]
@@ -298,11 +298,11 @@ def test_a_worker_that_does_not_see_the_output_folder_writes_nowhere_and_says_so
 
 
 def test_a_worker_with_other_weights_of_that_name_fails_the_pair(write_table, tmp_path, client, tiny_model):
-    pair = {k: v for k, v in asdict(cohort.read_pairs(write_table("a"))["a"]).items() if v is not None}
+    pair = cohort.read_pairs(write_table("a"))["a"].paths()
     atomic.write_text("", tmp_path / "out" / cohort.TABLE)
     options = SETTINGS | {"model": str(models.find(tiny_model))}
     job = ("a", pair, tmp_path / "out", options, "another checksum", False)
-    row = client.submit(cohort_dask.register_pair, *job).result(timeout=PATIENCE)
+    row = client.submit(on_dask.register_pair, *job).result(timeout=PATIENCE)
     assert row["status"] == "failed"
     assert "other weights" in row["message"]
 
@@ -321,7 +321,7 @@ def test_dask_is_for_cohorts(capsys):
 
 def test_what_a_killed_process_left_is_cleared_away_by_the_next(write_table, tmp_path):
     pairs = cohort.read_pairs(write_table("a"))
-    left = tmp_path / "out" / "a" / f"{claim.PART}left"
+    left = tmp_path / "out" / "a" / f"{atomic.STAGING}left"
     atomic.write_text("half", left / "warped.nii.gz")
     assert cohort.register_pairs(pairs, tmp_path / "out", Options(**SETTINGS))[0]["status"] == "ok"
     assert not remains(tmp_path / "out")

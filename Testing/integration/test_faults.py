@@ -1,6 +1,6 @@
-"""Killed, started twice, fed with bad files, kept busy: what is left is whole, and what was asked for comes in the end.
+"""After kills, double starts, bad files and load: no file is incomplete, and a repeated command ends with all results.
 
-The same at full length: ``python Testing/tools/faults.py`` and ``python Testing/tools/load.py``.
+The full-length versions: ``python Testing/tools/faults.py`` and ``python Testing/tools/load.py``.
 """
 
 import json
@@ -16,9 +16,13 @@ import load
 import pytest
 
 from DivRegNetLib.errors import InputError
-from DivRegNetLib.io.claim import LOCK, PART, claimed, hold, tidy
+from DivRegNetLib.io.atomic import STAGING
+from DivRegNetLib.io.locks import acquire
+from DivRegNetLib.io.output_folder import LOCK, clear_abandoned, exclusive
 from DivRegNetLib.options import Options
-from DivRegNetLib.run.cohort import QUALITY, Pair, register_row
+from DivRegNetLib.run.cohort import QUALITY, Pair
+from DivRegNetLib.run.cohort.origin import origin_of
+from DivRegNetLib.run.cohort.register_row import register_row
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals")
@@ -58,11 +62,11 @@ def test_the_same_pair_gives_the_same_bits_every_time(tmp_path, monkeypatch):
 
 HOLDER = f"""
 import pathlib, sys, time
-from DivRegNetLib.io.claim import claimed
+from DivRegNetLib.io.output_folder import exclusive
 output = pathlib.Path(sys.argv[1])
-with claimed(output):
-    (output / "{PART}x").mkdir()
-    (output / "{PART}x" / "half.nii.gz").touch()
+with exclusive(output):
+    (output / "{STAGING}x").mkdir()
+    (output / "{STAGING}x" / "half.nii.gz").touch()
     time.sleep(600)
 """
 
@@ -70,27 +74,32 @@ with claimed(output):
 def test_a_folder_is_claimed_by_one_process_and_free_again_when_that_is_killed(tmp_path):
     output = tmp_path / "out"
     child = subprocess.Popen([sys.executable, "-c", HOLDER, str(output)], env=os.environ | {"PYTHONPATH": str(ROOT)})
-    while not (output / f"{PART}x" / "half.nii.gz").exists():
+    while not (output / f"{STAGING}x" / "half.nii.gz").exists():
         time.sleep(0.01)
-    with pytest.raises(InputError, match=r"another process is writing there; wait for it, or choose"), claimed(output):
+    with (
+        pytest.raises(InputError, match=r"another process is writing there; wait for it, or choose"),
+        exclusive(output),
+    ):
         pass
-    tidy(output)
-    assert (output / f"{PART}x" / "half.nii.gz").exists(), "it is not ours to tidy"
-    assert hold(output / LOCK, wait=False) is None
+    clear_abandoned(output)
+    assert (output / f"{STAGING}x" / "half.nii.gz").exists(), "it is not ours to tidy"
+    assert acquire(output / LOCK, wait=False) is None
     child.kill()
     child.wait()
-    with claimed(output):
+    with exclusive(output):
         assert [path.name for path in output.iterdir()] == [LOCK]
     assert not output.exists(), "nothing came into it"
 
 
 def test_a_pair_whose_process_was_killed_after_its_last_file_counts_as_done_and_is_tidied(tmp_path):
     folder = tmp_path / "p1"
-    (folder / f"{PART}x").mkdir(parents=True)
+    (folder / f"{STAGING}x").mkdir(parents=True)
     (folder / LOCK).touch()
-    report = {"quality": {"nmi": {"before": 1.1, "after": 1.2}, "folded_percent": 0.0}, "seconds": {}, "warnings": []}
-    (folder / QUALITY).write_text(json.dumps(report))
     pair = Pair(tmp_path / "fixed.nii.gz", tmp_path / "moving.nii.gz")
+    for path in pair.paths().values():
+        path.write_text("voxels")
+    report = {"quality": {"nmi": {"before": 1.1, "after": 1.2}, "folded_percent": 0.0}, "seconds": {}, "warnings": []}
+    (folder / QUALITY).write_text(json.dumps(report | {"origin": origin_of(pair, Options())}))
     row = register_row("p1", pair, tmp_path, Options(), lambda: pytest.fail("it is done"), overwrite=False)
     assert (row["status"], row["nmi_after"]) == ("ok", "1.2")
     assert [path.name for path in folder.iterdir()] == [QUALITY]

@@ -1,4 +1,4 @@
-"""Files as they come: damaged, misnamed, not files at all, on full disks. The right result, or one sentence and no trace."""
+"""Damaged and misnamed files, links, pipes, full disks: the right result, or an error in one sentence and no file changed."""
 
 import gzip
 import os
@@ -16,7 +16,7 @@ import SimpleITK as sitk
 from DivRegNetLib.core.grid import Grid
 from DivRegNetLib.errors import InputError
 from DivRegNetLib.io import atomic, images, landmarks, transforms
-from DivRegNetLib.io.claim import PART
+from DivRegNetLib.io.atomic import STAGING
 from DivRegNetLib.run.cli import main
 
 NOBODY = 65534
@@ -171,7 +171,7 @@ DAMAGED = {
     "cut, then packed": (written("bad.nii.gz", lambda g: gzip.compress(packed(g)[:3000])), "cut short"),
     "nii cut": (written("bad.nii", lambda g: packed(g)[:-1]), "cut short"),
     "img cut": (pair_cut_short, "cut short"),
-    "nrrd cut": (converted("bad.nrrd", 0.5), "cannot be read as an image .*; is it whole"),
+    "nrrd cut": (converted("bad.nrrd", 0.5), "cannot be read as an image .*; is it complete"),
     "packed nrrd cut": (converted("bad.nrrd", 0.5, True), "cannot be read as an image"),
     "mha cut": (converted("bad.mha", 0.5), "cannot be read as an image"),
     "packed mha cut": (converted("bad.mha", 0.5, True), "cannot be read as an image"),
@@ -199,7 +199,7 @@ DAMAGED = {
     "zero bytes": (written("bad.nii.gz", lambda g: b""), "the file is empty"),
     "noise": (written("bad.nii.gz", lambda g: bytes(range(256)) * 20), "cannot be read as an image"),
     "a folder": (folder_named_like_a_file, "holds no DICOM series"),
-    "a link to nothing": (link_to("nowhere"), "is a link to .*nowhere, which is not there"),
+    "a link to nothing": (link_to("nowhere"), "is a link to .*nowhere, which does not exist"),
     "a link to itself": (link_to("link.nii.gz"), "cannot be opened"),
     "a pipe": (pipe, "not a regular file"),
     "a device": (lambda folder, good: Path("/dev/zero"), "not a regular file"),
@@ -351,7 +351,10 @@ def test_missing_slices_are_noticed(image, tmp_path):
     write_slices(tmp_path / "dicom", image)
     for k in (4, 5):
         (tmp_path / f"dicom/1-{k:03d}.dcm").unlink()
-    refused(tmp_path / "dicom", "slices are missing .*: most are 3 mm from the next, but slice 4 is 9 mm; complete")
+    refused(
+        tmp_path / "dicom",
+        "slices are missing .*: most are 3 mm from the next, but slices 4 and 5 are 9 mm apart; complete",
+    )
 
 
 def test_a_localizer_is_refused(image, tmp_path):
@@ -363,7 +366,7 @@ def test_a_localizer_is_refused(image, tmp_path):
 def test_several_volumes_in_one_series_are_refused(image, tmp_path):
     write_slices(tmp_path / "dicom", image[:, :, :4])
     write_slices(tmp_path / "dicom", image[:, :, :4], first=4)
-    refused(tmp_path / "dicom", "several slices lie in one place|not evenly apart")
+    refused(tmp_path / "dicom", "4 pairs of slices have the same position .* as of several volumes")
 
 
 # --- labels and landmarks
@@ -419,18 +422,35 @@ def test_landmarks_of_different_number_are_refused_before_the_work(good, tmp_pat
     assert main(["register", str(good), str(good), *marks, "--output", str(tmp_path / "out"), "--device", "cpu"]) == 2
     said = capsys.readouterr().err
     assert "2 fixed landmarks but 1 moving ones" in said
-    assert "affine" not in said, "the work had begun"
+    assert "align" not in said, "the work had begun"
 
 
-def test_landmarks_outside_the_images_stay_where_no_displacement_is_known(image, tmp_path):
+def test_landmarks_beyond_what_the_transform_covers_are_named_and_marked(image, tmp_path, capsys):
     field = np.zeros((10, 11, 12, 3))
     field[..., 0] = 2.0
     transforms.write_transform(sitk.DisplacementFieldTransform(Grid.of(image).image(field)), tmp_path / "t.h5")
     (tmp_path / "m.csv").write_text("x,y,z,label\n9,0,20,in\n900,-900,0,out\n")
     assert main(["apply", str(tmp_path / "t.h5"), str(tmp_path / "m.csv"), f"--output={tmp_path / 'f.csv'}"]) == 0
-    np.testing.assert_allclose(
-        landmarks.read_landmarks(tmp_path / "f.csv").points, [(7, 0, 20), (900, -900, 0)], atol=1e-3
+    read = landmarks.read_landmarks(tmp_path / "f.csv")
+    np.testing.assert_allclose(read.points, [(7, 0, 20), [np.nan] * 3], atol=1e-3)
+    assert read.labels == ("in", "out")
+    assert "1 moving landmarks have no place in fixed space and are marked as undefined: out lies outside" in (
+        capsys.readouterr().err
     )
+    (tmp_path / "m.csv").write_text("x,y,z,label\n900,-900,0,out\n")
+    assert main(["apply", str(tmp_path / "t.h5"), str(tmp_path / "m.csv"), f"--output={tmp_path / 'g.csv'}"]) == 2
+    assert not (tmp_path / "g.csv").exists()
+
+
+def test_a_reference_beyond_what_the_transform_covers_is_refused(image, good, tmp_path, capsys):
+    field = np.full((10, 11, 12, 3), 2.0)
+    transforms.write_transform(sitk.DisplacementFieldTransform(Grid.of(image).image(field)), tmp_path / "t.h5")
+    larger = Grid((24, 11, 10), Grid.of(image).matrix)
+    images.write_image(larger.image(np.zeros(larger.shape, np.float32)), tmp_path / "larger.nii.gz")
+    apply = ["apply", str(tmp_path / "t.h5"), str(good), "--output", str(tmp_path / "o.nii.gz"), "--reference"]
+    assert main([*apply, str(good)]) == 0
+    assert main([*apply, str(tmp_path / "larger.nii.gz"), "--overwrite"]) == 2
+    assert "lie outside the region that the transform covers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["m.csv", "m.mrk.json"])
@@ -566,9 +586,7 @@ def test_without_permission_the_file_is_named(shut):
 
 
 def test_what_a_killed_writer_left_goes_with_the_next_writing_and_a_living_one_is_let_alone(tmp_path):
-    wait = (
-        "atomic.write_whole(p[0], lambda part: (part.write_text('x'), print('writing', flush=True), sys.stdin.read()))"
-    )
+    wait = "atomic.write_atomically(p[0], lambda part: (part.write_text('x'), print('writing', flush=True), sys.stdin.read()))"
     code = f"import sys; from pathlib import Path; from DivRegNetLib.io import atomic; p = [Path(sys.argv[1])]; {wait}"
     writers = [
         subprocess.Popen(
@@ -583,7 +601,7 @@ def test_what_a_killed_writer_left_goes_with_the_next_writing_and_a_living_one_i
     os.kill(writers[0].pid, signal.SIGKILL)
     writers[0].wait()
     atomic.write_text("mine", tmp_path / "mine.txt")
-    assert len([name for name in os.listdir(tmp_path) if name.startswith(PART)]) == 1
+    assert len([name for name in os.listdir(tmp_path) if name.startswith(STAGING)]) == 1
     writers[1].communicate(b"")
     assert writers[1].returncode == 0
     assert sorted(os.listdir(tmp_path)) == ["living.txt", "mine.txt"]
@@ -596,7 +614,7 @@ def test_a_link_that_is_called_like_a_part_is_not_followed(tmp_path):
     (mine / "kept.txt").write_text("kept")
     output = tmp_path / "out"
     output.mkdir()
-    (output / f"{PART}link").symlink_to(mine)
+    (output / f"{STAGING}link").symlink_to(mine)
     atomic.write_text("new", output / "new.txt")
     assert (mine / "kept.txt").read_text() == "kept"
 

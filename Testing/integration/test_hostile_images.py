@@ -1,4 +1,4 @@
-"""Images as they come: odd values, types, geometry, masks. The right result in mm, or one sentence that says what to do."""
+"""Unusual values, types, geometry and masks: the right result in mm, or an error in one sentence with the remedy."""
 
 import numpy as np
 import pytest

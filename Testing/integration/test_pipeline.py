@@ -1,14 +1,20 @@
 """One registration from end to end: physical truth, determinism, progress, cancel, errors."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 
+from DivRegNetLib import models
+from DivRegNetLib.core.composites import displacement_on, field_of
 from DivRegNetLib.core.grid import Grid, affine_matrix, affine_transform
 from DivRegNetLib.errors import Cancelled, DeviceError, InputError, ModelError
 from DivRegNetLib.io.images import read_image
 from DivRegNetLib.options import STAGES
 from DivRegNetLib.registration.pipeline import register
+from DivRegNetLib.similarity.classes import ClassNet, ClassNetConfig
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +77,8 @@ def test_the_same_inputs_give_the_same_output_bit_by_bit(pair, result):
     again = register(pair[0], pair[1], device="cpu")
     np.testing.assert_array_equal(again.initial, result.initial)
     np.testing.assert_array_equal(
-        sitk.GetArrayViewFromImage(again.transform.GetDisplacementField()),
-        sitk.GetArrayViewFromImage(result.transform.GetDisplacementField()),
+        sitk.GetArrayFromImage(field_of(again.transform)),
+        sitk.GetArrayFromImage(field_of(result.transform)),
     )
 
 
@@ -112,7 +118,7 @@ def test_refinement_makes_nothing_worse(pair, result):
 def test_a_given_transform_replaces_the_initial_alignment(pair, result):
     given = register(pair[0], pair[1], align=affine_transform(result.initial), device="cpu")
     np.testing.assert_allclose(given.initial, result.initial, atol=1e-12)
-    assert given.timings["affine"] < result.timings["affine"]
+    assert given.timings["align"] < result.timings["align"]
 
 
 def test_progress_names_every_stage_in_order_and_ends_at_one(pair):
@@ -125,7 +131,7 @@ def test_progress_names_every_stage_in_order_and_ends_at_one(pair):
     assert fractions[-1] == 1.0
 
 
-@pytest.mark.parametrize("stage", ["affine", "predict", "outputs"])
+@pytest.mark.parametrize("stage", ["align", "deform", "outputs"])
 def test_returning_false_from_progress_cancels(pair, stage):
     with pytest.raises(Cancelled, match=stage):
         register(*pair[:2], align="rigid", device="cpu", progress=lambda s, f: s != stage)
@@ -238,3 +244,35 @@ def test_a_large_field_of_view_lowers_the_working_resolution_and_says_so(monkeyp
     result = register(*pair[:2], align="center", device="cpu")
     assert result.settings["spacing"] > 2
     assert any("resolution" in w for w in result.warnings)
+
+
+def test_what_a_class_network_sees_takes_part_in_the_registration(tiny_model, grid, moving_grid, paint, other_contrast):
+    """And a network to which everything is background changes nothing."""
+    images = paint(grid), paint(moving_grid, contrast=other_contrast)
+    plain = models.load(tiny_model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = ClassNet(ClassNetConfig(classes=3, channels=(4, 4), stride=2)).eval()
+    card = replace(
+        plain.card, methods=["variational"], regnet=None, classnet=network.config.as_dict(), classes=["a", "b", "c"]
+    )
+
+    def displacement(classnet) -> np.ndarray:
+        model = replace(plain, card=card, regnet=None, classnet=classnet)
+        found = register(*images, model=model, device="cpu", align="none", refine=8)
+        return sitk.GetArrayFromImage(displacement_on(found.transform, grid))
+
+    seeing = displacement(network)
+    assert np.isfinite(seeing).all()
+    without = displacement(None)
+    assert np.abs(seeing - without).max() > 0.1
+    torch.nn.init.zeros_(network.head.weight)
+    network.head.bias.data = torch.tensor([100.0, 0.0, 0.0])
+    np.testing.assert_allclose(displacement(network), without, atol=1e-6)
+
+
+def test_a_method_that_the_model_has_no_network_for_is_refused(tiny_model, grid, moving_grid, paint):
+    plain = models.load(tiny_model)
+    model = replace(plain, card=replace(plain.card, methods=["variational"], regnet=None), regnet=None)
+    with pytest.raises(InputError, match="needs a RegNet, which model 'tiny' does not have"):
+        register(paint(grid), paint(moving_grid), model=model, device="cpu", align="none", method="regnet")

@@ -1,4 +1,4 @@
-"""Real worker processes: what they report, what they give back, and that nothing of them stays behind."""
+"""Real worker processes: their messages, their results, and that no process and no file of them remains."""
 
 import gc
 import os
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from DivRegNetLib.core.composites import displacement_on, field_of
 from DivRegNetLib.core.grid import Grid, affine_transform
 from DivRegNetLib.errors import Cancelled, DeviceError, InputError, ModelError
 from DivRegNetLib.options import STAGES
@@ -89,7 +90,7 @@ def test_a_worker_gives_what_the_pipeline_gives(pair, tiny_model, folders, grid)
     assert found.warped.GetPixelID() == pair[1].GetPixelID()
     assert Grid.of(found.warped) == grid
     for name in ("transform", "inverse"):
-        ours, theirs = (getattr(r, name).GetDisplacementField() for r in (found, expected))
+        ours, theirs = (field_of(getattr(r, name)) for r in (found, expected))
         assert Grid.of(ours) == Grid.of(theirs)
         assert sitk.GetArrayFromImage(ours) == pytest.approx(sitk.GetArrayFromImage(theirs), abs=1e-4)
     assert np.array_equal(found.initial, expected.initial)
@@ -161,7 +162,7 @@ def test_what_the_pipeline_raises_comes_back_as_it_was(pair, tiny_model, folders
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"refine": -1}, "refine is a number of steps"),
+        ({"refine": -1}, "refine is a whole number of at least 0"),
         ({"color": "red"}, "unknown option"),
         ({"progress": print}, "unknown option"),
         ({"fixed_mask": "mask.nii"}, "fixed_mask must be a SimpleITK image"),
@@ -184,12 +185,12 @@ def test_memory_that_is_never_enough_asks_for_a_coarser_spacing_or_the_cpu(pair,
     python = script("""
         import torch
         from DivRegNetLib import models
-        from DivRegNetLib.run import worker
+        from DivRegNetLib.run.worker import child
         from DivRegNetLib.registration.regnet import RegNet
-        def forward(self, fixed, moving, valid=None):
+        def register(self, fixed, moving, start=None, valid=None):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-        RegNet.forward = forward
-        worker.main(folder)
+        RegNet.register = register
+        child.main(folder)
     """)
     with pytest.raises(DeviceError, match=r"the last time at .* mm: choose a coarser spacing, or device cpu"):
         Worker(*pair, **OPTIONS, python=python).start().result(PATIENCE)
@@ -203,11 +204,11 @@ def test_a_computer_without_memory_gets_a_coarser_resolution_and_is_told(pair, t
         import resource
         import torch, numpy, SimpleITK
         import DivRegNetLib.registration.pipeline
-        from DivRegNetLib.run import worker
+        from DivRegNetLib.run.worker import child
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + 250 * 2**20
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        worker.main(folder)
+        child.main(folder)
     """)
     result = Worker(*pair, **(OPTIONS | {"spacing": 0.9}), python=python).start().result(PATIENCE)
     assert result.settings["spacing"] > 0.9
@@ -245,18 +246,18 @@ def test_the_last_words_of_a_crash_are_kept(pair, tiny_model, script, folders):
 def test_a_missing_package_and_an_unforeseen_error_are_told(pair, tiny_model, script):
     python = script("""
         sys.modules["torch"] = None
-        from DivRegNetLib.run import worker
-        worker.main(folder)
+        from DivRegNetLib.run.worker import child
+        child.main(folder)
     """)
     with pytest.raises(WorkerDied, match=r"a Python package is missing or damaged: .*torch"):
         Worker(*pair, **OPTIONS, python=python).start().result(PATIENCE)
     python = script("""
         import DivRegNetLib.registration.pipeline
-        from DivRegNetLib.run import worker
+        from DivRegNetLib.run.worker import child
         def register(*_, **__):
             raise ZeroDivisionError("somewhere deep")
         DivRegNetLib.registration.pipeline.register = register
-        worker.main(folder)
+        child.main(folder)
     """)
     with pytest.raises(WorkerDied, match="ZeroDivisionError: somewhere deep") as raised:
         Worker(*pair, **OPTIONS, python=python).start().result(PATIENCE)
@@ -285,13 +286,13 @@ def test_garbage_on_the_pipe_is_log_and_changes_nothing(pair, tiny_model, script
     python = script(r"""
         out = sys.stdout.buffer
         for line in (b"\xff\xfe\x00\x80", b"{", b"[" * 100000, b"null", b'{"divregnet": "progress"}', b"x" * 3000000,
-                     b'{"divregnet": "progress", "stage": "predict", "fraction": NaN}',
-                     b'{"divregnet": "progress", "stage": "predict", "fraction": 7}',
+                     b'{"divregnet": "progress", "stage": "deform", "fraction": NaN}',
+                     b'{"divregnet": "progress", "stage": "deform", "fraction": 7}',
                      b'{"divregnet": "error", "kind": 3, "message": null}', b'{"divregnet": "finished"}', b"", b"hello"):
             out.write(line + b"\n")
         out.flush()
         os.write(2, b"\xc3\x28 worse\n")
-        from DivRegNetLib.run import worker
+        from DivRegNetLib.run.worker import child
         import DivRegNetLib.registration.pipeline
         register = DivRegNetLib.registration.pipeline.register
         def talkative(*arguments, **options):
@@ -299,7 +300,7 @@ def test_garbage_on_the_pipe_is_log_and_changes_nothing(pair, tiny_model, script
             os.write(1, b'{"divregnet": "error", "kind": "InputError", "message": "from C"}\n')
             return register(*arguments, **options)
         DivRegNetLib.registration.pipeline.register = talkative
-        worker.main(folder)
+        child.main(folder)
     """)
     worker = Worker(*pair, **OPTIONS, python=python).start()
     events = finish(worker)
@@ -395,6 +396,33 @@ def test_leaving_or_forgetting_a_worker_ends_it(pair, tiny_model, folders):
     assert folders() == []
 
 
+NO_LOCKS = """
+import errno, fcntl
+def flock(*_): raise OSError(errno.ENOLCK, "No locks available")
+fcntl.flock = flock
+"""
+
+
+@pytest.fixture
+def without_locks(tmp_path):
+    """Variables of an environment in which no file can be locked, as on some network and FUSE file systems."""
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(NO_LOCKS)
+    root = Path(__file__).resolve().parents[2]
+    return os.environ | {"PYTHONPATH": f"{site}{os.pathsep}{root}"}
+
+
+@posix
+def test_a_temporary_folder_without_locks_ends_no_worker(pair, tiny_model, folders, without_locks):
+    """Issue 18, fault 5: the lock that could be had was taken for the end of the parent."""
+    worker = Worker(*pair, **OPTIONS, environment=without_locks).start()
+    events = finish(worker)
+    assert [e.message for e in events if e.kind == "error"] == []
+    assert worker.result().warped.GetSize() == pair[0].GetSize()
+    assert folders() == []
+
+
 PARENT = """
 import sys, time
 import SimpleITK as sitk
@@ -411,8 +439,8 @@ print(worker.pid, flush=True)
 
 
 @posix
-@pytest.mark.parametrize("ending", ["killed", "returns", "killed, a launcher between"])
-def test_when_the_parent_ends_the_worker_and_its_folder_go(pair, tiny_model, folders, tmp_path, ending):
+@pytest.mark.parametrize("ending", ["killed", "returns", "killed, a launcher between", "killed, no locks"])
+def test_when_the_parent_ends_the_worker_and_its_folder_go(pair, tiny_model, folders, tmp_path, without_locks, ending):
     python = Path(sys.executable)
     if "launcher" in ending:
         python = tmp_path / "launcher"
@@ -424,7 +452,8 @@ def test_when_the_parent_ends_the_worker_and_its_folder_go(pair, tiny_model, fol
     code = PARENT.format(ending="" if ending == "returns" else "time.sleep(600)")
     place = tmp_path / "temporary"
     root = Path(__file__).resolve().parents[2]
-    environment = os.environ | {"TMPDIR": str(place), "PYTHONPATH": str(root)}
+    environment = without_locks if "no locks" in ending else os.environ | {"PYTHONPATH": str(root)}
+    environment = environment | {"TMPDIR": str(place)}
     command = [sys.executable, "-c", code, *paths, str(python)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as parent:
         pid = int(parent.stdout.readline())
@@ -463,3 +492,101 @@ def test_a_folder_without_a_job_is_refused_and_left_alone(tmp_path):
     assert done.returncode != 0
     assert "there is no job.json" in done.stderr
     assert (tmp_path / "precious").is_file()
+
+
+def test_a_launcher_whose_child_was_killed_is_told_as_lack_of_memory(pair, script):
+    """PythonSlicer (Slicer's launcher, Base/QTCore's counterpart in commontk/AppLauncher) returns 1 in that case."""
+    launcher = script("sys.exit(1)")
+    with Worker(*pair, python=launcher, device="cpu") as worker:
+        worker.start()
+        finish(worker)
+        with pytest.raises(WorkerDied, match="exit code 1, as happens when memory runs out: choose a coarser spacing"):
+            worker.result()
+
+
+def test_a_python_that_fails_is_not_told_as_lack_of_memory(pair, script):
+    with Worker(*pair, python=script("raise ImportError('no such module')"), device="cpu") as worker:
+        worker.start()
+        finish(worker)
+        with pytest.raises(WorkerDied) as raised:
+            worker.result()
+    assert "memory" not in str(raised.value) and "no such module" in str(raised.value)
+
+
+def test_a_job_is_written_in_steps_and_a_start_that_is_given_up_leaves_nothing(pair, folders, tiny_model, monkeypatch):
+    from DivRegNetLib.run.worker import protocol
+
+    monkeypatch.setattr(protocol, "SLAB_BYTES", 2000)
+    worker = Worker(*pair, **OPTIONS)
+    steps = worker.starting()
+    for _ in range(3):
+        next(steps)
+    assert folders() and not worker.running
+    steps.close()
+    assert not folders()
+    with Worker(*pair, **OPTIONS) as again:
+        count = sum(1 for _ in again.starting())
+        assert count > 20 and again.running
+        assert again.result(PATIENCE).warped.GetSize() == pair[0].GetSize()
+
+
+def test_a_result_can_stay_in_files_and_is_read_bit_by_bit(pair, folders, tiny_model):
+    expected = register(*pair, **OPTIONS)
+    with Worker(*pair, keep_files=True, inverse=False, **OPTIONS) as worker:
+        worker.start()
+        pid = worker.pid
+        finish(worker)
+        files = worker.files
+        assert not is_alive(pid) and folders()
+        assert files.quality == expected.quality and files.grid("transform") == Grid.of(expected.warped)
+        assert np.array_equal(files.array("warped"), sitk.GetArrayFromImage(expected.warped))
+        field = sitk.GetArrayFromImage(displacement_on(expected.transform, Grid.of(expected.warped)))
+        assert files.array("transform").dtype == np.float32
+        assert files.array("transform") == pytest.approx(field, abs=1e-4)
+        with pytest.raises(FileNotFoundError):
+            files.array("inverse")
+        worker.close()
+        assert not folders()
+
+
+def test_the_worker_measures_segments_that_share_layers_and_landmarks(pair, tiny_model, landmarks):
+    from DivRegNetLib.quality import metrics
+    from DivRegNetLib.quality.references import References, Segments
+
+    fixed, moving = pair
+    sides = []
+    for image, low in ((fixed, 0.5), (moving, 500)):
+        array = sitk.GetArrayFromImage(image) / low
+        layers = [np.digitize(array, (1.0, 1.3)), array > 0.7]
+        layers = [sitk.GetImageFromArray(layer.astype(np.uint8)) for layer in layers]
+        for layer in layers:
+            layer.CopyInformation(image)
+        sides.append(Segments(tuple(layers), {"rim": (0, 1), "core": (0, 2), "all": (1, 1), f"own {low}": (0, 1)}))
+    references = References(*sides, landmarks, landmarks + np.array([3, 0, 4]), tuple("abc" * 9))
+    with Worker(*pair, references=references, **OPTIONS) as worker:
+        result = worker.start().result(PATIENCE)
+    assert result.quality["landmark_error_mm"]["before"] == pytest.approx(5)
+    assert [row["label"] for row in result.quality["landmarks"]] == list("abc" * 9)
+    expected = metrics.landmark_error(landmarks, landmarks + np.array([3, 0, 4]), result.transform)
+    assert [row["after"] for row in result.quality["landmarks"]] == pytest.approx(expected, abs=1e-4)
+    assert set(result.quality["segments"]) == {"rim", "core", "all"}
+    for name, (layer, value) in sides[0].values.items():
+        if name in result.quality["segments"]:
+            for stage, transform in (("before", sitk.Transform()), ("after", result.transform)):
+                warped = sitk.Resample(sides[1].layers[layer], fixed, transform, sitk.sitkNearestNeighbor, 0)
+                target = sitk.GetArrayFromImage(sides[0].layers[layer]) == value
+                dice = metrics.dice(target, sitk.GetArrayFromImage(warped) == value)
+                assert result.quality["segments"][name][stage] == pytest.approx(dice)
+
+
+def test_what_cannot_be_measured_is_said_and_the_registration_is_kept(pair, tiny_model):
+    from DivRegNetLib.quality.references import References, Segments
+
+    mask = sitk.Cast(pair[0] > 0.5, sitk.sitkUInt8)
+    points = np.zeros((2, 3))
+    references = References(Segments((mask,), {"a": (0, 1)}), Segments((mask,), {"b": (0, 1)}), points, points[:1])
+    with Worker(*pair, references=references, **OPTIONS) as worker:
+        result = worker.start().result(PATIENCE)
+    assert "dice" not in result.quality and "landmark_error_mm" not in result.quality
+    assert any("no segment of the same name" in w for w in result.warnings)
+    assert any("2 fixed and 1 moving landmarks" in w for w in result.warnings)

@@ -8,6 +8,7 @@ import SimpleITK as sitk
 import vtk
 from vtk.util.numpy_support import vtk_to_numpy
 
+from DivRegNetLib.core.composites import field_of
 from DivRegNetLib.core.grid import LPS_FROM_RAS, Grid
 from DivRegNetLib.io import landmarks, transforms
 from DivRegNetLib.run.cli import main
@@ -91,7 +92,7 @@ def test_landmarks_go_in_slicer_where_the_transform_takes_them(scene, registered
     inverse = transforms.read_transform(registered / "inverse.h5")
     for node, transform in ((scene["transform"], ours), (scene["inverse"], inverse)):
         grid, from_parent = (
-            Grid.of(sitk.DisplacementFieldTransform(transform).GetDisplacementField()),
+            Grid.of(field_of(transform)),
             node.GetTransformFromParent(),
         )
         for point in fixed:

@@ -20,7 +20,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = ROOT / "Resources" / "SampleData"
-sys.path.insert(0, str(ROOT))
 LARGE = (256, 256, 180)
 MEMORY_CASES = ("64x64x48@2", "96x96x96@2", "160x192x160@1", "256x256x180@1", "320x320x320@1")
 COMMAND_AND_PEAK = """
@@ -46,7 +45,7 @@ def peak_and_estimate(case: str, *arguments: str, refine: int = 0) -> tuple[floa
 
     from DivRegNetLib import models
     from DivRegNetLib.core.grid import Grid
-    from DivRegNetLib.run import memory
+    from DivRegNetLib.registration import memory
 
     size, spacing = [int(n) for n in case.split("@")[0].split("x")], float(case.split("@")[1])
     with tempfile.TemporaryDirectory() as folder:
@@ -82,10 +81,10 @@ def measure(case: str, device: str, refine: int) -> dict:
     import torch
 
     from DivRegNetLib import models
+    from DivRegNetLib.core.device import pick_device
     from DivRegNetLib.core.grid import Grid
     from DivRegNetLib.io.images import read_image
     from DivRegNetLib.registration.pipeline import register
-    from DivRegNetLib.run.device import pick_device
     from training.benchmarks.methods import peak
 
     fixed, moving = (read_image(SAMPLE / f"{name}.nii.gz") for name in ("fixed_T1", "moving_T2"))

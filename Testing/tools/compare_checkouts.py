@@ -1,11 +1,11 @@
 """Compares what two checkouts make of the same pairs: warped volume, transforms and quality card, bit by bit.
 
-    python Testing/tools/compare_checkouts.py BEFORE AFTER [--data DIR] [--threads 2] [--cases NAME ...]
+    python Testing/tools/compare_checkouts.py BEFORE AFTER [--data DIR] [--threads 1] [--cases NAME ...] [--keep DIR]
 
 BEFORE and AFTER are folders of two checkouts (``git worktree add`` makes one of any commit). Each is run in a process of
 its own with the interpreter that runs this script, on the bundled pair and, with ``--data``, on a pair of hippocampus
 crops, MS07 and BrainWeb in both directions, a pair of livers and a limb. A row says ``same`` or how far the two are apart.
-Exit code 1 where anything differs.
+Exit code 1 where anything differs. With ``--keep`` the results of BEFORE are kept in a folder and used the next time.
 """
 
 import argparse
@@ -55,11 +55,18 @@ def probe(name: str, checkout: Path, data: Path | None, output: Path) -> None:
 
     if masks:
         options = options | dict(zip(("fixed_mask", "moving_mask"), map(read, masks), strict=True))
-    result = register(read(fixed), read(moving), device="cpu", **options)
+    fixed, moving = read(fixed), read(moving)
+    result = register(fixed, moving, device="cpu", **options)
+
+    def displacement(transform: sitk.Transform, image: sitk.Image) -> np.ndarray:
+        """At every voxel, whatever the transform is made of."""
+        grid = image.GetSize(), image.GetOrigin(), image.GetSpacing(), image.GetDirection()
+        return sitk.GetArrayFromImage(sitk.TransformToDisplacementField(transform, sitk.sitkVectorFloat64, *grid))
+
     arrays = {
         "warped": sitk.GetArrayFromImage(result.warped),
-        "transform": sitk.GetArrayFromImage(result.transform.GetDisplacementField()),
-        "inverse": sitk.GetArrayFromImage(result.inverse.GetDisplacementField()),
+        "transform": displacement(result.transform, fixed),
+        "inverse": displacement(result.inverse, moving),
         "initial": np.asarray(result.initial),
     }
     np.savez(output / "arrays.npz", **arrays)
@@ -70,15 +77,24 @@ def _where(path: str, checkout: Path, data: Path | None) -> Path:
     return checkout / path if path.startswith("Resources") else data / path
 
 
-def run(name: str, checkout: Path, data: Path | None, threads: int) -> tuple[dict[str, np.ndarray], dict]:
-    """Arrays and quality card of a case, made by a checkout."""
+def run(
+    name: str, checkout: Path, data: Path | None, threads: int, keep: Path | None = None
+) -> tuple[dict[str, np.ndarray], dict]:
+    """Arrays and quality card of a case, made by a checkout.
+
+    Args:
+        keep: folder whose results are taken if they are there, and that takes them if not.
+    """
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS")
     environment = os.environ | dict.fromkeys(names, str(threads)) | {"PYTHONPATH": str(checkout)}
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = [str(Path(__file__).resolve()), "--probe", name, str(checkout), str(data or ""), folder]
-        subprocess.run([sys.executable, *arguments], env=environment, cwd=folder, check=True)
-        with np.load(Path(folder) / "arrays.npz") as arrays:
-            return dict(arrays), json.loads((Path(folder) / "quality.json").read_text())
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) if keep is None else keep.resolve() / f"{name}, {threads} threads"
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "quality.json").exists():
+            arguments = [str(Path(__file__).resolve()), "--probe", name, str(checkout), str(data or ""), str(folder)]
+            subprocess.run([sys.executable, *arguments], env=environment, cwd=scratch, check=True)
+        with np.load(folder / "arrays.npz") as arrays:
+            return dict(arrays), json.loads((folder / "quality.json").read_text())
 
 
 def differences(before: tuple[dict, dict], after: tuple[dict, dict]) -> dict[str, str]:
@@ -110,15 +126,16 @@ def main() -> int:
     parser.add_argument(
         "--data", type=Path, help="folder with hippocampus, liver, ...; default: the bundled pair alone"
     )
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--keep", type=Path, help="folder for the results of BEFORE")
     parser.add_argument("--cases", nargs="+", choices=CASES, metavar="NAME", help=", ".join(CASES))
     args = parser.parse_args()
     here = [n for n, case in CASES.items() if args.data or case[0].startswith("Resources")]
     differs = False
     data = args.data and args.data.resolve()
     for name in args.cases or here:
-        runs = (run(name, checkout.resolve(), data, args.threads) for checkout in (args.before, args.after))
-        found = differences(*runs)
+        before = run(name, args.before.resolve(), data, args.threads, args.keep)
+        found = differences(before, run(name, args.after.resolve(), data, args.threads))
         differs |= any(value != "same" for value in found.values())
         print(f"{name:24}" + "  ".join(f"{key}: {value}" for key, value in found.items()), flush=True)
     return int(differs)

@@ -1,4 +1,4 @@
-"""Kills registrations, cohorts, preparations and trainings at random points, and looks at what is left.
+"""Kills registrations, cohorts, preparations and trainings at random points, and checks the files that remain.
 
     python Testing/tools/faults.py [--kills 200] [--seed 0] [--folder build/faults]
 
@@ -30,7 +30,6 @@ import numpy as np
 import SimpleITK as sitk
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
 
 LONGEST_SERIES = 4  # kills before a run is let through
 LOOK_SECONDS = 0.002
@@ -156,7 +155,7 @@ def jobs(folder: Path, model: str, models: str) -> dict[str, Job]:
     common = ("--images", str(raw), "--align", "none", "--spacing", "6", "--split", "2,2,2")
     train = (*common, "--workers", "1", "--name", "mine", "--steps", "8", "--device", "cpu", "--output", "OUT")
     train += ("warmup=2", "checkpoint_every=2", "validate_every=4", "data.held_out=1", "loss.samples=256")
-    train += ("regnet.channels=[2,2,2,2]", "regnet.newton=1", "regnet.integration_steps=2", "kldivnet.channels=4")
+    train += ("regnet.channels=[2,2,2,2]", "variational.steps=1", "regnet.integration_steps=2", "kldivnet.channels=4")
     return {
         job.name: job
         for job in (
@@ -196,7 +195,9 @@ def content(path: Path):
         image = sitk.ReadImage(str(path))
         return image.GetSpacing(), image.GetOrigin(), image.GetDirection(), sitk.GetArrayFromImage(image).tobytes()
     if path.suffix == ".h5":
-        field = sitk.DisplacementFieldTransform(sitk.ReadTransform(str(path))).GetDisplacementField()
+        from DivRegNetLib.core.composites import field_of
+
+        field = field_of(sitk.ReadTransform(str(path)))
         return field.GetSize(), sitk.GetArrayFromImage(field).tobytes()
     if path.suffix == ".npz":
         with np.load(path) as arrays:
@@ -328,13 +329,15 @@ def quick_model(folder: Path) -> str:
 
     from DivRegNetLib import models
     from DivRegNetLib.registration.regnet import RegNet, RegNetConfig
+    from DivRegNetLib.registration.variational import REFINEMENT
     from DivRegNetLib.similarity.kldivnet import KLDivNet, KLDivNetConfig
 
     torch.manual_seed(0)
-    regnet, kldivnet = RegNet(RegNetConfig(channels=(2, 2, 2, 2), newton=1)), KLDivNet(KLDivNetConfig(channels=4))
+    regnet, kldivnet = RegNet(RegNetConfig(channels=(2, 2, 2, 2), guided=True)), KLDivNet(KLDivNetConfig(channels=4))
     card = models.Card(
         name="quick", version="1.0", summary="Untrained, for tests", modalities=["any"], anatomy="blob",
-        skull="not applicable", spacing_mm=8.0, normalization="robust", regnet=regnet.config.as_dict(),
+        skull="not applicable", spacing_mm=8.0, normalization="robust", methods=["variational", "regnet"],
+        variational={"steps": 1}, refinement=REFINEMENT.as_dict(), regnet=regnet.config.as_dict(),
         kldivnet=kldivnet.config.as_dict(), training={}, scores={}, license="Apache-2.0", sha256="",
     )  # fmt: skip
     models.save(folder, card, regnet, kldivnet)
@@ -354,7 +357,8 @@ def main() -> int:
     work = {name: job for name, job in work.items() if args.only in (None, name)}
     draw = random.Random(args.seed)
     import training.train  # noqa: F401 -- and with it all that a copy of this process needs
-    from DivRegNetLib.run import cli, cohort  # noqa: F401
+    from DivRegNetLib.run import cli  # noqa: F401
+    from DivRegNetLib.run.cohort import serial  # noqa: F401
 
     Run.forked = True
     try:

@@ -1,4 +1,4 @@
-"""A long cohort and one pair again and again: does anything grow, does anything change?
+"""Checks that memory, open files and results stay the same over a long cohort and over one pair registered many times.
 
     python Testing/tools/load.py [--pairs 300] [--bad 0] [--repeats 50] [--folder build/load]
 
@@ -21,13 +21,11 @@ from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
+from faults import blob, quick_model
+
+from DivRegNetLib.run import cohort
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
-
-from faults import blob, quick_model  # noqa: E402
-
-from DivRegNetLib.run import cohort  # noqa: E402
 
 SETTLED = 20  # pairs after which nothing may grow any more
 GROWTH_MIB = 30.0
@@ -167,6 +165,7 @@ def run_cohort(folder: Path, pairs: int, bad: int, settled: int = SETTLED) -> di
 def digests(folder: Path, repeats: int) -> set[str]:
     """Of the results of one pair registered again and again in one process, by the whole of the method."""
     from DivRegNetLib import models
+    from DivRegNetLib.core.composites import field_of
     from DivRegNetLib.registration.pipeline import register
 
     quick_model(folder / "models")
@@ -175,7 +174,7 @@ def digests(folder: Path, repeats: int) -> set[str]:
     for _ in range(repeats):
         result = register(blob(0), blob(1), model="quick", device="cpu", align="rigid", refine=2)
         digest = hashlib.sha256(json.dumps(result.quality, sort_keys=True).encode())
-        for image in (result.warped, *(t.GetDisplacementField() for t in (result.transform, result.inverse))):
+        for image in (result.warped, *(field_of(t) for t in (result.transform, result.inverse))):
             digest.update(sitk.GetArrayFromImage(image).tobytes())
         found.add(digest.hexdigest())
     return found

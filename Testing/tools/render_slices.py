@@ -1,6 +1,6 @@
 """Renders slice views before and after a registration, as Slicer shows them, to a PNG.
 
-    python Testing/render_slices.py FIXED MOVING WARPED OUTPUT.png [--transform TRANSFORM.h5]
+    python Testing/tools/render_slices.py FIXED MOVING WARPED OUTPUT.png [--transform TRANSFORM.h5]
 
 Three rows (axial, coronal, sagittal, through the middle of the fixed volume) of: fixed with moving half-faded; fixed
 with warped half-faded; and, where a transform (fixed to moving points, as ITK writes it) is given, warped with the grid
@@ -23,6 +23,8 @@ import slicer.util
 import vtk
 from vtk.util.numpy_support import numpy_to_vtk, vtk_to_numpy
 
+from DivRegNetLib.core.intensity import percentile_window
+
 SIDE = 400  # pixels of a view
 ORIENTATIONS = ("Axial", "Coronal", "Sagittal")
 GRID_LINES = 20  # across the longest side of the fixed volume
@@ -42,7 +44,7 @@ def load_volume(scene, file: Path):
     display = node.GetDisplayNode()
     display.SetAndObserveColorNodeID("vtkMRMLColorTableNodeGrey")
     display.AutoWindowLevelOff()
-    low, high = np.percentile(sitk.GetArrayViewFromImage(image), [1, 99.5])
+    low, high = percentile_window(sitk.GetArrayViewFromImage(image), 1, 99.5)
     display.SetWindowLevelMinMax(float(low), float(high))
     return node
 

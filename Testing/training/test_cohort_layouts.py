@@ -1,4 +1,4 @@
-"""Cohorts as they lie on disk, each layout in miniature, and splits that never part a subject."""
+"""Layouts of cohorts on disk, and splits that keep the volumes of a subject together."""
 
 import argparse
 import json
@@ -45,7 +45,7 @@ def test_a_plain_folder_gives_a_subject_per_volume_with_labels_of_its_name_or_st
     assert {(s.role, s.contrasts, s.split) for s in sources} == {("both", ("image",), None)}
 
 
-def test_labels_with_the_very_name_of_an_image_go_before_those_of_its_stem(tree):
+def test_a_label_map_with_the_full_name_of_an_image_takes_precedence(tree):
     root = tree("i/a.nrrd", "l/a.nii", "l/a.nrrd", "l/a.nii.gz")
     assert layouts.folder(root / "i", root / "l")[0].labels == root / "l/a.nrrd"
 
@@ -121,7 +121,7 @@ def test_decathlon_cases_that_end_in_four_digits_are_no_channels(tree):
     assert [s.name for s in layouts.nnunet(root)] == ["la_0003", "la_0004"]
 
 
-def test_lits_is_found_across_its_batches(tree):
+def test_lits_volumes_are_found_in_subfolders(tree):
     root = tree(
         "Training Batch 1/volume-0.nii",
         "Training Batch 1/segmentation-0.nii",
@@ -163,7 +163,7 @@ def write_table(folder: Path, text: str) -> Path:
     return table
 
 
-def test_a_manifest_says_all_that_a_source_has_with_paths_relative_to_it(tmp_path):
+def test_a_manifest_has_all_fields_of_a_source_and_relative_paths(tmp_path):
     table = write_table(
         tmp_path,
         "\ufeffsubject, image, labels, role, contrast, split, name, frame\n"
@@ -194,17 +194,17 @@ def test_a_manifest_says_all_that_a_source_has_with_paths_relative_to_it(tmp_pat
         ("subject,image,role\np,a.nii,target\n", "line 2: p: role is one of both, fixed, moving, got 'target'"),
         ("subject,image,split\np,a.nii,val\n", "line 2: p: split is one of train, validation, test, got 'val'"),
         ("subject,image,contrast\np,a.nii;b.nii,T1\n", "line 2: p: 2 images, but 1 contrasts"),
-        ("subject,image,name\np,a.nii,../x\n", r"line 2: the name '../x' cannot name a file"),
+        ("subject,image,name\np,a.nii,../x\n", r"line 2: the name '../x' is not a valid file name"),
         ("subject,image,name\np,a.nii,x\nq,b.nii,X\n", "a.nii and b.nii are both named X; rename one"),
     ],
 )
-def test_a_manifest_that_cannot_be_meant_is_refused_by_line_and_value(tmp_path, text, message):
+def test_an_invalid_manifest_is_refused_with_line_and_value(tmp_path, text, message):
     table = write_table(tmp_path, text)
     with pytest.raises(ValueError, match=f"cohort.csv.*{message}"):
         layouts.manifest(table)
 
 
-def test_what_is_missing_is_named_with_what_to_do(tree):
+def test_what_is_missing_is_named_with_a_remedy(tree):
     root = tree("i/a.nii", "l/b.nii", "e/notes.txt", "n/imagesTr/a_0000.nii", "n/labelsTr/b.nii", "t/a.nii", "t/a.mha")
     for load in (layouts.folder, layouts.lits, layouts.find):
         with pytest.raises(FileNotFoundError, match=r"nowhere: there is no such folder; name the folder that holds"):

@@ -1,4 +1,4 @@
-"""The paper's experiments end to end, on data small enough for a minute: what they write, and that it is true."""
+"""The paper's experiments end to end on small data: the files they write and their values."""
 
 import argparse
 import csv
@@ -14,6 +14,7 @@ import SimpleITK as sitk
 import torch
 
 from DivRegNetLib.similarity.mutual_information import parzen_mi
+from training import scoring
 from training.data import phantoms
 from training.data.cohort import FORMAT
 from training.data.synthesis import Recipe
@@ -71,7 +72,7 @@ def aal(template, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess, 
     return output, run(*command, home=output.parent), command
 
 
-def test_aal_brain_writes_its_table_beside_the_papers_numbers_its_figure_and_what_was_run(aal):
+def test_aal_brain_writes_a_table_with_the_papers_numbers_and_a_figure(aal):
     output, done, _ = aal
     assert done.returncode == 0, done.stderr
     with (output / "aal-brain.csv").open() as file:
@@ -89,7 +90,7 @@ def test_registering_a_phantom_brings_it_closer_to_the_known_truth(aal):
     assert rows["Newton steps alone"]["error mm"] < 0.8 * rows["affine"]["error mm"]
 
 
-def test_an_experiment_given_again_does_nothing_twice(aal):
+def test_a_second_run_of_an_experiment_computes_nothing(aal):
     output, _, command = aal
     before = {file: file.stat().st_mtime_ns for file in output.rglob("*.pt")} | {
         file: file.stat().st_mtime_ns for file in (output / "rows").iterdir()
@@ -111,15 +112,15 @@ def test_the_scores_of_the_true_deformation_are_perfect(template):
     from training.data.cohort import load
 
     pair = phantoms.phantom(load(template), "T2-T2", phantoms.seed_of("test", 0))
-    scores = comparison.scores(pair, pair.truth, 4.0)
+    scores = scoring.of_displacement(pair, pair.truth, 4.0, union=True, surfaces=True)
     assert scores["Dice"] == 1 and scores["error mm"] == 0 and scores["HD mm"] == 0
-    nothing = comparison.scores(pair, torch.zeros_like(pair.truth), 4.0)
+    nothing = scoring.of_displacement(pair, torch.zeros_like(pair.truth), 4.0)
     assert nothing["error mm"] == pytest.approx(
         4 * pair.truth.norm(dim=1)[pair.fixed_labels[0] > 0].mean().item(), rel=1e-4
     )
 
 
-def test_a_cohort_that_is_missing_is_one_line_with_what_to_do(tmp_path):
+def test_a_missing_cohort_is_explained_in_one_line(tmp_path):
     done = run(ROOT / "training/experiments/aal_brain.py", "--cohort", "nowhere", home=tmp_path)
     assert done.returncode == 2 and "nowhere" in done.stderr and "Traceback" not in done.stderr
 
@@ -189,7 +190,7 @@ def test_hospital_registers_mr_to_ct_from_two_folders_to_table_4(tmp_path):
     assert (tmp_path / "out/hospital-liver-MR-CT.png").exists()
 
 
-def test_volumes_without_a_liver_are_refused_by_name(tmp_path):
+def test_volumes_without_a_label_map_are_named(tmp_path):
     for i in range(3):
         liver_volume(tmp_path / f"lits/volume-{i}.nii", tmp_path / f"lits/segmentation-{i}.nii", i, 0.3)
     (tmp_path / "lits/segmentation-1.nii").unlink()
@@ -218,7 +219,7 @@ def test_every_row_of_every_experiment_has_a_configuration(experiment, tmp_path)
 
 @pytest.fixture(scope="module")
 def similarities(tmp_path_factory) -> Path:
-    """The study of what trains best, so short that nothing is learnt."""
+    """The study of training signals, too short to learn anything."""
     output = tmp_path_factory.mktemp("experiments") / "similarities"
     signals = ["KLDivNet, conditional", "displacement, labels"]
     command = [ROOT / "training/experiments/similarities.py", "--output", output, "--device", "cpu"]
@@ -227,7 +228,7 @@ def similarities(tmp_path_factory) -> Path:
     return output
 
 
-def test_the_study_of_similarities_compares_every_signal_with_no_training_at_all(similarities):
+def test_the_study_of_similarities_compares_signals_with_an_untrained_network(similarities):
     report = json.loads((similarities / "similarities.json").read_text())
     rows = {row["trained by"]: row for row in report["rows"]}
     assert list(rows) == ["nothing", "KLDivNet, conditional", "displacement, labels"]
@@ -242,7 +243,7 @@ def test_the_study_of_similarities_compares_every_signal_with_no_training_at_all
     assert (similarities / "similarities.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_signals_train_on_the_same_pairs_and_are_judged_on_others():
+def test_signals_are_tested_on_pairs_that_training_does_not_see():
     source = study.Shapes(Recipe(shapes=1.0), 2, side=32)
     held_out = [pair for _, pair in source.held_out("test")]
     again = [pair for _, pair in source.held_out("test")]

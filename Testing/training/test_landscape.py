@@ -1,4 +1,4 @@
-"""The metric landscape: what is counted on it, where it peaks, and the report that experiments leave behind."""
+"""The metric landscape: its optima and capture range; and reports of experiments."""
 
 import csv
 import json
@@ -17,7 +17,8 @@ from matplotlib.image import imread
 
 from DivRegNetLib.errors import InputError
 from DivRegNetLib.similarity.mutual_information import parzen_mi
-from training.experiments import landscape, report
+from training import report
+from training.experiments import landscape
 from training.experiments.landscape import Settings
 
 METRICS = ("S, patches shuffled", "S, voxels shuffled", "MI, 64 bins", "LNCC", "Dice")
@@ -85,7 +86,7 @@ def test_the_capture_range_is_the_distance_of_the_nearest_start_that_climbs_else
     assert landscape.describe(-np.hypot(x, y), settings)["capture range mm"] == settings.reach
 
 
-def test_optima_that_come_of_broken_steps_alone_vanish_among_whole_voxels():
+def test_optima_caused_by_interpolation_vanish_among_whole_voxels():
     settings = Settings(spacing=2, reach=6, step=1)
     x, y = np.meshgrid(settings.offsets, settings.offsets)
     blurred = -np.hypot(x, y) - 2 * ((x % 2 != 0) | (y % 2 != 0))
@@ -104,7 +105,7 @@ def test_a_reach_that_is_no_whole_number_of_steps_is_refused():
 # What moves
 
 
-def test_the_image_is_pulled_from_where_the_translation_points_and_air_comes_in():
+def test_a_translated_image_is_zero_outside():
     image = torch.arange(1, 2 * 3 * 5 + 1, dtype=torch.float32).view(1, 1, 2, 3, 5)
     moved = landscape.shifted(image, 2, -1)
     torch.testing.assert_close(moved[..., 1:, :3], image[..., :-1, 2:])
@@ -144,7 +145,7 @@ def head(grid_about, paint, other_contrast, phantom):
 
 @pytest.fixture(scope="module")
 def found(head):
-    """Landscapes of a pair alike and one unlike."""
+    """Landscapes of a pair of the same contrast and a pair of different contrasts."""
     return {
         m: landscape.landscapes(head["T2"], head[m], head["labels"], replace(TINY, refit=16 if m == "T1" else 0))
         for m in ("T2", "T1")
@@ -168,7 +169,7 @@ def test_dice_of_labels_moved_by_whole_voxels_is_dice(found, head):
     assert found["T1"]["Dice"][3, 4] == pytest.approx(expected.item(), abs=1e-6)
 
 
-def test_training_d_on_at_every_translation_raises_s_there(found):
+def test_training_d_further_at_every_translation_raises_s(found):
     fixed_d, refitted = found["T1"]["S, patches shuffled"], found["T1"]["S, patches, refitted"]
     assert (refitted - fixed_d)[fixed_d < fixed_d.max() / 2].mean() > 0.01
     assert np.unravel_index(refitted.argmax(), refitted.shape) == (2, 2)
@@ -185,7 +186,7 @@ def test_the_same_seed_gives_the_same_landscape_and_another_one_does_not(head, f
     assert np.array_equal(one["LNCC"], found["T1"]["LNCC"][1:4, 1:4])
 
 
-def test_s_runs_past_mi_where_voxels_are_shuffled_and_does_not_where_patches_are():
+def test_s_exceeds_mi_if_voxels_are_shuffled_but_not_if_patches_are():
     """Independent blocks of 2^3 equal voxels: the MI of patches is that of voxels, -log(1 - r^2) / 2."""
     r, settings = 0.8, Settings(misalignment=0, steps=100, samples=2500)
     pairs = []
@@ -207,7 +208,7 @@ def test_s_runs_past_mi_where_voxels_are_shuffled_and_does_not_where_patches_are
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, grid_about, paint, other_contrast, rigid) -> Path:
-    """A template as it lies on a disk, axes x and y turned round; its T1 is out of place by (8, -4, 0) mm."""
+    """A template on disk with flipped axes x and y; its T1 is shifted by (8, -4, 0) mm."""
     folder = tmp_path_factory.mktemp("data") / "brain_t1t2pd"
     folder.mkdir()
     grid = grid_about((31, -47, 112), (50, 54, 48), (2.0, 2.0, 2.0), (0, 0, 180))
@@ -226,7 +227,7 @@ def result(data, tmp_path_factory) -> tuple[Path, list[dict]]:
 
 
 def test_the_optimum_is_where_the_moving_image_really_is(result):
-    """The moving image shows at p what belongs at p + (8, -4, 0), so it must be pulled from p - (8, -4, 0)."""
+    """The moving image shows at p what belongs at p + (8, -4, 0), so the optimum is the opposite translation."""
     rows = {(row["pair"], row["metric"]): row for row in result[1]}
     assert len(rows) == len(result[1]) == 10
     for pair, place in (("T1-T2", (-8, 4)), ("T2-T2", (0, 0))):
@@ -234,7 +235,7 @@ def test_the_optimum_is_where_the_moving_image_really_is(result):
         assert (row["optimum x mm"], row["optimum y mm"]) == place
 
 
-def test_a_run_leaves_table_values_and_figure_that_agree(result):
+def test_table_values_and_figure_of_a_run_agree(result):
     output, rows = result
     assert {file.name for file in output.iterdir()} == {
         f"landscape.{end}" for end in ("md", "csv", "json", "png", "npz")
@@ -256,7 +257,7 @@ def test_a_run_leaves_table_values_and_figure_that_agree(result):
             assert np.ptp(place, axis=-1).max() > 0.3, (j, i)
 
 
-def test_a_run_says_what_was_run(result):
+def test_a_report_says_how_it_was_made(result):
     text = (result[0] / "landscape.md").read_text()
     run = json.loads((result[0] / "landscape.json").read_text())["run"]
     assert run["seeds"] == [3]
@@ -289,7 +290,7 @@ def test_the_script_runs_from_anywhere(tmp_path):
 ABOUT = {"preset": "quick", "seeds": [0], "device": "cpu", "seconds": 1.5}
 
 
-def test_a_table_has_all_columns_of_all_rows_and_leaves_out_what_is_not_a_number():
+def test_a_table_has_the_columns_of_all_rows_and_no_nan():
     rows = [{"a": 1, "b": 0.123456}, {"a": "x", "c": float("nan")}]
     assert report.table(rows) == "| a | b | c |\n| --- | --- | --- |\n| 1 | 0.1235 |  |\n| x |  |  |"
 
@@ -302,7 +303,7 @@ def test_csv_and_json_keep_every_digit_and_absent_values_absent(tmp_path):
     assert (tmp_path / "t.csv").read_bytes().decode() == f"a,b,c\r\n1,{1 / 3},\r\n2,,z\r\n"
 
 
-def test_the_command_is_told_without_the_folders_of_this_machine(tmp_path, monkeypatch):
+def test_the_command_in_a_report_has_no_folders_of_this_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["training/x.py", "--data", str(tmp_path / "my data"), "--other=1", "../y"])
     report.write(tmp_path, "t", [{"a": 1}], ABOUT)
     run = json.loads((tmp_path / "t.json").read_text())["run"]
@@ -312,7 +313,7 @@ def test_the_command_is_told_without_the_folders_of_this_machine(tmp_path, monke
 
 
 @pytest.mark.parametrize("key", report.REQUIRED)
-def test_a_report_that_does_not_say_what_was_run_is_refused_before_anything_is_written(tmp_path, key):
+def test_a_report_that_lacks_a_required_key_is_refused(tmp_path, key):
     with pytest.raises(ValueError, match=f"does not say its {key}"):
         report.write(tmp_path, "t", [{"a": 1}], {k: v for k, v in ABOUT.items() if k != key})
     with pytest.raises(ValueError, match="no rows"):

@@ -1,4 +1,4 @@
-"""The preparation of a cohort, judged in physical space, and what it does with interruptions and broken files."""
+"""The preparation of a cohort: checks in physical space, interruptions and broken files."""
 
 import gzip
 import json
@@ -18,7 +18,7 @@ from DivRegNetLib.core.grid import Grid, apply_matrix
 from DivRegNetLib.quality import metrics
 from training.data import cohort, layouts
 from training.data.layouts import Source
-from training.data.prepare import Preparation, main, prepare
+from training.data.prepare import Preparation, main, prepare_cohort
 from training.data.space import MOST_VOXELS, frames, measure
 
 SCRIPT = Path(__file__).resolve().parents[2] / "training" / "data" / "prepare.py"
@@ -78,7 +78,7 @@ def save(tmp_path):
 
 @pytest.fixture
 def few(save, paint, grid_about):
-    """Three small heads, each shifted and on a grid of its own, with labels; there is nothing to align."""
+    """Three small heads, each shifted and on its own grid, with labels; they are aligned."""
     grids = [grid_about((31 + 3 * i, -47, 112), (12 + i, 14, 13), (9.0, 8.0, 8.5), (5 * i, 0, 10)) for i in range(3)]
     endings = (".nii.gz", ".nrrd", ".mha")
     return [save(f"head{i}", paint(grid), balls(grid), endings[i]) for i, grid in enumerate(grids)]
@@ -88,9 +88,9 @@ QUICK = Preparation(spacing_mm=8.0, align="none", workers=1)
 
 
 def done(sources: list[Source], output: Path, preparation: Preparation = QUICK) -> list[str]:
-    """Prepares, and says which volumes were made by it."""
+    """Prepares a cohort and returns the names of the volumes that were processed."""
     made: list[str] = []
-    prepare(sources, output, preparation, lambda name, done, total: made.append(name))
+    prepare_cohort(sources, output, preparation, lambda name, done, total: made.append(name))
     return sorted(made)
 
 
@@ -98,10 +98,10 @@ def about(folder: Path) -> dict:
     return json.loads((folder / "cohort.json").read_text())
 
 
-def test_volumes_of_any_grid_and_pose_are_brought_to_the_reference_and_a_landmark_to_its_voxel(
+def test_volumes_of_any_grid_and_pose_are_aligned_to_the_reference(
     save, paint, grid, moving_grid, rigid, other_contrast, tmp_path
 ):
-    """The second head is turned, stretched and moved, in another contrast, on a left-handed anisotropic grid."""
+    """The second head is rotated, stretched and shifted, with another contrast, on a left-handed anisotropic grid."""
     stretch = np.eye(4)
     stretch[:3, :3] = np.diag([1.05, 0.96, 1.03])
     about_head = rigid((0, 0, 0), (31, -47, 112))
@@ -111,7 +111,7 @@ def test_volumes_of_any_grid_and_pose_are_brought_to_the_reference_and_a_landmar
         save("fixed", paint(grid), balls(grid), split="train"),
         save("moved", paint(moving_grid, back, other_contrast), balls(moving_grid, back), split="test"),
     ]
-    listing = prepare(sources, tmp_path / "out", Preparation(spacing_mm=4.0, reference="fixed", workers=1))
+    listing = prepare_cohort(sources, tmp_path / "out", Preparation(spacing_mm=4.0, reference="fixed", workers=1))
     result = json.loads(listing.read_text())
     images, labels = zip(*(read(listing.parent, name) for name in ("fixed", "moved")), strict=True)
     common = Grid.build(result["shape"][::-1], [4.0] * 3, result["origin"])
@@ -136,7 +136,7 @@ def test_volumes_of_any_grid_and_pose_are_brought_to_the_reference_and_a_landmar
     assert np.corrcoef(images[1][0][clear], sitk.GetArrayFromImage(as_first)[clear])[0, 1] > 0.9
 
 
-def test_the_bundled_pair_is_brought_together(sample_data, tmp_path):
+def test_the_bundled_pair_is_aligned(sample_data, tmp_path):
     """BrainWeb's T1 and its T2, deformed and rotated by a known map; labels are AAL's."""
     pair = [
         Source(name, name, (sample_data / f"{name}.nii.gz",), (name[-2:],), sample_data / f"{name}_labels.nii.gz", role)
@@ -144,7 +144,7 @@ def test_the_bundled_pair_is_brought_together(sample_data, tmp_path):
     ]
     dice = {}
     for align in ("none", "affine"):
-        folder = prepare(pair, tmp_path / align, Preparation(spacing_mm=4.0, align=align, workers=1)).parent
+        folder = prepare_cohort(pair, tmp_path / align, Preparation(spacing_mm=4.0, align=align, workers=1)).parent
         fixed, moving = (read(folder, source.name)[1] for source in pair)
         dice[align] = metrics.dice(fixed > 0, moving > 0)
     assert dice["none"] < 0.85
@@ -158,8 +158,8 @@ def test_the_bundled_pair_is_brought_together(sample_data, tmp_path):
 
 @pytest.fixture
 def scanned_twice(save, paint, grid_about, rigid, other_contrast):
-    """A reference, and a second person lying elsewhere whose two scans share a frame; the second shows the upper half of
-    the head alone, too little to align it as well."""
+    """A reference, and two scans of another person in one frame; the second scan shows only the upper half of the head,
+    which is too little to align it well."""
     elsewhere = np.linalg.inv(rigid((6, -4, 8), (25.0, -14.0, 30.0)))
     full, part = (grid_about((55, -60, 140 + up), (24, 26, n), (5.0, 5.0, 5.0)) for up, n in ((0, 26), (28, 13)))
     return [
@@ -171,11 +171,11 @@ def scanned_twice(save, paint, grid_about, rigid, other_contrast):
 
 def places(sources: list[Source], output: Path, **settings) -> dict[str, np.ndarray]:
     """Name -> map from the common space to the volume."""
-    listing = prepare(sources, output, Preparation(spacing_mm=8.0, reference="reference", workers=1, **settings))
+    listing = prepare_cohort(sources, output, Preparation(spacing_mm=8.0, reference="reference", workers=1, **settings))
     return {v["name"]: np.array(v["to_reference"]) for v in json.loads(listing.read_text())["volumes"]}
 
 
-def test_volumes_of_one_subject_that_share_a_frame_get_one_alignment_that_of_the_likest_to_the_reference(
+def test_volumes_of_a_subject_in_one_frame_share_the_alignment_of_the_one_most_similar_to_the_reference(
     scanned_twice, tmp_path
 ):
     together, apart = (places(scanned_twice, tmp_path / str(t), together=t) for t in (True, False))
@@ -185,7 +185,7 @@ def test_volumes_of_one_subject_that_share_a_frame_get_one_alignment_that_of_the
     assert not np.allclose(together["ct"], np.eye(4), atol=0.5)
 
 
-def test_a_subjects_volumes_that_lie_apart_or_name_other_frames_are_aligned_each_by_itself(scanned_twice, tmp_path):
+def test_volumes_of_a_subject_in_different_frames_are_aligned_separately(scanned_twice, tmp_path):
     reference, mr, ct = scanned_twice
     header = measure(mr)
     far = np.eye(4)
@@ -203,7 +203,7 @@ def test_a_subjects_volumes_that_lie_apart_or_name_other_frames_are_aligned_each
     assert len(frames([reference, mr, replace(ct, frame="a")], headers, reference, True)) == 3
 
 
-def test_where_the_volume_that_leads_a_frame_is_broken_the_next_one_leads(scanned_twice, tmp_path):
+def test_if_the_first_volume_of_a_frame_is_broken_the_next_one_is_aligned(scanned_twice, tmp_path):
     reference, mr, ct = scanned_twice
     alone = places([reference, mr], tmp_path / "alone")
     content = ct.images[0].read_bytes()
@@ -217,8 +217,8 @@ def test_where_the_volume_that_leads_a_frame_is_broken_the_next_one_leads(scanne
     assert not np.allclose(both["mr"], alone["mr"], atol=0.5)
 
 
-def test_the_cache_is_what_the_reader_reads(few, tmp_path):
-    listing = prepare(few, tmp_path / "out", QUICK)
+def test_a_prepared_cohort_can_be_loaded(few, tmp_path):
+    listing = prepare_cohort(few, tmp_path / "out", QUICK)
     assert listing == tmp_path / "out/cohort.json"
     result, loaded = about(listing.parent), cohort.load(listing.parent)
     assert result["format"] == cohort.FORMAT
@@ -239,12 +239,12 @@ def test_the_cache_is_what_the_reader_reads(few, tmp_path):
     ]
 
 
-def test_contrasts_and_labels_on_grids_of_their_own_are_joined_in_physical_space(
+def test_contrasts_and_labels_on_different_grids_are_joined_in_physical_space(
     save, paint, grid, moving_grid, other_contrast, tmp_path
 ):
     first, second = save("T1", paint(grid), balls(moving_grid)), save("T2", paint(moving_grid, None, other_contrast))
     both = Source("head", "head", (*first.images, *second.images), ("T1", "T2"), first.labels)
-    folder = prepare([both], tmp_path / "out", Preparation(spacing_mm=5.0, workers=1)).parent
+    folder = prepare_cohort([both], tmp_path / "out", Preparation(spacing_mm=5.0, workers=1)).parent
     images, labels = read(folder, "head")
     result = about(folder)
     assert images.shape == (2, *result["shape"]) and result["volumes"][0]["contrasts"] == ["T1", "T2"]
@@ -254,21 +254,21 @@ def test_contrasts_and_labels_on_grids_of_their_own_are_joined_in_physical_space
     assert np.corrcoef(images[1][clear], sitk.GetArrayFromImage(exact)[clear])[0, 1] > 0.95
 
 
-def test_the_spacing_is_chosen_from_the_cohort_and_kept_affordable(save, tmp_path, grid_about):
+def test_the_spacing_is_chosen_from_the_cohort_within_a_limit_of_voxels(save, tmp_path, grid_about):
     noise = np.random.default_rng(0).random((20, 20, 20)).astype(np.float32)
     sides = (1.9, 2.1, 5.0)
     sources = [
         save(f"v{i}", grid_about((0, 0, 0), (20, 20, 20), (side, side, 3 * side)).image(noise))
         for i, side in enumerate(sides)
     ]
-    chosen = about(prepare(sources, tmp_path / "out", Preparation(align="none", workers=1)).parent)
+    chosen = about(prepare_cohort(sources, tmp_path / "out", Preparation(align="none", workers=1)).parent)
     assert chosen["spacing"] == 2
     huge = save("huge", grid_about((0, 0, 0), (20, 20, 20), (2.0, 2.0, 300.0 / 2)).image(noise))
-    long = about(prepare([huge], tmp_path / "long", Preparation(align="none", workers=1)).parent)
+    long = about(prepare_cohort([huge], tmp_path / "long", Preparation(align="none", workers=1)).parent)
     assert MOST_VOXELS < 32 * 32 * 1504, "what 2 mm would take"
     assert long["spacing"] == 2.5 and np.prod(long["shape"]) <= MOST_VOXELS
     with pytest.raises(ValueError, match=r"at 0.1 mm the common grid has .* voxels, more than .*; choose a coarser"):
-        prepare([huge], tmp_path / "fine", Preparation(spacing_mm=0.1, align="none", workers=1))
+        prepare_cohort([huge], tmp_path / "fine", Preparation(spacing_mm=0.1, align="none", workers=1))
 
 
 def test_the_reference_is_the_median_of_the_training_volumes_that_may_be_fixed(save, paint, grid_about, tmp_path):
@@ -283,14 +283,14 @@ def test_the_reference_is_the_median_of_the_training_volumes_that_may_be_fixed(s
         head("e", 19, "fixed", "validation"),
         head("f", 20, "moving", "train"),
     ]
-    assert about(prepare(sources, tmp_path / "out", QUICK).parent)["reference"] == "b"
+    assert about(prepare_cohort(sources, tmp_path / "out", QUICK).parent)["reference"] == "b"
     named = Preparation(spacing_mm=8.0, align="none", reference="f", workers=1)
-    assert about(prepare(sources, tmp_path / "out", named).parent)["reference"] == "f"
+    assert about(prepare_cohort(sources, tmp_path / "out", named).parent)["reference"] == "f"
     with pytest.raises(ValueError, match="the reference 'z' is not in the cohort; its volumes are a, b"):
-        prepare(sources, tmp_path / "out", Preparation(reference="z", align="none", workers=1))
+        prepare_cohort(sources, tmp_path / "out", Preparation(reference="z", align="none", workers=1))
 
 
-def test_given_again_only_what_changed_is_done_again(few, tmp_path, paint, grid):
+def test_a_second_run_reprocesses_only_what_changed(few, tmp_path, paint, grid):
     output = tmp_path / "out"
     keep = {"spacing_mm": 8.0, "align": "none", "reference": "head1", "workers": 1}
     names = ["head0", "head1", "head2"]
@@ -310,9 +310,9 @@ def test_given_again_only_what_changed_is_done_again(few, tmp_path, paint, grid)
     assert done(few, output, Preparation(**keep | {"align": "center", "spacing_mm": 9.0})) == names, "the reference"
 
 
-def test_while_volumes_are_redone_there_is_no_listing(few, tmp_path):
+def test_while_volumes_are_reprocessed_there_is_no_listing(few, tmp_path):
     output = tmp_path / "out"
-    prepare(few, output, QUICK)
+    prepare_cohort(few, output, QUICK)
 
     class Stop(Exception):
         pass
@@ -321,15 +321,15 @@ def test_while_volumes_are_redone_there_is_no_listing(few, tmp_path):
         raise Stop
 
     with pytest.raises(Stop):
-        prepare(few, output, Preparation(spacing_mm=9.0, align="none", workers=1), stop)
+        prepare_cohort(few, output, Preparation(spacing_mm=9.0, align="none", workers=1), stop)
     assert not (output / "cohort.json").exists()
     assert len(done(few, output, Preparation(spacing_mm=9.0, align="none", workers=1))) == 2
 
 
-def test_a_killed_preparation_leaves_whole_files_and_ends_the_same_to_the_byte_when_run_again(
+def test_a_killed_preparation_leaves_complete_files_and_has_the_same_result_when_run_again(
     few, save, paint, grid_about, rigid, tmp_path
 ):
-    """By the command line, killed at its first file, then in two worker processes; against one without a break."""
+    """The command line, killed at its first file, then with two worker processes, against a run without interruption."""
     turned = grid_about((31, -47, 112), (13, 14, 15), (9.0, 8.0, 7.5), (0, 6, 10))
     save("turned", paint(turned, rigid((8, 0, 3))))
     raw, output = tmp_path / "raw", tmp_path / "killed"
@@ -353,7 +353,7 @@ def test_a_killed_preparation_leaves_whole_files_and_ends_the_same_to_the_byte_w
     assert "mm, reference" in again.stdout
     assert all((output / name).stat().st_mtime_ns == when for name, when in left.items()), "done is done"
     whole = Preparation(spacing_mm=8.0, align="rigid", workers=1)
-    unbroken = prepare(layouts.folder(raw), tmp_path / "unbroken", whole).parent
+    unbroken = prepare_cohort(layouts.folder(raw), tmp_path / "unbroken", whole).parent
     for path in (*unbroken.glob("*.npz"), unbroken / "cohort.json"):
         assert (output / path.name).read_bytes() == path.read_bytes(), path.name
 
@@ -363,7 +363,7 @@ def _cut(file: Path) -> None:
 
 
 def _cut_inside(file: Path) -> None:
-    """As of one that was cut first and compressed then."""
+    """A file that was truncated first and compressed afterwards."""
     whole = gzip.decompress(file.read_bytes())
     file.write_bytes(gzip.compress(whole[: len(whole) // 2]))
 
@@ -406,19 +406,27 @@ BROKEN = {
     "far away": (
         "image",
         _moved_with_labels,
-        "nothing of it lies in the common space, aligned by 'none'; try another --align",
+        "the volume lies outside the common space after the alignment 'none'; try another --align",
     ),
     "labels missing": ("labels", Path.unlink, "there is no such file"),
-    "labels elsewhere": ("labels", _moved, r"no label lies where head0.nii.gz is; give both files the same origin"),
-    "labels of halves": ("labels", _image(lambda a: a / np.float32(2)), "holds whole numbers, but here is 0.5"),
+    "labels elsewhere": ("labels", _moved, r"no label lies inside head0.nii.gz; give both files the same origin"),
+    "labels of halves": ("labels", _image(lambda a: a / np.float32(2)), "holds whole numbers, but .*0.5"),
     "labels of nothing": ("labels", _image(lambda a: a * 0), "no voxel is labeled; draw labels or remove the file"),
-    "labels too large": ("labels", _image(lambda a: a * np.int16(100)), "holds labels from 0 to 400, 0 to 255 are"),
-    "labels below zero": ("labels", _image(lambda a: -a.astype(np.int16)), "holds labels from -4 to 0, 0 to 255 are"),
+    "labels too large": (
+        "labels",
+        _image(lambda a: a * np.int16(100)),
+        "holds labels from 0 to 400, but only 0 to 255 are",
+    ),
+    "labels below zero": (
+        "labels",
+        _image(lambda a: -a.astype(np.int16)),
+        "holds labels from -4 to 0, but only 0 to 255 are",
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_a_file_that_cannot_be_used_is_named_and_left_out_only_if_told_so(few, tmp_path, kind):
+def test_an_unusable_file_is_named_and_left_out_only_on_request(few, tmp_path, kind):
     which, damage, reason = BROKEN[kind]
     file = few[0].images[0] if which == "image" else few[0].labels
     damage(file)
@@ -426,10 +434,10 @@ def test_a_file_that_cannot_be_used_is_named_and_left_out_only_if_told_so(few, t
     with pytest.raises(
         ValueError, match=rf"(?s)1 of 3 volumes cannot be used:.*{file.name}: .*{reason}.*--skip-broken"
     ):
-        prepare(few, tmp_path / "out", careful)
+        prepare_cohort(few, tmp_path / "out", careful)
     assert not (tmp_path / "out/cohort.json").exists()
-    told = Preparation(spacing_mm=8.0, align="none", reference="head2", workers=1, skip_broken=True)
-    assert done(few, tmp_path / "out", told) in ([], ["head0"]), "the others were kept"
+    skipping = Preparation(spacing_mm=8.0, align="none", reference="head2", workers=1, skip_broken=True)
+    assert done(few, tmp_path / "out", skipping) in ([], ["head0"]), "the others were kept"
     result = about(tmp_path / "out")
     assert [entry["name"] for entry in result["volumes"]] == ["head1", "head2"]
     (skipped,) = result["skipped"]
@@ -437,7 +445,7 @@ def test_a_file_that_cannot_be_used_is_named_and_left_out_only_if_told_so(few, t
     assert not (tmp_path / "out/head0.npz").exists()
 
 
-def test_all_broken_files_are_named_at_once_and_the_reference_is_another_one_then(few, tmp_path):
+def test_all_broken_files_are_named_and_another_reference_is_chosen(few, tmp_path):
     few[1].images[0].write_bytes(b"no image" * 100)
     head2 = sitk.ReadImage(str(few[2].images[0]))
     head2[3, 4, 5] = float("nan")  # in an MHA file: ITK itself replaces NaN in NIfTI by 0
@@ -445,14 +453,14 @@ def test_all_broken_files_are_named_at_once_and_the_reference_is_another_one_the
     with pytest.raises(
         ValueError, match=r"(?s)2 of 3 volumes.*head1.nrrd: cannot be read.*head2.mha: .*1 voxels that are NaN"
     ):
-        prepare(few, tmp_path / "out", QUICK)
-    told = Preparation(spacing_mm=8.0, align="none", skip_broken=True, workers=1)
-    assert about(prepare(few, tmp_path / "out", told).parent)["reference"] == "head0"
+        prepare_cohort(few, tmp_path / "out", QUICK)
+    skipping = Preparation(spacing_mm=8.0, align="none", skip_broken=True, workers=1)
+    assert about(prepare_cohort(few, tmp_path / "out", skipping).parent)["reference"] == "head0"
     with pytest.raises(ValueError, match=r"the reference cannot be used: .*head1.nrrd: cannot be read"):
-        prepare(few, tmp_path / "out", Preparation(reference="head1", workers=1, skip_broken=True))
+        prepare_cohort(few, tmp_path / "out", Preparation(reference="head1", workers=1, skip_broken=True))
     few[0].images[0].unlink()
     with pytest.raises(ValueError, match="3 of 3 volumes cannot be used"):
-        prepare(few, tmp_path / "out", told)
+        prepare_cohort(few, tmp_path / "out", skipping)
 
 
 @pytest.mark.parametrize(
@@ -464,16 +472,16 @@ def test_all_broken_files_are_named_at_once_and_the_reference_is_another_one_the
         ({"fractions": (0.5, 0.1, 0.1)}, "add up to 1"),
     ],
 )
-def test_a_setting_that_cannot_be_meant_is_refused(setting, message):
+def test_an_invalid_setting_is_refused(setting, message):
     with pytest.raises(ValueError, match=message):
         Preparation(**setting)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [((), "name a cohort: --images"), (("--images", "nowhere"), "nowhere: there is no such folder")],
+    [((), "no cohort is named; give --images"), (("--images", "nowhere"), "nowhere: there is no such folder")],
 )
-def test_the_command_says_in_a_sentence_what_is_wrong(tmp_path, monkeypatch, capsys, arguments, message):
+def test_the_command_explains_an_error_in_one_sentence(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(sys, "argv", ["prepare.py", *arguments, "--output", str(tmp_path / "out")])
     assert main() == 2
     said = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""FFD+SEMI: local mutual information against its definition, and deformations that are known."""
+"""FFD+SEMI: local mutual information against its definition, and known deformations."""
 
 import itertools
 import math
@@ -8,7 +8,8 @@ import torch
 
 from DivRegNetLib.core import fields
 from DivRegNetLib.similarity.mutual_information import parzen_mi
-from training.data.pairs import Random, ffd
+from training.data.free_form import ffd
+from training.data.randomness import Random
 from training.experiments.semi import SemiSettings, local_mi, register
 
 SIDES = (28, 36, 32)
@@ -29,7 +30,7 @@ def tissues(shape=SIDES, seed: int = 0) -> torch.Tensor:
 
 
 def recolor(image: torch.Tensor) -> torch.Tensor:
-    """Another contrast: dark, middling and bright become dark, bright and gray."""
+    """Another contrast: dark, medium and bright become dark, bright and gray."""
     return 0.8 * (math.pi * image).sin() + 0.2 * image
 
 
@@ -73,14 +74,14 @@ def defined_local_mi(fixed: torch.Tensor, moving: torch.Tensor, window: int, bin
     return total / mass
 
 
-def test_local_mi_is_the_mean_mi_of_windows_whose_voxels_weigh_as_the_spline_says():
+def test_local_mi_is_the_mean_mi_of_spline_windows():
     fixed, moving = blobs((9, 11, 10), seed=0), blobs((9, 11, 10), seed=1)
     assert local_mi(fixed, moving, window=4, bins=8).item() == pytest.approx(
         defined_local_mi(fixed, moving, 4, 8), rel=1e-4
     )
 
 
-def test_wide_windows_are_made_of_blocks_without_much_loss():
+def test_blocks_approximate_wide_windows():
     fixed, moving = blobs((20, 26, 22)), shifted(recolor(blobs((20, 26, 22))), 1)
     assert local_mi(fixed, moving, window=12, bins=16).item() == pytest.approx(
         defined_local_mi(fixed, moving, 12, 16), rel=0.02
@@ -89,7 +90,7 @@ def test_wide_windows_are_made_of_blocks_without_much_loss():
 
 @pytest.mark.parametrize("voxels", [0, 1, 3])
 def test_one_window_that_covers_everything_gives_the_mi_of_the_whole_images(voxels):
-    """The same number where the fixed values lie apart: how a single value is spread over bins does not matter then."""
+    """For distinct fixed values the spread of a value over bins does not matter, so both are the same number."""
     fixed = (4 * blobs()).round() / 4
     moving = shifted(recolor(blobs()), voxels)
     moving = (moving - moving.min()) / (moving.max() - moving.min())
@@ -115,7 +116,7 @@ def test_local_mi_falls_with_growing_translation_of_another_contrast():
 
 
 def test_a_bias_field_costs_local_mi_less_than_global_mi():
-    """What tells aligned from shifted by three voxels, with and without a bias field over the moving image."""
+    """The difference between aligned and shifted by three voxels, with and without a bias field in the moving image."""
     fixed = blobs((40, 40, 40))
     moving = recolor(fixed)
     bias = torch.linspace(0.2, 1, 40)
@@ -134,7 +135,7 @@ def test_a_bias_field_costs_local_mi_less_than_global_mi():
     assert kept["local"] > 1.3 * kept["global"], kept
 
 
-def test_intensities_outside_their_range_count_as_its_ends():
+def test_intensities_outside_the_range_are_clamped():
     fixed, moving = blobs((8, 8, 8), 0), blobs((8, 8, 8), 1)
     beyond = 3 * moving - 1
     torch.testing.assert_close(local_mi(fixed, beyond, window=4), local_mi(fixed, beyond.clamp(0, 1), window=4))
@@ -191,6 +192,6 @@ def test_progress_rises_to_one_and_may_cancel():
         register(image, image, QUICK, cancel)
 
 
-def test_every_level_needs_its_number_of_steps():
+def test_the_numbers_of_levels_and_steps_must_agree():
     with pytest.raises(ValueError, match="one per level"):
         SemiSettings(shrink=(4, 2, 1), steps=(10, 10))

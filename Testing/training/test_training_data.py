@@ -1,27 +1,34 @@
-"""What training looks at: prepared cohorts, pairs drawn from them, phantoms, synthesis; deformations against closed forms."""
+"""Training data: prepared cohorts, pairs, phantoms and generated pairs; deformations against closed forms."""
 
 import math
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from DivRegNetLib.core import fields
+from DivRegNetLib.core.grid import Grid
 from DivRegNetLib.core.intensity import normalize
 from training import config as configs
+from training import scoring
 from training.data import cohort as cohorts
 from training.data import phantoms
-from training.data.pairs import Augmentation, Pair, Random, augment, bspline_basis, ffd, random_affine, transform
-from training.data.sources import CohortPairs, Phantoms, Synthesis, source_of
+from training.data.free_form import bspline_basis, evaluate, ffd, ffd_transform
+from training.data.pairs import Augmentation, Pair, augment, random_affine, transform
+from training.data.randomness import Random
+from training.data.sources import CohortPairs, OrderedPairs, Phantoms, Synthesis, source_of
 from training.data.synthesis import Recipe, make_pair
 
-STILL = Augmentation(degrees=0, shift_mm=0)
+NO_AUGMENTATION = Augmentation(degrees=0, shift_mm=0)
 
 
-class Told(Random):
-    """Random numbers whose normal ones are told, or kept."""
+class Recorded(Random):
+    """Random numbers whose normal ones are constant, or recorded."""
 
     def __init__(self, seed: int = 0, value: float | None = None) -> None:
         super().__init__(seed)
@@ -61,7 +68,7 @@ def cubic(t: float) -> float:
 @given(spacing=st.floats(1, 12), voxel=st.tuples(*[st.integers(0, 8)] * 3), seed=st.integers(0, 1000))
 def test_a_free_form_deformation_is_the_sum_of_its_splines(spacing, voxel, seed):
     """Control point i of an axis lies at (i - 1) spacings, so that one is outside the first voxel."""
-    random = Told(seed)
+    random = Recorded(seed)
     field = ffd((9, 10, 11), spacing, 1.5, random)
     control = 1.5 * random.drawn
     weights = [[cubic(x / spacing - (i - 1)) for i in range(n)] for x, n in zip(voxel, control.shape[1:], strict=True)]
@@ -69,14 +76,34 @@ def test_a_free_form_deformation_is_the_sum_of_its_splines(spacing, voxel, seed)
     torch.testing.assert_close(field[0, :, voxel[0], voxel[1], voxel[2]].double(), expected, atol=1e-4, rtol=1e-4)
 
 
+def test_a_deformation_as_a_tensor_is_the_one_that_simpleitk_makes_of_the_same_control_points():
+    image = sitk.Image(41, 51, 61, sitk.sitkFloat32)
+    image.SetSpacing((2.0, 2.0, 2.0))
+    made = ffd_transform(image, seed=3)
+    first = made.GetCoefficientImages()[0]
+    sides, step = (30, 40, 50), 2.0
+    grid = Grid.build(
+        sides, (step,) * 3, made.GetTransformDomainOrigin()
+    )  # the second control point is at its first voxel
+    control = torch.tensor(made.GetParameters()).reshape(3, *first.GetSize()[::-1])
+    axes = zip(sides[::-1], first.GetSpacing()[::-1], control.shape[1:], strict=True)
+    bases = [torch.zeros(n, controls) for n, _, controls in axes]
+    for basis, n, mm in zip(bases, sides[::-1], first.GetSpacing()[::-1], strict=True):
+        weights = bspline_basis(n, mm / step, torch.device("cpu"))
+        basis[:, : weights.shape[1]] = weights
+    expected = np.moveaxis(sitk.GetArrayFromImage(scoring.displacement_on(made, grid)), -1, 0)[None]
+    torch.testing.assert_close(evaluate(control, bases), torch.from_numpy(expected).float(), atol=1e-3, rtol=0)
+    assert np.abs(expected).max() > 3
+
+
 @given(value=st.floats(-9, 9), spacing=st.floats(1, 40))
-def test_equal_control_points_are_a_shift_and_none_is_none(value, spacing):
-    field = ffd((7, 12, 9), spacing, 1.0, Told(value=value))
+def test_equal_control_points_make_a_shift(value, spacing):
+    field = ffd((7, 12, 9), spacing, 1.0, Recorded(value=value))
     torch.testing.assert_close(field, torch.full((1, 3, 7, 12, 9), value), atol=1e-4, rtol=1e-4)
     assert not ffd((7, 12, 9), spacing, 0.0, Random(0)).any()
 
 
-def test_control_points_of_a_standard_deviation_give_the_deformation_that_of_the_splines():
+def test_the_standard_deviation_of_a_deformation_follows_from_that_of_control_points():
     """At each voxel the variance is sd^2 times the sum of squared weights, as control points are independent."""
     drawn = torch.stack([ffd((8, 8, 8), 3.0, 2.0, Random(seed)) for seed in range(300)])
     squared = bspline_basis(8, 3.0, torch.device("cpu")).square().sum(1)
@@ -85,7 +112,7 @@ def test_control_points_of_a_standard_deviation_give_the_deformation_that_of_the
     assert drawn.mean().abs() < 0.05
 
 
-def test_a_seed_gives_one_deformation_and_another_another():
+def test_a_deformation_depends_on_the_seed_alone():
     first, again, other = (ffd((8, 8, 8), 4.0, 1.0, Random(seed)) for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.allclose(first, other)
@@ -120,10 +147,10 @@ def test_points_turn_about_the_center():
     apart=st.floats(0, 8),
     axis=st.integers(0, 2),
 )
-def test_an_augmented_deformation_still_leads_to_the_same_place(seed, degrees, shift, apart, axis):
-    """Landmarks everywhere: the moving image shows one coordinate of each of its voxels, the fixed one where truth leads.
+def test_an_augmented_displacement_leads_to_the_same_anatomy(seed, degrees, shift, apart, axis):
+    """The intensity of the moving image is one coordinate of its voxels, that of the fixed image is where the truth leads.
 
-    Both are linear between voxels, so sampling loses nothing; a pair of white images tells what came from outside.
+    Both are linear between voxels, so sampling is exact; a pair of constant images shows what came from outside.
     """
     shape = (12, 16, 14)
     truth = ffd(shape, 6.0, 1.0, Random(seed))
@@ -139,7 +166,7 @@ def test_an_augmented_deformation_still_leads_to_the_same_place(seed, degrees, s
     torch.testing.assert_close(landed[inside], turned.fixed[inside], atol=1e-2, rtol=0)
 
 
-def test_a_part_is_the_same_cube_of_all_that_a_pair_holds():
+def test_a_part_is_the_same_cube_of_all_tensors_of_a_pair():
     image = torch.arange(20.0 * 33 * 48).view(1, 1, 20, 33, 48)
     pair = Pair(image, image + 1, truth=image.repeat(1, 3, 1, 1, 1), moving_labels=image.long())
     places = set()
@@ -157,7 +184,7 @@ def test_a_part_is_the_same_cube_of_all_that_a_pair_holds():
     assert len(places) > 5
 
 
-def test_augmentation_moves_both_images_alike_and_the_moving_one_a_little_more():
+def test_augmentation_moves_both_images_alike_and_the_moving_one_in_addition():
     image = torch.rand(1, 1, 12, 16, 14, generator=torch.Generator().manual_seed(0))
     alike = augment(Pair(image, image), Augmentation(10, 8), 2.0, Random(1))
     torch.testing.assert_close(alike.fixed, alike.moving, atol=1e-4, rtol=0)
@@ -167,7 +194,7 @@ def test_augmentation_moves_both_images_alike_and_the_moving_one_a_little_more()
     assert (apart.moving - image).abs().mean() > 0.05
 
 
-def test_augmentation_keeps_kinds_and_does_without_what_is_not_known():
+def test_augmentation_keeps_types_and_missing_values():
     pair = Pair(*torch.rand(2, 1, 1, 8, 8, 8))
     bare = augment(pair, Augmentation(), 2.0, Random(0))
     assert (bare.brain, bare.truth, bare.fixed_labels, bare.moving_labels) == (None,) * 4
@@ -190,7 +217,7 @@ def test_a_phantom_is_its_template_warped_by_the_truth(head_cohort):
         assert torch.equal(pair.moving_labels[0, 0] > 0, cohort.volumes[0].labels[0, 0] > 0)
 
 
-def test_every_task_has_the_same_deformations_and_the_fixed_image_it_names(head_cohort):
+def test_all_tasks_share_deformations_and_have_the_fixed_contrast_in_their_name(head_cohort):
     cohort = cohorts.load(head_cohort)
     pairs = {task: phantoms.phantom(cohort, task, 900_000) for task in phantoms.TASKS}
     first = pairs["T1-T2"]
@@ -201,7 +228,7 @@ def test_every_task_has_the_same_deformations_and_the_fixed_image_it_names(head_
         assert torch.equal(pair.moving, normalize(template, "robust"))
 
 
-def test_phantoms_move_as_far_as_the_paper_says(head_cohort):
+def test_the_amplitude_of_phantoms_is_that_of_the_paper(head_cohort):
     """Control points every 20 mm, each component N(0, 6 mm)."""
     cohort = cohorts.load(head_cohort)
     drawn = torch.cat([phantoms.phantom(cohort, "T2-T2", seed).truth for seed in range(20)]) * cohort.spacing
@@ -226,10 +253,10 @@ def test_a_cohort_without_template_is_refused(tiny_cohort):
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_the_truth_of_a_made_pair_leads_to_the_same_place(tmp_path, write_cohort, axis):
-    """Landmarks everywhere: the labels are a coordinate, so what is looked up wrongly is wrong by so many voxels.
+def test_the_true_displacement_of_a_generated_pair_leads_to_the_same_anatomy(tmp_path, write_cohort, axis):
+    """The labels are a coordinate, so that a wrong label is wrong by so many voxels.
 
-    Nearest voxels are taken twice, which is half a voxel off and more.
+    Nearest-neighbor interpolation is used twice, which adds at least half a voxel.
     """
     places = 1 + np.indices((32, 24, 28))[2 - axis].astype(np.uint8)
     volume = {"labels": places, "brain": places > 0, "contrasts": []}
@@ -245,7 +272,7 @@ def test_the_truth_of_a_made_pair_leads_to_the_same_place(tmp_path, write_cohort
     assert sum(after) < 0.5 * sum(before)
 
 
-def test_what_is_made_is_normalized_and_says_what_it_knows(head_cohort):
+def test_generated_pairs_are_normalized_and_have_truth_and_labels_if_known(head_cohort):
     cohort = cohorts.load(head_cohort)
     pairs = [make_pair(cohort, Recipe(same_subject=0.5), Random(seed)) for seed in range(12)]
     for pair in pairs:
@@ -258,7 +285,7 @@ def test_what_is_made_is_normalized_and_says_what_it_knows(head_cohort):
     assert {pair.fixed_labels is None for pair in pairs} == {True, False}
 
 
-def test_a_seed_makes_one_pair(head_cohort):
+def test_a_generated_pair_depends_on_the_seed_alone(head_cohort):
     cohort = cohorts.load(head_cohort)
     first, again, other = (make_pair(cohort, Recipe(), Random(seed)) for seed in (3, 3, 4))
     assert same_as(first, again)
@@ -270,7 +297,7 @@ def test_a_seed_makes_one_pair(head_cohort):
 
 @pytest.fixture
 def tagged(tmp_path, write_cohort):
-    """Volumes that are told by their one intensity; roles differ."""
+    """Volumes that are recognized by their constant intensity; roles differ."""
     roles = {
         "train": ("both", "fixed", "moving", "moving"),
         "validation": ("fixed", "moving", "moving"),
@@ -289,8 +316,8 @@ def drawn_from(cohort, pair: Pair) -> list:
     return [cohort.volumes[round(image[0, 0, 4, 4, 4].item() * 16) - 1] for image in (pair.fixed, pair.moving)]
 
 
-def test_pairs_are_of_one_split_two_volumes_and_the_roles_they_may_have(tagged):
-    source = CohortPairs(tagged, STILL, 100)
+def test_pairs_are_of_two_volumes_of_one_split_with_fitting_roles(tagged):
+    source = CohortPairs(tagged, NO_AUGMENTATION, 100)
     pairs = {split: [pair for _, pair in source.held_out(split)] for split in ("validation", "test")}
     pairs["train"] = [source.draw(Random(seed)) for seed in range(150)]
     for split, found in pairs.items():
@@ -303,6 +330,34 @@ def test_pairs_are_of_one_split_two_volumes_and_the_roles_they_may_have(tagged):
         split: len({tuple(v.name for v in drawn_from(tagged, p)) for p in found}) for split, found in pairs.items()
     }
     assert count == {"train": 5, "validation": 2, "test": 2}
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_pairs_computed_from_their_number_are_those_of_the_list(tagged, split):
+    volumes = tagged.split(split)
+    listed = [
+        (fixed, moving)
+        for fixed in volumes
+        for moving in volumes
+        if fixed is not moving and fixed.role != "moving" and moving.role != "fixed"
+    ]
+    pairs = OrderedPairs(list(volumes))
+    assert len(pairs) == len(listed)
+    assert [[v.name for v in pairs[i]] for i in range(len(pairs))] == [[v.name for v in pair] for pair in listed]
+    assert not OrderedPairs([]) and not OrderedPairs(list(volumes[:1]))
+
+
+def test_drawing_from_a_large_cohort_lists_no_pairs(tagged):
+    """2,000 volumes have four million pairs."""
+    volumes = tuple(
+        replace(tagged.volumes[0], name=str(i), split=split) for split in ("train", "validation") for i in range(2000)
+    )
+    source = CohortPairs(replace(tagged, volumes=volumes), NO_AUGMENTATION, 3)
+    assert len(source.pairs["train"]) == 2000 * 1999
+    started = time.process_time()
+    drawn = [source.draw(Random(seed)) for seed in range(50)]
+    assert time.process_time() - started < 1
+    assert len(drawn) == 50 and len(list(source.held_out("validation"))) == 3
 
 
 def test_held_out_pairs_are_the_same_each_time(tiny_cohort):
@@ -324,7 +379,7 @@ def test_phantoms_are_held_out_by_task_and_count(head_cohort):
 
 
 @pytest.mark.parametrize("pairs", ["cohort", "phantoms", "synthesis"])
-def test_a_source_draws_what_the_seed_says_and_all_that_the_loss_needs(pairs, tiny_cohort, head_cohort):
+def test_a_drawn_pair_depends_on_the_seed_alone(pairs, tiny_cohort, head_cohort):
     folder = tiny_cohort if pairs == "cohort" else head_cohort
     source = source_of(configs.build({"name": "x", "data": {"cohort": str(folder), "pairs": pairs}}))
     drawn = [source.draw(Random(seed)) for seed in (1, 1, 2)]
@@ -333,17 +388,17 @@ def test_a_source_draws_what_the_seed_says_and_all_that_the_loss_needs(pairs, ti
     assert drawn[0].fixed.shape[2:] == source.cohort.shape
 
 
-def test_a_split_that_has_no_pair_is_refused_by_name(tmp_path, write_cohort):
+def test_a_split_without_a_pair_is_named(tmp_path, write_cohort):
     image = np.zeros((1, 8, 8, 8))
     volumes = {f"v{i}": {"images": image, "role": "fixed", "split": split} for i, split in enumerate(("train",) * 3)}
     with pytest.raises(ValueError, match="'train' has no fixed and moving volume"):
-        CohortPairs(cohorts.load(write_cohort(tmp_path, volumes)), STILL, 1)
+        CohortPairs(cohorts.load(write_cohort(tmp_path, volumes)), NO_AUGMENTATION, 1)
     volumes["v1"]["role"] = "moving"
     with pytest.raises(ValueError, match="'validation' has no fixed and moving volume"):
-        CohortPairs(cohorts.load(write_cohort(tmp_path, volumes)), STILL, 1)
+        CohortPairs(cohorts.load(write_cohort(tmp_path, volumes)), NO_AUGMENTATION, 1)
 
 
-def test_a_run_that_names_no_cohort_is_told_how_to():
+def test_without_a_cohort_the_error_says_how_to_name_one():
     with pytest.raises(ValueError, match=r"data\.cohort names no folder"):
         source_of(configs.build({"name": "x"}))
 
@@ -351,7 +406,7 @@ def test_a_run_that_names_no_cohort_is_told_how_to():
 # Prepared cohorts
 
 
-def test_what_was_written_is_read(tmp_path, write_cohort, anatomy):
+def test_a_cohort_is_read_as_it_was_written(tmp_path, write_cohort, anatomy):
     images, labels, brain = anatomy((8, 9, 10))
     volumes = {
         "both": {
@@ -382,22 +437,22 @@ def test_what_was_written_is_read(tmp_path, write_cohort, anatomy):
     assert cohort.split("test") == (label_map,)
 
 
-def test_a_missing_cohort_is_missed_by_name(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"cohort.json is missing: make the cohort first"):
+def test_a_missing_cohort_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"cohort.json is missing: prepare the cohort first"):
         cohorts.load(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["{", '{"format": 1}', "[]"])
-def test_a_listing_that_is_none_is_refused_by_name(tmp_path, text):
+def test_an_invalid_listing_is_named(tmp_path, text):
     (tmp_path / "cohort.json").write_text(text)
     with pytest.raises(ValueError, match=r"cohort.json: .*prepare the cohort again"):
         cohorts.load(tmp_path)
 
 
-def test_a_volume_of_another_shape_or_none_is_refused_by_name(tmp_path, write_cohort):
+def test_a_volume_that_is_missing_or_has_another_shape_is_named(tmp_path, write_cohort):
     write_cohort(tmp_path, {"a": {"images": np.zeros((1, 8, 8, 8))}, "b": {"images": np.zeros((1, 8, 8, 8))}})
     np.savez(tmp_path / "b.npz", images=np.zeros((1, 8, 8, 9)))
-    with pytest.raises(ValueError, match=r"b.npz: images is \(8, 8, 9\) where the cohort is \(8, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"b.npz: images has the shape \(8, 8, 9\), but the cohort has \(8, 8, 8\)"):
         cohorts.load(tmp_path)
     (tmp_path / "b.npz").unlink()
     with pytest.raises(ValueError, match=r"b.npz: cannot be read"):
@@ -405,7 +460,7 @@ def test_a_volume_of_another_shape_or_none_is_refused_by_name(tmp_path, write_co
 
 
 @given(share=st.floats(0, 1, exclude_max=True))
-def test_a_volume_cut_short_anywhere_is_refused_by_name(tmp_path_factory, write_cohort, share):
+def test_a_truncated_volume_is_named(tmp_path_factory, write_cohort, share):
     folder = write_cohort(tmp_path_factory.mktemp("cut"), {"a": {"images": np.zeros((1, 8, 8, 8))}})
     whole = (folder / "a.npz").read_bytes()
     (folder / "a.npz").write_bytes(whole[: int(share * len(whole))])

@@ -1,4 +1,4 @@
-"""Displacement and velocity fields: every claim against a map that is known in closed form."""
+"""Displacement and velocity fields: each function against maps that are known in closed form."""
 
 import math
 
@@ -85,7 +85,7 @@ def test_coordinates_are_x_y_z():
 
 
 @given(shape=st.tuples(*[st.integers(1, 8)] * 3), channels=st.integers(1, 4))
-def test_one_image_is_sampled_as_each_of_a_batch_and_as_one_that_is_learnt_from(shape, channels):
+def test_one_image_is_sampled_as_each_of_a_batch_and_as_one_that_is_learned_from(shape, channels):
     """Each goes another way: parts of one image are sampled by several threads."""
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(1, channels, 5, 6, 7, generator=generator)
@@ -95,7 +95,7 @@ def test_one_image_is_sampled_as_each_of_a_batch_and_as_one_that_is_learnt_from(
     assert torch.equal(alone, fields.sample(image.clone().requires_grad_(), points).detach())
 
 
-def test_kept_matrices_have_the_asked_type_and_can_be_learnt_through():
+def test_kept_matrices_have_the_asked_type_and_can_be_learned_through():
     with torch.inference_mode():
         first = fields.gaussian(9, 1.25, like=torch.zeros(1))
     assert fields.gaussian(9, 1.25, like=torch.zeros(1)) is first

@@ -33,9 +33,9 @@ def test_what_is_brighter_stays_so_between_0_and_1_in_any_unit(scheme, seed, sca
 def test_what_was_not_measured_does_not_decide(scheme, seed, outside):
     small = image(seed)
     padded = torch.nn.functional.pad(small, (3, 2, 1, 4, 0, 5), value=outside)
-    seen = torch.nn.functional.pad(torch.ones_like(small, dtype=torch.bool), (3, 2, 1, 4, 0, 5))
-    found = normalize(padded, scheme, seen)
-    torch.testing.assert_close(found[seen], normalize(small, scheme).flatten())
+    measured = torch.nn.functional.pad(torch.ones_like(small, dtype=torch.bool), (3, 2, 1, 4, 0, 5))
+    found = normalize(padded, scheme, measured)
+    torch.testing.assert_close(found[measured], normalize(small, scheme).flatten())
     assert 0 <= found.min() <= found.max() <= 1 + 1e-5
 
 

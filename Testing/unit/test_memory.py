@@ -1,4 +1,4 @@
-"""Memory: what is estimated is what is taken, less is asked for where there is less, and what happens where it ends."""
+"""Memory: estimates against measured peaks, plans for less memory, and what happens when it runs out."""
 
 import os
 import subprocess
@@ -12,12 +12,12 @@ import SimpleITK as sitk
 import torch
 
 from DivRegNetLib import models
+from DivRegNetLib.core.composites import field_of
 from DivRegNetLib.core.grid import Grid
 from DivRegNetLib.errors import DeviceError, InputError
-from DivRegNetLib.registration import pipeline
+from DivRegNetLib.registration import memory, resources
 from DivRegNetLib.registration.pipeline import register
 from DivRegNetLib.registration.regnet import RegNet, RegNetConfig
-from DivRegNetLib.run import memory
 from DivRegNetLib.run.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,7 +116,7 @@ def test_what_does_not_fit_at_any_resolution_is_refused_with_numbers_before_it_i
     with pytest.raises(DeviceError, match=r"20 x 26 x 18 and .* voxels: even at 24 mm .* takes \d+ MB more"):
         register(*pair, **SETTINGS, memory=0.3, progress=lambda stage, _: seen.append(stage))
     assert set(seen) == {"check"}
-    with pytest.raises(InputError, match="number of gigabytes"):
+    with pytest.raises(InputError, match="memory is a number of at least 0\\.001 GB"):
         register(*pair, **SETTINGS, memory=-1.0)
 
 
@@ -128,7 +128,7 @@ def test_displacement_fields_that_do_not_fit_are_kept_at_the_working_resolution(
     thin = register(*images, **SETTINGS, memory=limit(*images, beyond_mb=40))
     assert thin.settings["spacing"] == full.settings["spacing"]
     for name, fine in (("transform", grids[0]), ("inverse", grids[1])):
-        field = getattr(thin, name).GetDisplacementField()
+        field = field_of(getattr(thin, name))
         assert np.prod(field.GetSize()) < fine.voxels / 30
         points = fine.to_physical(np.random.default_rng(0).random((200, 3)) * (np.array(fine.size) - 1))
         ends = [np.array([getattr(r, name).TransformPoint(p) for p in points.tolist()]) for r in (full, thin)]
@@ -162,10 +162,10 @@ class Greedy(RegNet):
         self.on_card = str(device) == STAND_IN
         return super().to(device, **arguments)
 
-    def forward(self, fixed, moving, valid=None):
+    def register(self, fixed, moving, start=None, valid=None):
         if fixed.numel() > self.most and (self.on_card or not self.only_on_card):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-        return super().forward(fixed, moving)
+        return super().register(fixed, moving)
 
 
 STAND_IN = "cpu:0"  # another device than "cpu" to PyTorch, which every machine has
@@ -198,8 +198,8 @@ def test_where_the_memory_runs_out_all_the_same_a_coarser_resolution_follows(pai
 
 
 def test_a_card_without_memory_gets_a_coarser_resolution_and_then_the_cpu_does_it(pair, greedy, monkeypatch):
-    monkeypatch.setattr(pipeline, "pick_device", lambda name: torch.device(STAND_IN))
-    monkeypatch.setattr(pipeline, "free_memory", lambda device: 1e12)
+    monkeypatch.setattr(resources, "pick_device", lambda name: torch.device(STAND_IN))
+    monkeypatch.setattr(resources, "free_memory", lambda device: 1e12)
     coarser = register_with(greedy(8000, only_on_card=True), pair, device="auto")
     assert coarser.settings["device"] == STAND_IN and coarser.settings["spacing"] > 6
     on_cpu = register_with(greedy(0, only_on_card=True), pair, device="auto")
@@ -208,15 +208,15 @@ def test_a_card_without_memory_gets_a_coarser_resolution_and_then_the_cpu_does_i
 
 
 def test_a_card_whose_memory_is_known_to_be_too_small_is_not_tried(pair, greedy, monkeypatch):
-    monkeypatch.setattr(pipeline, "pick_device", lambda name: torch.device(STAND_IN))
-    monkeypatch.setattr(pipeline, "free_memory", lambda device: memory.EXTRA)
+    monkeypatch.setattr(resources, "pick_device", lambda name: torch.device(STAND_IN))
+    monkeypatch.setattr(resources, "free_memory", lambda device: memory.EXTRA)
     result = register_with(greedy(10**9), pair, device="auto")
     assert result.settings["device"] == "cpu" and result.settings["spacing"] == 6
 
 
 def test_memory_that_is_never_enough_ends_in_one_sentence(pair, greedy):
     with pytest.raises(
-        DeviceError, match=r"ran out in step 'predict', the last time at .* mm: choose a coarser spacing"
+        DeviceError, match=r"ran out in step 'deform', the last time at .* mm: choose a coarser spacing"
     ):
         register_with(greedy(0), pair, device="cpu")
 
@@ -244,10 +244,10 @@ def too_old(*size, device="cpu", make=torch.ones, **arguments):
 
 
 CARDS = {
-    "built for the CPU alone": {"torch.version.cuda": None},
+    "built for the CPU only": {"torch.version.cuda": None},
     "CUDA_VISIBLE_DEVICES hides": {"hidden": ""},
     "finds no graphics card": {"torch.cuda.is_available": lambda: False},
-    "does not support so old": {"torch.ones": too_old},
+    "too old or too new for it": {"torch.ones": too_old},
     "PyTorch finds 1 graphics card": {"device": "cuda:7"},
 }
 

@@ -1,8 +1,11 @@
 """Models on disk: cards, weights, folders, and every way in which they can be wrong."""
 
+import contextlib
 import json
 import os
 import pickle
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,8 @@ from DivRegNetLib.errors import ModelError
 from DivRegNetLib.models import card as cards
 from DivRegNetLib.models import store
 from DivRegNetLib.registration.regnet import RegNetConfig
+from DivRegNetLib.registration.variational import DEFAULT, REFINEMENT
+from DivRegNetLib.similarity.classes import ClassNet, ClassNetConfig
 from DivRegNetLib.similarity.kldivnet import KLDivNetConfig
 
 
@@ -68,11 +73,117 @@ def test_a_model_without_similarity_network_is_saved_and_loaded(tiny_model, tmp_
     assert not list(file.parent.glob("*.part"))
 
 
+def test_a_model_without_regnet_is_saved_and_loaded_unless_its_methods_name_it(tiny_model, tmp_path):
+    loaded = models.load(tiny_model)
+    card = replace(loaded.card, name="alone", regnet=None, methods=["variational"])
+    file = models.save(tmp_path / "models", card, None, loaded.kldivnet)
+    assert models.load("alone").regnet is None
+    edit(file, methods=["variational", "regnet"])
+    with pytest.raises(ModelError, match="names regnet, but the file has no such network"):
+        models.load("alone")
+
+
+@pytest.fixture
+def with_classes(tiny_model, card_file) -> Path:
+    """The card of a model that tells three classes apart."""
+    loaded, config = models.load(tiny_model), ClassNetConfig(classes=3, channels=(2, 3), stride=2)
+    told = {"classnet": config.as_dict(), "classes": ["background", "one", "two"]}
+    return models.save(
+        card_file.parent, replace(loaded.card, name="classes", **told), loaded.regnet, loaded.kldivnet, ClassNet(config)
+    )
+
+
+def test_a_class_network_is_saved_and_loaded(with_classes):
+    loaded = models.load("classes")
+    assert loaded.classnet.config == ClassNetConfig(classes=3, channels=(2, 3), stride=2)
+    assert loaded.card.classes == ["background", "one", "two"]
+    assert not loaded.classnet.training and not any(p.requires_grad for p in loaded.classnet.parameters())
+    assert loaded.on(torch.device("cpu")).classnet is loaded.classnet
+    assert models.load("tiny").classnet is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"classes": ["background", "one"]}, "one name for each class"),
+        ({"classnet": None}, "one name for each class"),
+        ({"classnet": {"classes": "3"}}, "one name for each class"),
+        ({"classnet": {"classes": 3, "channels": [2, 3], "stride": 3}}, "do not fit the card"),
+        ({"classnet": {"classes": 3, "channels": [2, 4], "stride": 2}}, "do not fit the card"),
+        ({"classnet": None, "classes": []}, "unknown tensor 'classnet"),
+    ],
+)
+def test_a_class_network_that_does_not_fit_its_card_is_refused(with_classes, changes, said):
+    edit(with_classes, **changes)
+    with pytest.raises(ModelError, match=said):
+        models.load("classes")
+
+
 def test_saving_again_replaces_both_files(card_file):
     loaded = models.load("tiny")
     torch.nn.init.ones_(loaded.regnet.head.weight)
     models.save(card_file.parent, loaded.card, loaded.regnet, loaded.kldivnet)
     assert (models.load("tiny").regnet.head.weight == 1).all()
+
+
+class Killed(BaseException):
+    """In place of a signal that ends the process between two steps."""
+
+
+@pytest.mark.parametrize("step", range(1, 5))
+def test_a_model_is_replaced_in_one_step_wherever_saving_is_killed(step, card_file, monkeypatch):
+    """At every moment card and weights belong together: either the old ones or the new."""
+    old, new = models.load("tiny"), models.load("tiny")
+    torch.nn.init.ones_(new.regnet.head.weight)
+    done, replace = [], os.replace
+
+    def counted(*paths):
+        done.append(paths)
+        if len(done) == step:
+            raise Killed
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", counted)
+    with contextlib.suppress(Killed):
+        models.save(card_file.parent, new.card, new.regnet, new.kldivnet)
+    monkeypatch.setattr(os, "replace", replace)
+    expected = (old if step <= 2 else new).regnet.head.weight
+    assert torch.equal(models.load("tiny").regnet.head.weight, expected)
+    models.save(card_file.parent, new.card, new.regnet, new.kldivnet)
+    assert torch.equal(models.load("tiny").regnet.head.weight, new.regnet.head.weight)
+
+
+def test_a_model_can_be_loaded_while_it_is_replaced_again_and_again(card_file):
+    """Never is it said to be damaged."""
+    model, stop = models.load("tiny"), threading.Event()
+
+    def replace():
+        while not stop.is_set():
+            torch.nn.init.normal_(model.regnet.head.weight)
+            models.save(card_file.parent, model.card, model.regnet, model.kldivnet)
+
+    thread = threading.Thread(target=replace)
+    thread.start()
+    try:
+        for _ in range(30):
+            models.load("tiny")
+    finally:
+        stop.set()
+        thread.join()
+    assert len(list(card_file.parent.glob("*.safetensors"))) == 1
+
+
+def test_without_home_and_without_named_folders_the_bundled_models_are_left(monkeypatch):
+    monkeypatch.delenv(models.ENVIRONMENT, raising=False)
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    assert models.own_folders() == []
+    assert models.find("general").parent == models.bundled_folder()
+    with pytest.raises(ModelError, match=f"no home folder for the model: .* {models.ENVIRONMENT}"):
+        models.own_folder()
 
 
 # Where models are looked for
@@ -121,13 +232,43 @@ def test_a_model_that_ships_can_be_loaded(file):
     assert loaded.card.training
 
 
+# Cards of format 1
+
+
+def old_card(file: Path, newton: int, **changes) -> None:
+    """Makes a card one of format 1."""
+    values = json.loads(file.read_text())
+    regnet = {k: v for k, v in values["regnet"].items() if k != "guided"} | {"newton": newton}
+    edit(file, format=1, methods=..., variational=..., refinement=..., regnet=regnet, **changes)
+
+
+@pytest.mark.parametrize("newton", [0, 7])
+def test_a_card_of_format_1_is_read_as_one_of_format_2(card_file, newton):
+    values = json.loads(card_file.read_text())
+    old_card(card_file, newton, licence=values["license"], license=..., normalisation="robust", normalization=...)
+    card = models.read_card(card_file)
+    assert card.format == 2
+    assert card.methods == (["variational", "regnet"] if newton else ["regnet"])
+    assert card.variational_settings == replace(DEFAULT, steps=newton or DEFAULT.steps)
+    assert card.refinement_settings == REFINEMENT
+    assert RegNetConfig(**card.regnet) == RegNetConfig(channels=(2, 2, 2, 2), guided=newton > 0)
+    assert (card.license, card.normalization) == (values["license"], "robust")
+
+
+@pytest.mark.parametrize("newton", ["7", True, None, -1])
+def test_a_card_of_format_1_with_an_invalid_number_of_steps_is_refused(card_file, newton):
+    old_card(card_file, newton)
+    with pytest.raises(ModelError, match=str(card_file)):
+        models.load("tiny")
+
+
 # Cards that are wrong
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"format": 2}, "format 2, this version of DivRegNet reads 1"),
+        ({"format": 3}, "format 3, this version of DivRegNet reads 2"),
         ({"format": ...}, "format None"),
         ({"license": ...}, "no 'license'"),
         ({"sha256": ...}, "no 'sha256'"),
@@ -138,7 +279,13 @@ def test_a_model_that_ships_can_be_loaded(file):
         ({"spacing_mm": True}, "'spacing_mm'"),
         ({"spacing_mm": 0.01}, "spacing_mm must be between"),
         ({"spacing_mm": float("nan")}, "spacing_mm must be between"),
-        ({"regnet": None}, "'regnet'"),
+        ({"regnet": 1}, "'regnet'"),
+        ({"regnet": None}, "'methods' .* names regnet"),
+        ({"methods": []}, "'methods'"),
+        ({"methods": ["regnet", "magic"]}, "'methods'"),
+        ({"methods": "regnet"}, "'methods'"),
+        ({"variational": {"steps": 0}}, "variational in the model card: steps: from 1"),
+        ({"refinement": {"color": 0}}, "refinement in the model card: settings: unknown key 'color'"),
         ({"kldivnet": 1}, "'kldivnet'"),
         ({"training": []}, "'training'"),
     ],

@@ -6,6 +6,7 @@ import SimpleITK as sitk
 import torch
 
 from DivRegNetLib.core import fields, physical_fields, resampling
+from DivRegNetLib.core.composites import displacement_on, field_of
 from DivRegNetLib.core.grid import Grid, affine_transform, apply_matrix
 
 
@@ -46,6 +47,16 @@ def voxel_centers(grid: Grid, margin: int = 0) -> np.ndarray:
 
 def mapped(transform: sitk.Transform, points: np.ndarray) -> np.ndarray:
     return np.array([transform.TransformPoint(p) for p in points.tolist()])
+
+
+def assert_covers(transform: sitk.CompositeTransform, grid: Grid) -> None:
+    """The field has the voxels of a grid, and a margin in which it ends in zeros."""
+    field = field_of(transform)
+    margin = (np.array(field.GetSize()) - grid.size) // 2
+    assert (margin >= 1).all()
+    assert Grid.of(field[tuple(slice(int(m), int(m + n)) for m, n in zip(margin, grid.size, strict=True))]) == grid
+    array = sitk.GetArrayFromImage(field)
+    assert max(np.abs(np.take(array, end, axis)).max() for axis in range(3) for end in (0, -1)) == 0
 
 
 def ramp(points: np.ndarray) -> np.ndarray:
@@ -152,7 +163,35 @@ def test_no_displacement_leaves_the_initial_alignment(grid, working_grid, initia
 
 def test_the_transform_lives_on_the_fixed_grid(grid, working_grid, initial):
     transform = physical_fields.forward_transform(smooth(working_grid), working_grid, initial, grid)
-    assert Grid.of(transform.GetDisplacementField()) == grid
+    assert_covers(transform, grid)
+
+
+@pytest.mark.parametrize("amplitude", [0.0, 0.3, 5.0, 40.0])
+def test_beyond_the_fixed_image_the_initial_alignment_goes_on(amplitude, grid, working_grid, initial):
+    displacement = smooth(working_grid, amplitude)
+    transform = physical_fields.forward_transform(displacement, working_grid, initial, grid)
+    outside = grid.to_physical([(-60.0, 5, 5), (10, 90, 5), (5, 5, -70), (80, 80, 80)])
+    np.testing.assert_allclose(mapped(transform, outside), apply_matrix(initial, outside), atol=1e-9)
+    wide = Grid(tuple(2 * n for n in grid.size), grid.matrix @ offset(-np.array(grid.size) / 2))
+    straight = sitk.GetArrayFromImage(displacement_on(affine_transform(initial), wide))
+    bend = np.linalg.norm(sitk.GetArrayFromImage(displacement_on(transform, wide)) - straight, axis=-1)
+    slopes = [np.abs(np.diff(bend, axis=2 - axis)).max() / grid.spacing[axis] for axis in range(3)]
+    own = amplitude * 2 * np.pi / 120  # of the displacement inside
+    assert max(slopes) <= 0.6 + own, "there is no tear at the border"
+
+
+def test_the_margin_of_a_field_is_no_larger_than_planned(grid, working_grid, initial, monkeypatch):
+    monkeypatch.setattr(physical_fields, "SMALL_FIELD", 0)
+    transform = physical_fields.forward_transform(smooth(working_grid, 40.0), working_grid, initial, grid)
+    one_voxel = np.prod(np.array(grid.size) + 2)
+    limit = max(physical_fields.LARGEST_GROWTH * grid.voxels, one_voxel)
+    assert field_of(transform).GetNumberOfPixels() <= limit
+
+
+def offset(index) -> np.ndarray:
+    matrix = np.eye(4)
+    matrix[:3, 3] = index
+    return matrix
 
 
 def test_the_displacement_comes_before_the_initial_alignment(grid, working_grid, initial):
@@ -193,7 +232,7 @@ def test_the_inverse_transform_undoes_the_forward_one_within_a_tenth_of_a_voxel(
     inverse = physical_fields.inverse_transform(
         displacement, fields.invert(displacement), working_grid, initial, moving_grid
     )
-    assert Grid.of(inverse.GetDisplacementField()) == moving_grid
+    assert_covers(inverse, moving_grid)
     tenth = 0.1 * min(*grid.spacing, *moving_grid.spacing)
 
     def stays(transform: sitk.Transform, source: Grid, target: Grid) -> np.ndarray:
@@ -244,7 +283,7 @@ def test_large_grids_are_mapped_slab_by_slab_to_the_same_transform(grid, working
         physical_fields, "CHUNK_VOXELS", 4 * grid.size[0] * grid.size[1]
     )  # 18 slices: the last slab is short
     slabs = physical_fields.forward_transform(smooth(working_grid), working_grid, initial, grid)
-    one, other = (sitk.GetArrayFromImage(t.GetDisplacementField()) for t in (whole, slabs))
+    one, other = (sitk.GetArrayFromImage(field_of(t)) for t in (whole, slabs))
     np.testing.assert_allclose(one, other, atol=1e-6)
 
 
@@ -257,5 +296,5 @@ def test_a_fixed_grid_along_the_axes_in_any_order_gets_what_any_other_grid_gets(
     along_axes = physical_fields.forward_transform(smooth(working), working, initial, fixed)
     monkeypatch.setattr(physical_fields, "ROUNDING", -1.0)  # no grid is along the axes
     anyhow = physical_fields.forward_transform(smooth(working), working, initial, fixed)
-    one, other = (sitk.GetArrayFromImage(t.GetDisplacementField()) for t in (along_axes, anyhow))
+    one, other = (sitk.GetArrayFromImage(field_of(t)) for t in (along_axes, anyhow))
     np.testing.assert_allclose(one, other, atol=2e-5)

@@ -1,11 +1,15 @@
 """RegNet: shapes, what it starts from, normalization, passes, symmetry, configuration."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from DivRegNetLib.core import fields
-from DivRegNetLib.registration import newton
 from DivRegNetLib.registration.regnet import RegNet, RegNetConfig, SqueezeExcitation, SwitchableNorm
+from DivRegNetLib.registration.variational import DEFAULT
+from DivRegNetLib.registration.variational.guidance import guidance
+from DivRegNetLib.registration.variational.method import register
 
 TINY = (2, 3, 4, 5)
 
@@ -125,41 +129,52 @@ def test_the_integration_steps_are_those_of_the_configuration():
             torch.testing.assert_close(net.advance(*pair((16, 16, 16))), expected)
 
 
-# A network that starts from Gauss-Newton steps (DivRegNetLib/registration/newton.py)
+# A network that is guided by the variational method
 
 
-def test_it_starts_where_those_steps_end():
-    """With a head of nought each pass adds a step of theirs."""
-    net = network(0.0, newton=3, stride=1, velocity=False)
+def test_a_guided_network_adds_to_the_step_that_would_be_next():
+    """With a head of nought each pass is a step of the variational method."""
+    net = network(0.0, guided=True, stride=1, velocity=False)
     fixed, moving = pair((16, 24, 32))
+    settings = replace(DEFAULT, steps=3, stride=1)
     with torch.no_grad():
-        begun = newton.approach(fixed, moving, 3, 1)
-        warped = fields.warp(moving, begun)
-        expected = fields.compose(begun, newton.guess(fixed, warped, 1)[0])
-        assert begun.abs().max() > 0.5
+        start = register(fixed, moving, settings)
+        warped = fields.warp(moving, start)
+        expected = fields.compose(start, guidance(fixed, warped, settings)[0])
+        assert start.abs().max() > 0.5
+        torch.testing.assert_close(net(fixed, moving, start), expected)
+
+
+def test_the_guidance_has_the_settings_that_the_network_is_given():
+    settings = replace(DEFAULT, last_smoothness=replace(DEFAULT.last_smoothness, elastic=1.0))
+    fixed, moving = pair((16, 24, 32))
+    net = RegNet(RegNetConfig(channels=TINY, guided=True, velocity=False, stride=1), settings)
+    torch.nn.init.zeros_(net.head.weight)
+    with torch.no_grad():
+        expected = guidance(fixed, moving, replace(settings, stride=1))[0]
         torch.testing.assert_close(net(fixed, moving), expected)
-        torch.testing.assert_close(net.begin(fixed, moving), begun)
 
 
-def test_without_those_steps_it_starts_from_the_identity():
-    assert network().begin(*pair()) is None
+def test_only_a_guided_network_reads_guidance():
+    assert not [n for n in network().state_dict() if n.startswith("reader")]
+    assert [n for n in network(guided=True).state_dict() if n.startswith("reader")]
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("shape", [(17, 26, 21), (5, 40, 1)])
 def test_such_a_network_takes_any_size_and_learns(symmetric, shape):
-    net = network(0.1, newton=2, passes=2, symmetric=symmetric).train()
-    field = net(*pair(shape))
+    net = network(0.1, guided=True, passes=2, symmetric=symmetric).train()
+    field = net(*pair(shape), register(*pair(shape), replace(DEFAULT, steps=2)))
     assert field.shape == (1, 3, *shape)
     field.square().mean().backward()
     assert all(torch.isfinite(p.grad).all() for p in net.parameters())
     into_reader = net.reader[0].weight.grad
-    assert (into_reader.abs().amax((0, 2, 3, 4)) > 0).all(), "a part of the guess is not read"
+    assert (into_reader.abs().amax((0, 2, 3, 4)) > 0).all(), "a part of the guidance is not read"
 
 
-@pytest.mark.parametrize("steps", [0, 2])
-def test_a_symmetric_network_predicts_the_opposite_for_the_swapped_pair_and_nothing_for_one_image(steps):
-    net = network(0.1, symmetric=True, newton=steps)
+@pytest.mark.parametrize("guided", [True, False])
+def test_a_symmetric_network_predicts_the_opposite_for_the_swapped_pair_and_nothing_for_one_image(guided):
+    net = network(0.1, symmetric=True, guided=guided)
     fixed, moving = pair((16, 16, 16))
     with torch.no_grad():
         torch.testing.assert_close(net.predict(fixed, moving), -net.predict(moving, fixed), atol=1e-5, rtol=1e-4)
@@ -237,24 +252,24 @@ def test_squeeze_and_excitation_weighs_whole_channels_between_nought_and_one():
 
 
 def test_a_configuration_survives_its_dictionary():
-    config = RegNetConfig(channels=(1, 2, 3, 4), stride=1, velocity=False, integration_steps=3, passes=2, newton=4)
+    config = RegNetConfig(channels=(1, 2, 3, 4), stride=1, velocity=False, integration_steps=3, passes=2, guided=True)
     assert RegNetConfig(**config.as_dict()) == config
     assert isinstance(config.as_dict()["channels"], list)
 
 
 @pytest.mark.parametrize(("stride", "multiple"), [(1, 4), (2, 8)])
-def test_sides_are_padded_to_what_newton_steps_need(stride, multiple):
-    assert RegNetConfig(stride=stride).multiple == multiple
+def test_sides_are_padded_as_the_variational_method_pads_them(stride, multiple):
+    assert RegNetConfig(stride=stride).multiple == replace(DEFAULT, stride=stride).multiple == multiple
 
 
-@pytest.mark.parametrize("steps", [0, 4])
-def test_sides_that_the_levels_cannot_halve_are_padded_inside_with_what_the_border_shows(steps):
-    net, images = network(0.1, newton=steps), pair((24, 40, 24))
+@pytest.mark.parametrize("guided", [True, False])
+def test_sides_that_the_levels_cannot_halve_are_padded_inside_with_what_the_border_shows(guided):
+    net, images = network(0.1, guided=guided), pair((24, 40, 24))
     padded = [torch.nn.functional.pad(x, (0, 8) * 3, mode="replicate") for x in images]
     with torch.no_grad():
         here, there = net.predict(*images), net.predict(*padded)
     assert here.shape == (1, 3, 12, 20, 12)
-    if not steps:  # Newton steps would count the padding
+    if not guided:  # guidance would count the padding
         torch.testing.assert_close(here, there[:, :, :12, :20, :12])
 
 
@@ -269,9 +284,7 @@ def test_sides_that_the_levels_cannot_halve_are_padded_inside_with_what_the_bord
         ({"stride": True}, "stride"),
         ({"velocity": 1}, "velocity"),
         ({"symmetric": "yes"}, "symmetric"),
-        ({"newton": -1}, "newton"),
-        ({"newton": 65}, "newton"),
-        ({"newton": True}, "newton"),
+        ({"guided": 1}, "guided"),
         ({"integration_steps": -1}, "integration_steps"),
         ({"integration_steps": 17}, "integration_steps"),
         ({"passes": 0}, "passes"),

@@ -1,9 +1,9 @@
-"""Time and memory of a registration against the size of its volumes, each size in a process of its own.
+"""Time and memory of a registration against the size of its volumes; each size runs in a process of its own.
 
-The bundled pair is stretched over volumes of SPACING_MM, so that a larger volume shows more and not just finer: the grid
-that the network works on grows with it. The second run is timed, as in a cohort; the peak is that of the process.
+The bundled pair is stretched over a volume with the spacing SPACING_MM, so that a larger volume has a larger field of view
+and not just smaller voxels. The second run is timed, as in a cohort; the peak memory is that of the process.
 
-    python training/benchmarks/scaling.py WIDTH HEIGHT DEPTH MODEL DEVICE
+    python -m training.benchmarks.scaling WIDTH HEIGHT DEPTH MODEL DEVICE
 """
 
 import json
@@ -11,13 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import numpy as np
 import SimpleITK as sitk
 
 from DivRegNetLib import models
+from DivRegNetLib.core.device import pick_device
 from DivRegNetLib.core.grid import Grid
 from DivRegNetLib.io import atomic, images
 from DivRegNetLib.registration import pipeline
@@ -30,7 +28,7 @@ SPACING_MM = 0.8  # of a CT of 512 x 512 pixels over 410 mm
 
 
 def stretched(image: sitk.Image, size: tuple[int, int, int]) -> sitk.Image:
-    """An image over the whole of ``size`` voxels of SPACING_MM, int16."""
+    """An image stretched over ``size`` voxels of SPACING_MM, int16."""
     here, there = Grid.of(image), Grid.build(size, [SPACING_MM] * 3)
     scale = np.diag([n * s / (m * SPACING_MM) for n, s, m in zip(here.size, here.spacing, size, strict=True)])
     transform = sitk.AffineTransform(3)
@@ -41,12 +39,12 @@ def stretched(image: sitk.Image, size: tuple[int, int, int]) -> sitk.Image:
     return sitk.Cast(sitk.Resample(image, there.empty_image(), transform, sitk.sitkLinear, 0.0), sitk.sitkInt16)
 
 
-def measure(size: tuple[int, int, int], model: str, device: str) -> dict:
-    """Registers volumes of ``size`` voxels in this process, twice."""
+def measure_size(size: tuple[int, int, int], model: str, device: str) -> dict:
+    """Registers volumes of ``size`` voxels twice in this process, and measures the second run."""
     fixed, moving = (
         stretched(images.read_image(SAMPLE / f"{name}.nii.gz"), size) for name in ("fixed_T1", "moving_T2")
     )
-    loaded = models.load(model, pipeline.pick_device(device))
+    loaded = models.load(model, pick_device(device))
     before = methods.reset_peak()
     for _ in range(2):
         result = None
@@ -65,19 +63,19 @@ def measure(size: tuple[int, int, int], model: str, device: str) -> dict:
 
 
 def row(size: tuple[int, int, int], settings: Settings, kept: Path) -> dict:
-    """As :func:`measure`, in a process of its own; what is kept is taken."""
+    """The result of :func:`measure_size` in a process of its own, or the one in the file ``kept``."""
     if kept.exists():
         return json.loads(kept.read_text())
-    command = [sys.executable, __file__, *map(str, size), settings.model, settings.device]
+    command = [sys.executable, "-m", "training.benchmarks.scaling", *map(str, size), settings.model, settings.device]
     done = subprocess.run(command, capture_output=True, text=True, env=settings.environment())
     if done.returncode:
-        said = (done.stderr.strip() or f"ended with {done.returncode}").splitlines()[-1]
-        return {"size": " x ".join(map(str, size)), "failed": said[:200]}
-    found = json.loads(done.stdout.splitlines()[-1])
-    atomic.write_json(found, kept)
-    return found
+        message = (done.stderr.strip() or f"ended with {done.returncode}").splitlines()[-1]
+        return {"size": " x ".join(map(str, size)), "failed": message[:200]}
+    measured = json.loads(done.stdout.splitlines()[-1])
+    atomic.write_json(measured, kept)
+    return measured
 
 
 if __name__ == "__main__":
     *numbers, name, where = sys.argv[1:]
-    print(json.dumps(measure(tuple(map(int, numbers)), name, where)))
+    print(json.dumps(measure_size(tuple(map(int, numbers)), name, where)))

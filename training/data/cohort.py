@@ -1,8 +1,7 @@
-"""The cohort that training reads: a folder with one ``.npz`` per volume on one common grid, and ``cohort.json``.
+"""A prepared cohort: a folder with one ``.npz`` file per volume, all on one grid, and ``cohort.json``.
 
-A volume's file holds ``images`` (C, D, H, W) float16 in [0, 1], a channel per contrast, and what there is of ``labels``
-(D, H, W) uint8 and ``brain`` (D, H, W) bool. Reading a cohort needs numpy and torch alone; ``prepare.py`` and
-``prepare_head.py`` write one.
+The file of a volume holds ``images`` (C, D, H, W) float16 in [0, 1], one channel per contrast, and optionally ``labels``
+(D, H, W) uint8 and ``brain`` (D, H, W) bool. ``prepare.py`` and ``prepare_head.py`` write cohorts.
 """
 
 import json
@@ -23,12 +22,12 @@ SPLITS = ("train", "validation", "test")
 class Volume:
     """One acquisition on the cohort's grid.
 
-    subject: whose it is; volumes of a subject are in one split.
-    role: ``fixed``, ``moving`` or ``both``: what it may be in a pair.
-    images: (C, 1, D, H, W) float16 in [0, 1], one per contrast; None for a label map alone.
+    subject: all volumes of a subject are in the same split.
+    role: the role of the volume in a pair: ``fixed``, ``moving`` or ``both``.
+    images: (C, 1, D, H, W) float16 in [0, 1], one per contrast; None if there is only a label map.
     labels: (1, 1, D, H, W) uint8 class per voxel, or None.
     brain: (1, 1, D, H, W) uint8, 1 inside the skull, or None.
-    files: the images it was made from.
+    files: the image files that the volume was made from.
     """
 
     name: str
@@ -48,12 +47,12 @@ class Volume:
 
 @dataclass(frozen=True)
 class Cohort:
-    """All volumes and the grid they share: isotropic, along the LPS axes.
+    """All volumes and their common grid, which is isotropic and along the LPS axes.
 
     spacing: mm.
     shape: (D, H, W).
     origin: x, y, z of the first voxel's center, LPS mm.
-    tissues: class -> ``white``, ``gray``, ``fluid`` or ``other``, for label maps that images are painted from.
+    tissues: class -> ``white``, ``gray``, ``fluid`` or ``other``, for label maps that images are generated from.
     """
 
     volumes: tuple[Volume, ...]
@@ -71,19 +70,19 @@ def load(folder: Path, device: torch.device | str = "cpu") -> Cohort:
     """Reads a cohort.
 
     Raises:
-        FileNotFoundError: there is no cohort.json; says how to make one.
-        ValueError: it is of another format, or a volume's file does not fit it; names the file.
+        FileNotFoundError: there is no cohort.json.
+        ValueError: the cohort has another format, or the file of a volume does not fit it; names the file.
     """
     listing = Path(folder) / "cohort.json"
     if not listing.exists():
-        raise FileNotFoundError(f"{listing} is missing: make the cohort first, see training/README.md")
+        raise FileNotFoundError(f"{listing} is missing: prepare the cohort first, see docs/training.md")
     try:
         about = json.loads(listing.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{listing}: cannot be read ({error}); prepare the cohort again") from error
-    found = about.get("format") if isinstance(about, dict) else None
-    if found != FORMAT:
-        raise ValueError(f"{listing}: format {found!r} where {FORMAT} is read; prepare the cohort again")
+    format_ = about.get("format") if isinstance(about, dict) else None
+    if format_ != FORMAT:
+        raise ValueError(f"{listing}: has format {format_!r}, but {FORMAT} is needed; prepare the cohort again")
     shape = tuple(about["shape"])
     volumes = []
     for entry in about["volumes"]:
@@ -114,10 +113,12 @@ def load(folder: Path, device: torch.device | str = "cpu") -> Cohort:
 def _arrays(file: Path, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
     try:
         with np.load(file, allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name in arrays.files}
+            by_name = {name: arrays[name] for name in arrays.files}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{file}: cannot be read ({error}); prepare the cohort again") from error
-    for name, array in found.items():
+    for name, array in by_name.items():
         if array.shape[-3:] != shape:
-            raise ValueError(f"{file}: {name} is {array.shape[-3:]} where the cohort is {shape}; prepare it again")
-    return found
+            raise ValueError(
+                f"{file}: {name} has the shape {array.shape[-3:]}, but the cohort has {shape}; prepare the cohort again"
+            )
+    return by_name

@@ -1,6 +1,6 @@
-"""How cohorts lie on disk: manifests, folders and known layouts -> a list of sources, and their split by subject.
+"""Layouts of cohorts on disk (manifests, folders, nnU-Net, Decathlon, LiTS), and the split of a cohort by subject.
 
-Nothing is read here but names and small text files; whether a volume is fit is found out by ``training/data/prepare.py``.
+Only names of files and small text files are read here; ``training/data/prepare.py`` reads and checks the volumes.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from DivRegNetLib.io.atomic import VOLUME_SUFFIXES
+from DivRegNetLib.io.paths import VOLUME_SUFFIXES
 from training.data.cohort import SPLITS
 
 ROLES = ("both", "fixed", "moving")
@@ -27,14 +27,14 @@ CHANNEL = re.compile(r"(.+)_(\d{4})")  # nnU-Net: CASE_0000.nii.gz
 class Source:
     """One acquisition of one subject.
 
-    name: unique in the cohort and safe as the name of a file.
-    subject: splits never separate the volumes of one subject.
+    name: unique in the cohort, and a valid file name.
+    subject: all volumes of a subject are in the same split.
     images: aligned contrasts of the acquisition, usually one; files, or folders of one DICOM series each.
-    contrasts: a name each; ``image`` where nothing is known.
+    contrasts: the name of each image's contrast; ``image`` where it is unknown.
     labels: label map in the space of the images, or None.
-    role: what it may be in a pair: ``both``, ``fixed`` or ``moving``.
-    split: ``train``, ``validation`` or ``test`` where the cohort itself says; None leaves it to :func:`split`.
-    frame: volumes of a subject with the same one keep their places to each other; "" leaves it to their headers.
+    role: the role of the volume in a pair: ``both``, ``fixed`` or ``moving``.
+    split: ``train``, ``validation`` or ``test`` if the cohort says so; None leaves the choice to :func:`split`.
+    frame: volumes of a subject in the same frame are aligned together; "" leaves the decision to their headers.
     """
 
     name: str
@@ -47,9 +47,9 @@ class Source:
     frame: str = ""
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a value that cannot be meant."""
+        """Raises ValueError for an invalid value."""
         if not self.name or _safe(self.name) != self.name:
-            raise ValueError(f"the name {self.name!r} cannot name a file: use letters, digits, '-', '_' and '.'")
+            raise ValueError(f"the name {self.name!r} is not a valid file name: use letters, digits, '-', '_' and '.'")
         if not self.subject:
             raise ValueError(f"{self.name}: the subject is empty; volumes of one person share one")
         if not self.images or len(self.images) != len(self.contrasts):
@@ -68,11 +68,11 @@ class Source:
 def manifest(table: Path) -> list[Source]:
     """A CSV with a header, one acquisition a row: ``subject``, ``image``, and where wanted the other COLUMNS.
 
-    Paths are relative to the table's folder. Aligned contrasts of one acquisition are joined by ``;`` in ``image`` and in
-    ``contrast``. A subject may have several rows; without a ``name`` they are called SUBJECT-1, SUBJECT-2 and so on.
+    Paths are relative to the folder of the table. Aligned contrasts of one acquisition are separated by ``;`` in ``image``
+    and in ``contrast``. A subject may have several rows; without a ``name`` they are named SUBJECT-1, SUBJECT-2 and so on.
 
     Raises:
-        FileNotFoundError: there is no such table; ValueError: names the table, the line and what is wrong.
+        FileNotFoundError: there is no such table; ValueError: the table is invalid; names the table and the line.
     """
     if not table.is_file():
         raise FileNotFoundError(f"{table}: there is no such table; name a CSV with the columns subject and image")
@@ -92,15 +92,15 @@ def manifest(table: Path) -> list[Source]:
             raise ValueError(f"{table}, line {line}: more cells than columns")
     rows = [{column: (cell or "").strip() for column, cell in row.items()} for row in rows]
     rows_of = Counter(row["subject"] for row in rows)
-    seen: Counter[str] = Counter()
+    rows_so_far: Counter[str] = Counter()
     sources = []
     for line, row in enumerate(rows, start=2):
         try:
             subject = row["subject"]
             if not subject or not row["image"]:
                 raise ValueError("subject and image are needed")
-            seen[subject] += 1
-            numbered = f"-{seen[subject]}" if rows_of[subject] > 1 else ""
+            rows_so_far[subject] += 1
+            numbered = f"-{rows_so_far[subject]}" if rows_of[subject] > 1 else ""
             images = tuple(table.parent / path.strip() for path in row["image"].split(";"))
             contrasts = row.get("contrast") or ";".join(_contrasts(len(images)))
             source = Source(
@@ -120,12 +120,12 @@ def manifest(table: Path) -> list[Source]:
 
 
 def folder(images: Path, labels: Path | None = None) -> list[Source]:
-    """One folder of volumes, each of another subject; any two make a pair.
+    """One folder of volumes, each of a different subject; any two make a pair.
 
-    Labels have the image's file name, or its name without the ending; an image may have none.
+    A label map has the file name of its image, with or without the same suffix. Images may lack a label map.
 
     Raises:
-        FileNotFoundError: a folder is missing; ValueError: it holds no volume, or no labels fit.
+        FileNotFoundError: a folder is missing; ValueError: it holds no volume, or no label map belongs to an image.
     """
     return unique(_side(images, labels, "both"), images)
 
@@ -133,12 +133,12 @@ def folder(images: Path, labels: Path | None = None) -> list[Source]:
 def fixed_moving(
     fixed: Path, moving: Path, fixed_labels: Path | None = None, moving_labels: Path | None = None
 ) -> list[Source]:
-    """A folder of fixed and one of moving volumes, such as CT and MR; a file name (less its ending) is a subject.
+    """A folder of fixed and one of moving volumes, such as CT and MR; a file name without its suffix is a subject.
 
-    So the same name in both folders is one subject, and pairs of others are as good.
+    The same name in both folders is one subject. Pairs are made within and between subjects.
 
     Raises:
-        FileNotFoundError: a folder is missing; ValueError: it holds no volume, or no labels fit.
+        FileNotFoundError: a folder is missing; ValueError: it holds no volume, or no label map belongs to an image.
     """
     sides = [*_side(fixed, fixed_labels, "fixed"), *_side(moving, moving_labels, "moving")]
     return unique(sides, fixed)
@@ -147,18 +147,18 @@ def fixed_moving(
 def nnunet(root: Path) -> list[Source]:
     """``imagesTr`` and ``labelsTr`` of nnU-Net (``CASE_0000.nii.gz``, ``CASE_0001...``) or of the Decathlon (``CASE.nii.gz``).
 
-    Channels are aligned contrasts, named as ``dataset.json`` says where there is one. A channel that only other cases have
-    is listed all the same, and reported missing by the preparation.
+    Channels are aligned contrasts, with the names in ``dataset.json`` if that exists. A channel that only other cases have
+    is listed too, and the preparation reports it as missing.
 
     Raises:
-        FileNotFoundError: there is no ``imagesTr``; ValueError: it holds no volume, or no labels fit.
+        FileNotFoundError: there is no ``imagesTr``; ValueError: it holds no volume, or no label map belongs to an image.
     """
     images = root / "imagesTr"
     paths = _volumes(images)
     labels = _volumes(root / "labelsTr") if (root / "labelsTr").is_dir() else []
     labeled = {_stem(path): path for path in labels}
     named = {path: CHANNEL.fullmatch(_stem(path)) for path in paths}
-    # A Decathlon case may itself end in four digits: then its labels do, too.
+    # The name of a Decathlon case may end in four digits; then the name of its label map does, too.
     with_channels = all(named.values()) and not any(_stem(path) in labeled for path in paths)
     cases: dict[str, dict[int, Path]] = {}
     for path, match in named.items():
@@ -176,11 +176,11 @@ def nnunet(root: Path) -> list[Source]:
         Source(
             name=_safe(case),
             subject=case,
-            images=tuple(found.get(channel, images / f"{case}_{channel:04d}{ending}") for channel in channels),
+            images=tuple(files.get(channel, images / f"{case}_{channel:04d}{ending}") for channel in channels),
             contrasts=contrasts,
             labels=labeled.get(case),
         )
-        for case, found in cases.items()
+        for case, files in cases.items()
     ]
     if labels and not any(source.labels for source in sources):
         raise ValueError(f"{root / 'labelsTr'}: no file is named like a case of {images}, such as {sources[0].name}")
@@ -188,10 +188,10 @@ def nnunet(root: Path) -> list[Source]:
 
 
 def lits(root: Path) -> list[Source]:
-    """LiTS: CT ``volume-N.nii`` and ``segmentation-N.nii`` (or ``.nii.gz``), in the folder or in folders below it.
+    """LiTS: CT ``volume-N.nii`` and ``segmentation-N.nii`` (or ``.nii.gz``), in the folder or in its subfolders.
 
     Raises:
-        FileNotFoundError: there is no such folder; ValueError: it holds no volume, or one twice.
+        FileNotFoundError: there is no such folder; ValueError: it holds no volume, or one volume twice.
     """
     _existing(root)
     volumes, labels = ({_stem(path).partition("-")[2]: path for path in _lits(root, kind)} for kind in LITS)
@@ -203,10 +203,10 @@ def lits(root: Path) -> list[Source]:
 
 
 def find(root: Path) -> list[Source]:
-    """Recognises the layout: nnU-Net or Decathlon, LiTS, ``images`` and perhaps ``labels``, or a plain folder of volumes.
+    """Recognizes the layout: nnU-Net or Decathlon, LiTS, ``images`` with or without ``labels``, or a plain folder.
 
     Raises:
-        FileNotFoundError, ValueError: as the loader of the layout found.
+        FileNotFoundError, ValueError: those of the layout's loader.
     """
     _existing(root)
     if (root / "imagesTr").is_dir():
@@ -220,9 +220,9 @@ def find(root: Path) -> list[Source]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that name a cohort, for :func:`from_arguments`."""
-    group = parser.add_argument_group("cohort, one of")
-    group.add_argument("--images", type=Path, metavar="DIR", help="one folder of volumes: all pairs")
-    group.add_argument("--labels", type=Path, metavar="DIR", help="label maps named like the images")
+    group = parser.add_argument_group("cohort (choose one)")
+    group.add_argument("--images", type=Path, metavar="DIR", help="one folder of volumes; any two make a pair")
+    group.add_argument("--labels", type=Path, metavar="DIR", help="label maps with the names of the images")
     group.add_argument("--fixed", type=Path, metavar="DIR", help="fixed volumes (such as CT), with --moving")
     group.add_argument("--moving", type=Path, metavar="DIR", help="moving volumes (such as MR)")
     group.add_argument("--fixed-labels", type=Path, metavar="DIR")
@@ -232,10 +232,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def from_arguments(args: argparse.Namespace) -> list[Source] | None:
-    """The cohort that the command line names; None where it names none.
+    """The cohort that the command line names, or None.
 
     Raises:
-        ValueError: options that do not go together; ValueError, FileNotFoundError: as the loader found.
+        ValueError: the options contradict each other; ValueError, FileNotFoundError: those of the layout's loader.
     """
     named = [f"--{key}" for key in ("images", "fixed", "manifest", "cohort") if getattr(args, key)]
     if len(named) > 1:
@@ -259,7 +259,7 @@ def from_arguments(args: argparse.Namespace) -> list[Source] | None:
 
 
 def check_fractions(fractions: Sequence[float]) -> tuple[float, ...]:
-    """The shares of SPLITS, if they are three that add up to 1, or three or six whole numbers: see :func:`split`.
+    """The shares of SPLITS: three that add up to 1, or three or six integers, see :func:`split`.
 
     Raises:
         ValueError: otherwise.
@@ -277,26 +277,28 @@ def check_fractions(fractions: Sequence[float]) -> tuple[float, ...]:
 
 
 def split(sources: Sequence[Source], fractions: Sequence[float] = (0.7, 0.15, 0.15), seed: int = 1) -> dict[str, str]:
-    """Deals the subjects out to SPLITS; what a source says itself is kept, for its whole subject.
+    """Distributes the subjects over SPLITS; where a source has a split, its subject keeps it.
 
-    Subjects that are only fixed, only moving, or both are dealt out apart, so that each split gets some of each kind; of
-    three or more subjects of a kind, every split with a share gets at least one. The same seed gives the same split.
+    Subjects that are only fixed, only moving, or both are distributed separately, so that each split gets some of each kind.
+    Of three or more subjects of a kind, every split with a share gets at least one. The same seed gives the same split.
 
     Args:
-        fractions: shares of ``train``, ``validation`` and ``test``, or numbers of subjects (6, 4, 4). Where no subject is
-            both fixed and moving, six numbers: those of the fixed, then those of the moving subjects.
+        fractions: shares of ``train``, ``validation`` and ``test``, or numbers of subjects (6, 4, 4). If no subject is
+            both fixed and moving, six numbers: first those of the fixed subjects, then those of the moving subjects.
     Returns:
         name of a source -> split.
     Raises:
-        ValueError: shares that do not add up, numbers that do not fit the cohort, or a subject in two splits.
+        ValueError: the shares do not add up, the numbers do not fit the cohort, or a subject is in two splits.
     """
     fractions = check_fractions(fractions)
     roles: dict[str, set[str]] = {}
-    dealt: dict[str, str] = {}
+    split_of: dict[str, str] = {}
     for source in sources:
         roles.setdefault(source.subject, set()).add(source.role)
-        if source.split and dealt.setdefault(source.subject, source.split) != source.split:
-            raise ValueError(f"subject {source.subject} is in two splits, {dealt[source.subject]} and {source.split}")
+        if source.split and split_of.setdefault(source.subject, source.split) != source.split:
+            raise ValueError(
+                f"subject {source.subject} is in two splits, {split_of[source.subject]} and {source.split}"
+            )
     kinds: dict[str, list[str]] = {}
     for subject in sorted(roles):
         kind = next(iter(roles[subject])) if len(roles[subject]) == 1 else "both"
@@ -304,19 +306,19 @@ def split(sources: Sequence[Source], fractions: Sequence[float] = (0.7, 0.15, 0.
     shares = _shares(fractions, {kind: len(subjects) for kind, subjects in sorted(kinds.items())})
     random = np.random.default_rng(seed)
     for kind, subjects in sorted(kinds.items()):
-        have = Counter(dealt[subject] for subject in subjects if subject in dealt)
-        free = [subject for subject in subjects if subject not in dealt]
+        have = Counter(split_of[subject] for subject in subjects if subject in split_of)
+        free = [subject for subject in subjects if subject not in split_of]
         for i, subject in enumerate(random.permutation(free).tolist()):
             lacking = {name: share - have[name] for name, share in shares[kind].items() if share}
             empty = {name: lack for name, lack in lacking.items() if not have[name]}
             among = empty if empty and len(free) - i <= len(empty) else lacking
-            dealt[subject] = max(among, key=among.__getitem__)  # the first of SPLITS where they are equal
-            have[dealt[subject]] += 1
-    return {source.name: dealt[source.subject] for source in sources}
+            split_of[subject] = max(among, key=among.__getitem__)  # the first of SPLITS where they are equal
+            have[split_of[subject]] += 1
+    return {source.name: split_of[source.subject] for source in sources}
 
 
 def _shares(fractions: tuple[float, ...], sizes: dict[str, int]) -> dict[str, dict[str, float]]:
-    """For each kind of subject the number that each split should get."""
+    """For each kind of subject the number of subjects in each split."""
     if sum(fractions) <= 1 + 1e-6:
         return {
             kind: {name: size * f for name, f in zip(SPLITS, fractions, strict=True)} for kind, size in sizes.items()
@@ -334,10 +336,10 @@ def _shares(fractions: tuple[float, ...], sizes: dict[str, int]) -> dict[str, di
 
 
 def unique(sources: list[Source], where: object) -> list[Source]:
-    """The sources, if there are any and no two have one name (on any file system).
+    """The sources, after checking that there are any and that names differ, also on file systems that ignore case.
 
     Raises:
-        ValueError: otherwise; begins with ``where``.
+        ValueError: there is no source, or two have the same name; begins with ``where``.
     """
     if not sources:
         raise ValueError(f"{where}: holds no volume; volumes end in {', '.join(VOLUME_SUFFIXES)}")
@@ -352,7 +354,7 @@ def unique(sources: list[Source], where: object) -> list[Source]:
 
 
 def _side(images: Path, labels: Path | None, role: str) -> list[Source]:
-    """The volumes of one folder and what labels fit them; named by their role where they have one."""
+    """The volumes of one folder with their label maps; names contain the role unless it is ``both``."""
     paths = _volumes(images)
     maps = [] if labels is None else _volumes(labels)
     by_stem = {_stem(path): path for path in maps} | {path.name: path for path in maps}
@@ -367,10 +369,10 @@ def _side(images: Path, labels: Path | None, role: str) -> list[Source]:
 
 
 def _volumes(directory: Path) -> list[Path]:
-    """The volumes of a folder, by name: files, and folders of DICOM slices. Hidden files are no volumes.
+    """The volumes of a folder, sorted by name: files, and folders of DICOM slices, but no hidden files.
 
     Raises:
-        FileNotFoundError: there is no such folder; ValueError: it holds none.
+        FileNotFoundError: there is no such folder; ValueError: it holds no volume.
     """
     _existing(directory)
     paths = sorted(path for path in directory.iterdir() if _is_volume(path) or _is_dicom(path))
@@ -382,11 +384,11 @@ def _volumes(directory: Path) -> list[Path]:
 
 
 def _lits(root: Path, kind: str) -> list[Path]:
-    """LiTS's files of a kind, in a folder and below it; raises ValueError where one is there twice."""
+    """The LiTS files of a kind in a folder and its subfolders; raises ValueError if one is there twice."""
     paths = sorted(path for path in root.rglob(f"{kind}-*.nii*") if _is_volume(path))
-    seen: dict[str, Path] = {}
+    by_stem: dict[str, Path] = {}
     for path in paths:
-        if (other := seen.setdefault(_stem(path), path)) is not path:
+        if (other := by_stem.setdefault(_stem(path), path)) is not path:
             raise ValueError(f"{path}: {other} is the same volume; keep one of them")
     return paths
 
@@ -412,7 +414,7 @@ def _is_dicom(path: Path) -> bool:
 
 
 def _suffix(path: Path) -> str:
-    """The ending that says what kind of volume a file is; empty for a folder."""
+    """The suffix of a volume's file, such as ``.nii.gz``; empty for a folder."""
     suffixes = [suffix for suffix in VOLUME_SUFFIXES if path.name.lower().endswith(suffix)]
     return path.name[-max(map(len, suffixes)) :] if suffixes and not path.is_dir() else ""
 
@@ -422,17 +424,17 @@ def _stem(path: Path) -> str:
 
 
 def _safe(text: str) -> str:
-    """A text as the name of a file anywhere."""
+    """A text turned into a file name that is valid on every system."""
     return re.sub(r"[^\w.-]+", "_", text).lstrip(".-")
 
 
 def _contrasts(count: int) -> Iterable[str]:
-    """Names of contrasts of which nothing is known."""
+    """Names for unknown contrasts."""
     return ["image"] if count == 1 else [f"image{i}" for i in range(count)]
 
 
 def _channel_names(file: Path) -> dict[str, str]:
-    """``channel_names`` (nnU-Net 2) or ``modality`` (before, and the Decathlon) of a dataset.json; empty if it has none."""
+    """``channel_names`` (nnU-Net 2) or ``modality`` (nnU-Net 1, Decathlon) of a dataset.json; empty if it has neither."""
     try:
         about = json.loads(file.read_text(encoding="utf-8"))
         names = about.get("channel_names") or about.get("modality")

@@ -1,7 +1,6 @@
-"""Pairs of images that training and validation look at, and the random deformations they are made with.
+"""Pairs of images for training and validation, and their augmentation by random affine maps.
 
-Every random number of a pair comes from one generator, so a step's pairs depend on the seed and the step alone. Lengths
-are in voxels of the cohort's grid, points and components in x, y, z order (see DivRegNetLib/core/fields.py).
+Lengths are in voxels of the cohort's grid, points and components in x, y, z order (see DivRegNetLib/core/fields.py).
 """
 
 from dataclasses import dataclass, replace
@@ -10,16 +9,17 @@ import torch
 from torch import Tensor
 
 from DivRegNetLib.core import fields
+from training.data.randomness import Random
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two images on one grid, and what is known of how they correspond.
+    """Two images on one grid, and what is known about their correspondence.
 
-    fixed, moving: (1, 1, D, H, W) normalized.
-    brain: (1, 1, D, H, W) float, 1 inside the fixed skull, where that is known.
-    truth: (1, 3, D, H, W) displacement from fixed to moving voxels, where it is known.
-    fixed_labels, moving_labels: (1, 1, D, H, W) uint8, where both have the same classes.
+    fixed, moving: (1, 1, D, H, W), normalized.
+    brain: (1, 1, D, H, W) float, 1 inside the skull of the fixed image, where that is known.
+    truth: (1, 3, D, H, W) true displacement from fixed to moving voxels, where it is known.
+    fixed_labels, moving_labels: (1, 1, D, H, W) uint8, where both images have label maps with the same classes.
     """
 
     fixed: Tensor
@@ -30,13 +30,15 @@ class Pair:
     moving_labels: Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> "Pair":
-        """Images and deformation in another floating-point type."""
+        """The pair with images and displacement in another floating-point type."""
         kinds = {k: getattr(self, k) for k in ("fixed", "moving", "brain", "truth")}
         return replace(self, **{k: None if t is None else t.to(dtype) for k, t in kinds.items()})
 
-    def part(self, side: int, random: "Random") -> "Pair":
-        """A cube of ``side`` voxels anywhere in the pair, or as much of it as there is; what moves into it from outside is
-        missing."""
+    def part(self, side: int, random: Random) -> "Pair":
+        """A random cube of ``side`` voxels, cut off where the pair is smaller.
+
+        What the true displacement takes from outside the cube is missing in its moving image.
+        """
         cut = []
         for n in self.fixed.shape[2:]:
             start = random.index(max(n - side, 0) // 2 + 1) * 2
@@ -44,58 +46,8 @@ class Pair:
         return Pair(**{k: None if t is None else t[(..., *cut)].contiguous() for k, t in vars(self).items()})
 
 
-class Random:
-    """Draws from one generator on one device."""
-
-    def __init__(self, seed: int, device: torch.device | str = "cpu") -> None:
-        self.device = torch.device(device)
-        self.generator = torch.Generator(self.device).manual_seed(seed)
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator, device=self.device)
-
-    def uniform(self, low: float, high: float, *shape: int) -> Tensor:
-        return low + (high - low) * torch.rand(shape, generator=self.generator, device=self.device)
-
-    def number(self, low: float, high: float) -> float:
-        return self.uniform(low, high, 1).item()
-
-    def chance(self, probability: float) -> bool:
-        return self.number(0, 1) < probability
-
-    def index(self, count: int) -> int:
-        """A whole number from 0 to ``count - 1``."""
-        return int(self.number(0, count - 1e-6))
-
-    def choice(self, options):
-        return options[self.index(len(options))]
-
-
-def ffd(shape: tuple[int, int, int], spacing: float, sd: float, random: Random) -> Tensor:
-    """Free-form deformation: cubic B-splines with N(0, sd) control points every ``spacing`` voxels, (1, 3, D, H, W).
-
-    Source: Rueckert et al., IEEE TMI 1999; the phantoms of arXiv 1908.08767 use 20 mm and 6 mm.
-    """
-    bases = [bspline_basis(n, spacing, random.device) for n in shape]
-    control = random.normal(3, *(b.shape[1] for b in bases)) * sd
-    for basis in reversed(bases):  # last axis first; each turn moves the finished axis to the front of the three
-        control = torch.einsum("cijk,nk->cnij", control, basis)
-    return control[None]
-
-
-def bspline_basis(n: int, spacing: float, device: torch.device) -> Tensor:
-    """(n, controls): weight of each control point at each voxel."""
-    x = torch.arange(n, device=device) / spacing
-    t, first = x.frac(), x.floor().long()
-    weights = torch.stack(
-        ((1 - t) ** 3 / 6, (3 * t**3 - 6 * t**2 + 4) / 6, (-3 * t**3 + 3 * t**2 + 3 * t + 1) / 6, t**3 / 6), 1
-    )
-    basis = torch.zeros(n, int(first.max()) + 4, device=device)
-    return basis.scatter_(1, first[:, None] + torch.arange(4, device=device), weights)
-
-
 def random_affine(random: Random, degrees: float, shift: float, scale: float, shear: float) -> tuple[Tensor, Tensor]:
-    """A 3x3 matrix and a shift (voxels), each parameter uniform up to plus or minus its limit."""
+    """A 3x3 matrix and a shift in voxels; each parameter is uniform between minus and plus its limit."""
     turn, stretch = random.uniform(-1, 1, 3) * degrees * torch.pi / 180, torch.zeros(3, 3, device=random.device)
     skew = torch.zeros(3, 3, device=random.device)
     for angle, (i, j) in zip(turn, ((0, 1), (0, 2), (1, 2)), strict=True):
@@ -118,10 +70,10 @@ def untransform(points: Tensor, matrix: Tensor, shift: Tensor, center: Tensor) -
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random translation and rotation of both images, as in arXiv 1908.08767; each uniform up to plus or minus its limit.
+    """Random rotation and translation, as in arXiv 1908.08767; each is uniform between minus and plus its limit.
 
-    degrees, shift_mm: of both images alike.
-    apart_degrees, apart_mm: of the moving image alone: what an affine alignment leaves over.
+    degrees, shift_mm: applied to both images alike.
+    apart_degrees, apart_mm: applied to the moving image in addition, like the residual of an affine alignment.
     """
 
     degrees: float = 10.0
@@ -131,7 +83,7 @@ class Augmentation:
 
 
 def augment(pair: Pair, augmentation: Augmentation, spacing: float, random: Random) -> Pair:
-    """The pair turned and moved; a known deformation and the labels follow.
+    """The pair under a random rotation and translation; a known displacement and the labels follow.
 
     Args:
         spacing: mm per voxel.
@@ -146,20 +98,20 @@ def augment(pair: Pair, augmentation: Augmentation, spacing: float, random: Rand
     fixed_points = transform(at, place, placed_by, center)
     moving_points = transform(fixed_points, rest, rest_by, center)
 
-    def look(image: Tensor | None, points: Tensor, mode: str) -> Tensor | None:
-        return (
-            None if image is None else fields.sample(image.float(), points, mode=mode, padding="zeros").to(image.dtype)
-        )
+    def sampled(image: Tensor | None, points: Tensor, mode: str) -> Tensor | None:
+        if image is None:
+            return None
+        return fields.sample(image.float(), points, mode=mode, padding="zeros").to(image.dtype)
 
     truth = None
-    if pair.truth is not None:  # from a turned fixed voxel to the moving voxel that shows the same
+    if pair.truth is not None:  # from a rotated fixed voxel to the moving voxel of the same anatomy
         there = fixed_points + fields.sample(pair.truth, fixed_points)
         truth = untransform(untransform(there, rest, rest_by, center), place, placed_by, center) - at
     return Pair(
-        look(pair.fixed, fixed_points, "bilinear"),
-        look(pair.moving, moving_points, "bilinear"),
-        look(pair.brain, fixed_points, "nearest"),
+        sampled(pair.fixed, fixed_points, "bilinear"),
+        sampled(pair.moving, moving_points, "bilinear"),
+        sampled(pair.brain, fixed_points, "nearest"),
         truth,
-        look(pair.fixed_labels, fixed_points, "nearest"),
-        look(pair.moving_labels, moving_points, "nearest"),
+        sampled(pair.fixed_labels, fixed_points, "nearest"),
+        sampled(pair.moving_labels, moving_points, "nearest"),
     )

@@ -1,19 +1,20 @@
-"""AAL Brain of arXiv 1908.08767, section 3.1: phantoms made of one template by random free-form deformation."""
+"""The phantoms of the AAL Brain experiment (arXiv 1908.08767, section 3.1): free-form deformations of one template."""
 
 import torch
 
 from DivRegNetLib.core import fields
 from DivRegNetLib.core.intensity import normalize
 from training.data.cohort import Cohort, Volume
-from training.data.pairs import Pair, Random, ffd
+from training.data.free_form import CONTROL_MM, SD_MM, ffd
+from training.data.pairs import Pair
+from training.data.randomness import Random
 
-CONTROL_MM, SD_MM = 20.0, 6.0
 COUNTS = {"train": 150, "validation": 50, "test": 50}
 TASKS = ("T1-T2", "PD-T2", "T2-T2")  # moving-fixed
 
 
 def seed_of(split: str, number: int) -> int:
-    """The seed of a split's phantom; no two splits share one.
+    """The seed of a phantom of a split; no two splits share a seed.
 
     Raises:
         ValueError: the split has fewer phantoms.
@@ -25,10 +26,10 @@ def seed_of(split: str, number: int) -> int:
 
 
 def template(cohort: Cohort) -> Volume:
-    """The volume that phantoms are made of: the first that has several contrasts.
+    """The volume that phantoms are made of: the first with several contrasts.
 
     Raises:
-        ValueError: there is none, or it lacks labels or brain.
+        ValueError: no volume has several contrasts, labels and a brain mask.
     """
     for volume in cohort.volumes:
         if len(volume.contrasts) > 1 and volume.labels is not None and volume.brain is not None:
@@ -37,11 +38,11 @@ def template(cohort: Cohort) -> Volume:
 
 
 def phantom(cohort: Cohort, task: str, seed: int) -> Pair:
-    """The undeformed template as moving image, and as fixed image its free-form deformation.
+    """A pair of the undeformed template (moving) and its free-form deformation (fixed).
 
     Args:
-        task: ``moving-fixed`` contrasts, as ``T1-T2``.
-        seed: of the deformation, which is the same for every task.
+        task: the contrasts as ``moving-fixed``, such as ``T1-T2``.
+        seed: determines the deformation, which is the same for all tasks.
     """
     volume = template(cohort)
     random = Random(seed, volume.images.device)

@@ -1,14 +1,14 @@
-"""Brings a cohort of raw volumes into one space, once, so that training reads nothing but arrays.
+"""Prepares a cohort: brings all volumes into one space and stores them as arrays for training.
 
     python training/data/prepare.py --images DIR [--labels DIR] --output build/cohorts/NAME
     python training/data/prepare.py --fixed DIR --moving DIR [--fixed-labels DIR --moving-labels DIR] --output ...
     python training/data/prepare.py --manifest CSV --output ...
     python training/data/prepare.py --cohort DIR --output ...       nnU-Net, Decathlon, LiTS or a plain folder
 
-Every volume is aligned to one of them, resampled and normalized just as a registration does before its network sees
-anything; volumes of one subject that share a frame are aligned together. Given again, the command goes on where it was
-interrupted, and redoes what has changed: a source file, a setting, the reference. The spacing and the reference are chosen
-from the whole cohort; give ``--spacing`` and ``--reference`` where it will grow, or a new volume may change them.
+Every volume is aligned to a reference, resampled and normalized in the way a registration does it before the network runs;
+volumes of one subject in the same frame are aligned together. Run again, the command continues where it was interrupted and
+reprocesses only what changed: a source file, a setting or the reference. The default spacing and reference depend on the
+whole cohort; if it will grow, give ``--spacing`` and ``--reference``, because a new volume may change the defaults.
 """
 
 import argparse
@@ -23,15 +23,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from tqdm import tqdm
 
 from DivRegNetLib.core.grid import Grid
 from DivRegNetLib.errors import DivRegNetError, InputError
 from DivRegNetLib.io import atomic
-from DivRegNetLib.io.claim import claimed
+from DivRegNetLib.io.output_folder import exclusive
 from DivRegNetLib.options import ALIGNMENTS
 from training.data import layouts, space
 from training.data.broken import Broken, complaint
@@ -43,23 +40,23 @@ from training.data.workers import run
 INTERRUPTED = 130
 
 Progress = Callable[[str, int, int], object]
-"""Called with the name of a volume that is done, how many are, and how many there are; may raise to stop."""
+"""Called with the name of a finished volume, the number of finished volumes and their total; may raise to cancel."""
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """How a cohort is brought into one space.
+    """Settings of a preparation.
 
-    spacing_mm: of the common grid; None: the median of the volumes' median spacings, rounded, and coarser where the grid
-        would have more than MOST_VOXELS.
-    align: to the reference: ``none``, ``center``, ``rigid`` or ``affine``, as a registration starts with.
-    reference: name of the volume whose extent is the common grid's; None: of those in training that may be fixed, the one
-        of median size in mm^3.
-    together: volumes of one subject that share a frame (see :func:`training.data.space.frames`) get one alignment, so
-        that what lies at one place in both still does; False aligns each by itself.
-    fractions, seed: see :func:`training.data.layouts.split`. Volumes are dealt out before broken ones are left out.
-    skip_broken: leave files out that cannot be used, and list them; else they are an error.
-    workers: processes; 0: one per CPU. One holds about five times the largest volume in memory.
+    spacing_mm: spacing of the common grid; None: the median of the volumes' median spacings, rounded, or coarser so that the
+        grid has at most MOST_VOXELS.
+    align: alignment to the reference, the initial alignment of a registration: ``none``, ``center``, ``rigid`` or ``affine``.
+    reference: name of the volume whose extent the common grid has; None: the volume of median size in mm^3 among the fixed
+        volumes of the training split.
+    together: align volumes of one subject in the same frame (see :func:`training.data.space.frames`) by one transform, so
+        that their correspondence is kept; False aligns each volume separately.
+    fractions, seed: see :func:`training.data.layouts.split`. Unusable volumes are left out after the split.
+    skip_broken: leave out unusable files and list them; otherwise they are an error.
+    workers: number of processes; 0: one per CPU. A process needs about five times the memory of the largest volume.
     """
 
     spacing_mm: float | None = None
@@ -72,7 +69,7 @@ class Preparation:
     workers: int = 0
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a value that cannot be meant."""
+        """Raises ValueError for an invalid value."""
         if self.spacing_mm is not None and not (math.isfinite(self.spacing_mm) and 0.1 <= self.spacing_mm <= 50):
             raise ValueError(f"spacing_mm is a number of millimeters from 0.1 to 50, got {self.spacing_mm!r}")
         if self.align not in ALIGNMENTS:
@@ -82,32 +79,32 @@ class Preparation:
         object.__setattr__(self, "fractions", layouts.check_fractions(self.fractions))
 
 
-def prepare(
+def prepare_cohort(
     sources: Sequence[Source],
     output: Path,
     preparation: Preparation = Preparation(),
     progress: Progress | None = None,
 ) -> Path:
-    """Writes the cache that :func:`training.data.cohort.load` reads: a ``NAME.npz`` per volume, and last ``cohort.json``.
+    """Writes the folder that :func:`training.data.cohort.load` reads: a ``NAME.npz`` per volume, and finally ``cohort.json``.
 
-    Each file appears whole or not at all, and a process that is killed leaves what it has done. Another one waits until
-    this is done with the cache, and then finds all there. Uses worker processes that import the main module anew: scripts
-    need ``if __name__ == "__main__":``.
+    Files are written atomically, and after a kill the finished volumes remain. A second process waits until the first has
+    finished with the folder, and then finds the volumes there. Worker processes import the main module again, so scripts need
+    ``if __name__ == "__main__":``.
 
     Args:
-        progress: None shows a bar.
+        progress: None shows a progress bar.
     Returns:
         the path of ``cohort.json``.
     Raises:
-        ValueError: files that cannot be used (all are named), unless they are to be skipped, or a cohort, split, reference
-            or spacing that cannot be; DeviceError: the memory ran out.
+        ValueError: files are unusable (all are named) and not to be skipped, or the cohort, split, reference or spacing is
+            invalid; DeviceError: out of memory.
     """
-    with claimed(Path(output), wait=True):
+    with exclusive(Path(output), wait=True):
         return _prepare(layouts.unique(list(sources), "the cohort"), Path(output), preparation, progress)
 
 
 def _prepare(sources: list[Source], output: Path, preparation: Preparation, progress: Progress | None) -> Path:
-    """:func:`prepare` in a folder that is this process's own."""
+    """:func:`prepare_cohort`, while no other process works in the folder."""
     splits = layouts.split(sources, preparation.fractions, preparation.seed)
     headers: dict[str, space.Header] = {}
     broken: dict[str, Broken] = {}
@@ -143,7 +140,7 @@ def _prepare(sources: list[Source], output: Path, preparation: Preparation, prog
             records |= {task.source.name: record for task in tasks if (record := recorded(task))}
             tasks = [task for task in tasks if task.source.name not in records]
             if tasks:
-                listing.unlink(missing_ok=True)  # where it is, all that it lists is there
+                listing.unlink(missing_ok=True)  # it exists only while all volumes that it lists exist
             with contextlib.closing(run(tasks, preparation.workers or os.cpu_count() or 1)) as done:
                 for made, result in done:
                     (broken if isinstance(result, Broken) else records)[made.source.name] = result
@@ -152,7 +149,7 @@ def _prepare(sources: list[Source], output: Path, preparation: Preparation, prog
     if unfit and (not preparation.skip_broken or not records):
         raise InputError(complaint(unfit, len(sources)))
     asked = asdict(preparation)
-    del asked["workers"], asked["skip_broken"]  # they change nothing in the result
+    del asked["workers"], asked["skip_broken"]  # they do not change the result
     about = {
         "format": FORMAT,
         "spacing": grid.spacing[0],
@@ -174,8 +171,8 @@ def _prepare(sources: list[Source], output: Path, preparation: Preparation, prog
 def _ready(
     frames: list[list[Source]], records: Mapping[str, dict], broken: Mapping[str, Broken]
 ) -> Iterator[tuple[Source, Source]]:
-    """What can be made now, each with the volume whose alignment it shares: of a frame the first that is not broken, by
-    itself, and after it the others."""
+    """Volumes that can be processed now, each with the leader whose alignment it shares: the first usable volume of a frame
+    is its own leader; the others follow when it is done."""
     for frame in frames:
         leader, *others = [source for source in frame if source.name not in broken] or [None]
         for source in others if leader and leader.name in records else [leader]:
@@ -184,7 +181,7 @@ def _ready(
 
 
 def _entry(source: Source, split: str, record: dict) -> dict:
-    """What cohort.json says of a volume."""
+    """The entry of a volume in cohort.json."""
     return {
         "name": source.name,
         "subject": source.subject,
@@ -214,13 +211,19 @@ def _bar(total: int, done: int) -> Iterator[Progress]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of a preparation, for :func:`from_arguments`."""
     group = parser.add_argument_group("preparation of the volumes")
-    group.add_argument("--spacing", type=float, metavar="MM", help="of the common grid (default: from the volumes)")
+    group.add_argument(
+        "--spacing", type=float, metavar="MM", help="spacing of the common grid (default: from the volumes)"
+    )
     group.add_argument("--align", choices=ALIGNMENTS, default=Preparation.align, help="default: %(default)s")
     group.add_argument(
-        "--reference", metavar="NAME", help="what the others are aligned to (default: the median volume)"
+        "--reference",
+        metavar="NAME",
+        help="the volume that the others are aligned to (default: the one of median size)",
     )
     group.add_argument(
-        "--apart", action="store_true", help="align also volumes of one subject that lie in one space each by itself"
+        "--apart",
+        action="store_true",
+        help="align each volume separately, even if volumes of one subject are in the same frame",
     )
     group.add_argument(
         "--split",
@@ -229,7 +232,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHARES",
         help=f"of {', '.join(SPLITS)}: shares (default: 0.7,0.15,0.15), or numbers of subjects (70,30,31)",
     )
-    group.add_argument("--skip-broken", action="store_true", help="leave files out that cannot be used, and say which")
+    group.add_argument("--skip-broken", action="store_true", help="leave out unusable files and list them")
     group.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: one per CPU)")
 
 
@@ -238,7 +241,7 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 
 def from_arguments(args: argparse.Namespace, seed: int) -> Preparation:
-    """The preparation that the command line asks for; raises ValueError for a value that cannot be meant."""
+    """The preparation that the command line asks for; raises ValueError for an invalid value."""
     return Preparation(
         args.spacing,
         args.align,
@@ -255,19 +258,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     layouts.add_arguments(parser)
     add_arguments(parser)
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the prepared cohort goes")
-    parser.add_argument("--seed", type=int, default=Preparation.seed, help="of the split; default: %(default)s")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the prepared cohort")
+    parser.add_argument("--seed", type=int, default=Preparation.seed, help="seed of the split (default: %(default)s)")
     args = parser.parse_args()
     try:
         sources = layouts.from_arguments(args)
         if sources is None:
-            raise ValueError("name a cohort: --images, --fixed and --moving, --manifest or --cohort")
-        listing = prepare(sources, args.output, from_arguments(args, args.seed))
+            raise ValueError("no cohort is named; give --images, --fixed and --moving, --manifest or --cohort")
+        listing = prepare_cohort(sources, args.output, from_arguments(args, args.seed))
     except (ValueError, OSError, DivRegNetError) as error:
         print(f"prepare.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("prepare.py: interrupted; the same command goes on from here", file=sys.stderr)
+        print("prepare.py: interrupted; the same command continues from here", file=sys.stderr)
         return INTERRUPTED
     about = json.loads(listing.read_text(encoding="utf-8"))
     counts = Counter(volume["split"] for volume in about["volumes"])

@@ -1,17 +1,15 @@
-"""Makes the head cohort: BrainWeb's T1, T2 and PD with AAL labels, and whole-head label maps, on one 2 mm grid.
+"""Prepares the head cohort: BrainWeb's T1, T2 and PD with AAL labels, and whole-head label maps, on one grid of 2 mm.
 
     python training/data/prepare_head.py --data DIR --output build/cohorts/head
 
-DIR holds ``brain_t1t2pd`` and ``brain_labelmaps``. The label maps are brought to BrainWeb by the affine alignment that
-registration starts with too.
+DIR holds ``brain_t1t2pd`` and ``brain_labelmaps``. Three label maps are for validation and tests
+(training/data/label_maps.py). Each label map is aligned to BrainWeb by the affine alignment that a
+registration starts with. ``--template`` prepares BrainWeb alone.
 """
 
 import argparse
 import json
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import SimpleITK as sitk
@@ -19,65 +17,38 @@ from tqdm import tqdm
 
 from DivRegNetLib.core.grid import Grid, affine_transform
 from DivRegNetLib.registration import alignment
+from training.data.brainweb import CONTRASTS, aal, brain_mask, brainweb, to_unit
 from training.data.cohort import FORMAT
+from training.data.label_maps import BRAIN, HELD_OUT, tissue
 
 SPACING_MM = 2.0
 MULTIPLE = 16
-CONTRASTS = ("T1", "T2", "PD")
-# FreeSurfer's classes: https://surfer.nmr.mgh.harvard.edu/fswiki/FsTutorial/AnatomicalROI/FreeSurferColorLUT
-WHITE = {2, 7, 13, 16, 28, 41, 46, 52, 60, 85}
-GREY = {3, 8, 10, 11, 12, 17, 18, 26, 42, 47, 49, 50, 51, 53, 54, 58}
-FLUID = {4, 5, 14, 15, 24, 43, 44, 72}
-BRAIN = WHITE | GREY | FLUID | {25, 30, 57, 62}
 T1_OF_TISSUE = {"white": 0.55, "gray": 0.4, "fluid": 0.18, "other": 0.35, "background": 0.0}
 
 
-def tissue(label: int) -> str:
-    """Tissue of a FreeSurfer class."""
-    if label == 0:
-        return "background"
-    return "white" if label in WHITE else "gray" if label in GREY else "fluid" if label in FLUID else "other"
-
-
-def entry(name: str, contrasts: tuple[str, ...]) -> dict:
-    """What cohort.json says of a volume; all are trained on, as validation has deformations of its own."""
-    return {"name": name, "subject": name, "role": "both", "split": "train", "contrasts": list(contrasts)}
-
-
-def brain_mask(t1: sitk.Image, cortex: sitk.Image) -> sitk.Image:
-    """What lies inside the skull of BrainWeb's T1: the largest eroded component of tissue, grown back and closed."""
-    tissue_like = sitk.Cast((t1 > 70) & (t1 < 200), sitk.sitkUInt8)
-    parts = sitk.RelabelComponent(sitk.ConnectedComponent(sitk.BinaryErode(tissue_like, [3] * 3)))
-    grown = sitk.BinaryDilate(sitk.Cast(parts == 1, sitk.sitkUInt8), [4] * 3) | sitk.Cast(cortex > 0, sitk.sitkUInt8)
-    return sitk.BinaryFillhole(sitk.BinaryMorphologicalClosing(grown, [6] * 3))
-
-
-def to_uint8(image: sitk.Image) -> np.ndarray:
-    return (to_unit(image) * 255).astype(np.uint8)
-
-
-def to_unit(image: sitk.Image) -> np.ndarray:
-    """(D, H, W) in [0, 1]."""
-    array = sitk.GetArrayFromImage(image).astype(float)
-    return np.clip(array / np.percentile(array, 99.8), 0, 1)
+def entry(name: str, contrasts: tuple[str, ...], split: str = "train") -> dict:
+    """A volume's entry in cohort.json. BrainWeb is trained on, as its validation uses deformations of its own."""
+    return {"name": name, "subject": name, "role": "both", "split": split, "contrasts": list(contrasts)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with brain_t1t2pd and brain_labelmaps")
     parser.add_argument("--output", type=Path, default=Path("build/cohorts/head"))
-    parser.add_argument("--spacing", type=float, default=SPACING_MM, help="mm of the grid")
+    parser.add_argument(
+        "--spacing", type=float, default=SPACING_MM, help="spacing of the grid in mm (default: %(default)s)"
+    )
     parser.add_argument("--template", action="store_true", help="BrainWeb alone, for the phantoms of AAL Brain")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
 
-    template = {c: sitk.ReadImage(str(args.data / f"brain_t1t2pd/brainweb_{c}.nii.gz")) for c in CONTRASTS}
-    aal = sitk.ReadImage(str(args.data / "brain_t1t2pd/aal_labels.nii.gz"))
+    template = {c: brainweb(args.data, c) for c in CONTRASTS}
+    regions = aal(args.data)
     grid = Grid.of(template["T1"]).axis_aligned(args.spacing, multiple=MULTIPLE)
     reference = grid.empty_image()
 
     def on_grid(image: sitk.Image, transform: sitk.Transform, how: int = sitk.sitkNearestNeighbor) -> sitk.Image:
-        if how == sitk.sitkLinear:  # as coarse as the grid, or the 2 mm image would alias
+        if how == sitk.sitkLinear:  # smoothed to the resolution of the grid, so that the resampled image does not alias
             image = sitk.DiscreteGaussian(sitk.Cast(image, sitk.sitkFloat32), 0.15 * args.spacing**2)
         return sitk.Resample(image, reference, transform, how, 0.0)
 
@@ -86,8 +57,8 @@ def main() -> None:
     np.savez_compressed(
         args.output / "brainweb.npz",
         images=np.stack([to_unit(on_grid(template[c], same, sitk.sitkLinear)) for c in CONTRASTS]).astype(np.float16),
-        labels=sitk.GetArrayFromImage(on_grid(aal, same)),
-        brain=sitk.GetArrayFromImage(on_grid(brain_mask(template["T1"], aal), same)) > 0,
+        labels=sitk.GetArrayFromImage(on_grid(regions, same)),
+        brain=sitk.GetArrayFromImage(on_grid(brain_mask(template["T1"], regions), same)) > 0,
     )
     files = [] if args.template else sorted((args.data / "brain_labelmaps").glob("*.nii.gz"))
     maps = [sitk.Cast(sitk.ReadImage(str(file)), sitk.sitkInt32) for file in files]
@@ -101,7 +72,7 @@ def main() -> None:
         array = sitk.GetArrayFromImage(on_grid(labels, to_subject))
         name = file.name.removesuffix(".nii.gz")
         np.savez_compressed(args.output / f"{name}.npz", labels=index[array], brain=np.isin(array, sorted(BRAIN)))
-        volumes.append(entry(name, ()))
+        volumes.append(entry(name, (), HELD_OUT.get(name, "train")))
     about = {
         "format": FORMAT,
         "spacing": args.spacing,

@@ -1,66 +1,90 @@
-"""Where a training run's pairs come from: a cohort of real volumes, phantoms of one template, or synthesis."""
+"""Sources of pairs for training: a cohort of volumes, phantoms of one template, or generated pairs."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import bisect
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from training.config import Config
 from training.data import phantoms, synthesis
-from training.data.cohort import Cohort, Volume, load
-from training.data.pairs import Augmentation, Pair, Random, augment
+from training.data.cohort import SPLITS, Cohort, Volume, load
+from training.data.pairs import Augmentation, Pair, augment
+from training.data.randomness import Random
 
 
 class Source(Protocol):
-    """Pairs to train on, drawn at random, and pairs to judge by, always the same ones."""
+    """Random pairs to train on, and fixed pairs to validate and test with."""
 
     cohort: Cohort
 
     def draw(self, random: Random) -> Pair: ...
 
     def held_out(self, split: str) -> Iterator[tuple[str, Pair]]:
-        """(task, pair) of ``validation`` or ``test``."""
+        """(task, pair) of the split ``validation`` or ``test``, the same at each call."""
 
 
 @dataclass(frozen=True)
 class CohortPairs:
-    """Two volumes of one split, as their roles allow; each shows one of its contrasts."""
+    """Pairs of two volumes of one split, as their roles allow; each volume shows one of its contrasts at random."""
 
     cohort: Cohort
     augmentation: Augmentation
     count: int
+    pairs: "dict[str, OrderedPairs]" = field(init=False)
 
     def __post_init__(self) -> None:
+        with_images = {split: [v for v in self.cohort.split(split) if v.images is not None] for split in SPLITS}
+        object.__setattr__(self, "pairs", {split: OrderedPairs(volumes) for split, volumes in with_images.items()})
         for split in ("train", "validation"):
-            if not any(True for _ in self._choices(split)):
+            if not self.pairs[split]:
                 raise ValueError(f"the cohort's split {split!r} has no fixed and moving volume to make a pair of")
 
-    def _choices(self, split: str) -> Iterator[tuple[Volume, Volume]]:
-        volumes = [v for v in self.cohort.split(split) if v.images is not None]
-        for fixed in volumes:
-            for moving in volumes:
-                if fixed is not moving and fixed.role != "moving" and moving.role != "fixed":
-                    yield fixed, moving
-
     def draw(self, random: Random) -> Pair:
-        fixed, moving = random.choice(list(self._choices("train")))
+        pairs = self.pairs["train"]
+        fixed, moving = pairs[random.index(len(pairs))]
         return augment(_pair(fixed, moving, random), self.augmentation, self.cohort.spacing, random)
 
     def held_out(self, split: str) -> Iterator[tuple[str, Pair]]:
-        random, choices = Random(0), list(self._choices(split))
-        for _ in range(min(self.count, len(choices))):
-            fixed, moving = choices.pop(random.index(len(choices)))
-            yield "cohort", _pair(fixed, moving, random)
+        random, pairs, taken = Random(0), self.pairs[split], []
+        for _ in range(min(self.count, len(pairs))):
+            number = random.index(len(pairs) - len(taken))
+            for other in taken:  # in ascending order: the number counts the pairs that are left
+                number += other <= number
+            bisect.insort(taken, number)
+            yield "cohort", _pair(*pairs[number], random)
+
+
+class OrderedPairs(Sequence):
+    """All (fixed, moving) pairs of different volumes that their roles allow, computed from their number, not listed."""
+
+    def __init__(self, volumes: list[Volume]) -> None:
+        self._moving = [v for v in volumes if v.role != "fixed"]
+        self._fixed = [v for v in volumes if v.role != "moving"]
+        self._own = [next((i for i, m in enumerate(self._moving) if m is f), None) for f in self._fixed]
+        counts = [len(self._moving) - (own is not None) for own in self._own]
+        self._ends = list(itertools.accumulate(counts))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, number: int) -> tuple[Volume, Volume]:
+        i = bisect.bisect_right(self._ends, number)
+        j = number - (self._ends[i - 1] if i else 0)
+        own = self._own[i]
+        return self._fixed[i], self._moving[j + (own is not None and j >= own)]
 
 
 def _pair(fixed: Volume, moving: Volume, random: Random) -> Pair:
-    def shown(volume: Volume):
+    def image(volume: Volume) -> Tensor:
         return random.choice(volume.images)[None].float()
 
     labels = (fixed.labels, moving.labels) if fixed.labels is not None and moving.labels is not None else (None, None)
-    return Pair(shown(fixed), shown(moving), None, None, *labels)
+    return Pair(image(fixed), image(moving), None, None, *labels)
 
 
 @dataclass(frozen=True)
@@ -85,7 +109,7 @@ class Phantoms:
 
 @dataclass(frozen=True)
 class Synthesis:
-    """Pairs made on the fly (:mod:`training.data.synthesis`), judged on phantoms."""
+    """Generated pairs (:mod:`training.data.synthesis`); phantoms are held out."""
 
     cohort: Cohort
     recipe: synthesis.Recipe
@@ -99,7 +123,7 @@ class Synthesis:
 
 
 def source_of(config: Config, device: torch.device | str = "cpu") -> Source:
-    """The source that a configuration asks for.
+    """The source that a configuration names.
 
     Raises:
         FileNotFoundError, ValueError: the cohort is missing, cannot be read, or has no pairs.

@@ -1,4 +1,4 @@
-"""The space that a cohort is brought into, as its headers tell: the reference, the common grid, and who keeps together."""
+"""The common space of a cohort, derived from headers: the reference, the grid, and volumes that share a frame."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,20 +15,20 @@ from training.data.broken import Broken, blame, complaint
 from training.data.layouts import Source
 from training.data.volumes import read
 
-MULTIPLE = 16  # sides of the common grid, in voxels: what RegNet takes without padding
-MOST_VOXELS = 1_200_000  # of a grid whose spacing is chosen here
+MULTIPLE = 16  # the sides of the common grid are multiples of this number of voxels, so that RegNet needs no padding
+MOST_VOXELS = 1_200_000  # of a grid whose spacing is chosen automatically
 NICE = tuple(step * 10.0**power for power in (-2, -1, 0, 1) for step in (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8))
 
 
-OVERLAP = 0.5  # share of the smaller of two volumes inside the other that makes them of one frame
+OVERLAP = 0.5  # two volumes share a frame if at least this share of the smaller one lies inside the other
 
 
 @dataclass(frozen=True)
 class Header:
-    """What is known of a volume before it is read.
+    """The header of a volume.
 
     spacing: median side of a voxel, mm.
-    grid: of the first image; None where it has not three axes.
+    grid: grid of the first image; None unless it has three axes.
     """
 
     spacing: float
@@ -41,10 +41,10 @@ class Header:
 
 
 def measure(source: Source) -> Header:
-    """The header of a volume, without reading the rest where that can be.
+    """The header of a volume; the voxels are read only where a format requires it.
 
     Raises:
-        Broken: a file is missing, or cannot be opened.
+        Broken: a file is missing or cannot be opened.
     """
     with blame() as at:
         for path in reversed(source.files):  # the first image last
@@ -65,37 +65,37 @@ def measure(source: Source) -> Header:
 
 
 def _header(path: Path) -> sitk.ImageFileReader | sitk.Image:
-    """What knows a file's size, spacing, origin and direction."""
+    """An object that has the size, spacing, origin and direction of a file."""
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:
         reader.ReadImageInformation()
     except RuntimeError:
-        return images.read_image(path)  # for its error
+        return images.read_image(path)  # it raises an error that explains the reason
     return reader
 
 
 def frames(
     sources: Sequence[Source], headers: Mapping[str, Header], reference: Source, together: bool
 ) -> list[list[Source]]:
-    """The volumes that keep their places to each other: those of one subject that name the same ``frame`` or, where they
-    name none, lie at the same place as their headers have it.
+    """Groups of volumes that share a frame: volumes of one subject with the same ``frame`` or, if they have none, volumes that
+    overlap according to their headers.
 
     Returns:
-        lists, each led by the one whose alignment is the most reliable: the reference, or else what is likest to it (by
-        contrast, then role). With ``together`` False a list for each volume.
+        lists whose first volume is the one with the most reliable alignment: the reference, or else the volume most similar
+        to it in contrast, then in role. With ``together`` False every volume is a list of its own.
     """
     ranked = sorted(
         sources, key=lambda s: (s is not reference, s.contrasts != reference.contrasts, s.role != reference.role)
     )
-    found: list[list[Source]] = []
+    groups: list[list[Source]] = []
     for source in ranked:
-        shared = (frame for frame in found if together and _one_frame(frame[0], source, headers))
+        shared = (frame for frame in groups if together and _one_frame(frame[0], source, headers))
         if (frame := next(shared, None)) is None:
-            found.append([source])
+            groups.append([source])
         else:
             frame.append(source)
-    return found
+    return groups
 
 
 def _one_frame(a: Source, b: Source, headers: Mapping[str, Header]) -> bool:
@@ -108,7 +108,7 @@ def _one_frame(a: Source, b: Source, headers: Mapping[str, Header]) -> bool:
 
 
 def overlap(a: Grid, b: Grid) -> float:
-    """Share of the smaller grid that lies inside the other, 0 to 1, on a lattice of points."""
+    """Share (0 to 1) of the smaller grid that lies inside the other, estimated on a lattice of points."""
     small, large = sorted((a, b), key=lambda grid: abs(np.linalg.det(grid.matrix)) * np.prod(grid.size))
     steps = np.stack(np.meshgrid(*[(np.arange(8) + 0.5) / 8] * 3, indexing="ij"), -1)
     return float(large.contains(small.to_physical(steps * np.array(small.size) - 0.5)).mean())
@@ -121,14 +121,14 @@ def choose_reference(
     wanted: str | None,
     broken: dict[str, Broken],
 ) -> tuple[Source, sitk.Image]:
-    """The reference and its first image; candidates that turn out broken are added to ``broken``.
+    """The reference and its first image; candidates that cannot be read are added to ``broken``.
 
     Raises:
-        ValueError: the one that is wanted is not there or broken, or all are.
+        ValueError: the wanted reference does not exist or is broken, or all volumes are.
     """
     if wanted is not None:
-        found = [source for source in sources if source.name == wanted]
-        if not found:
+        candidates = [source for source in sources if source.name == wanted]
+        if not candidates:
             names = ", ".join(source.name for source in sources[:5])
             raise ValueError(f"the reference {wanted!r} is not in the cohort; its volumes are {names}, ...")
         if wanted in broken:
@@ -138,9 +138,9 @@ def choose_reference(
         training = [source for source in usable if source.role != "moving" and splits[source.name] == "train"]
         ranked = sorted(training or usable, key=lambda source: (headers[source.name].extent, source.name))
         middle = (len(ranked) - 1) / 2
-        found = [ranked[i] for i in sorted(range(len(ranked)), key=lambda i: abs(i - middle))]
-        found += [source for source in usable if source not in found]
-    for source in found:
+        candidates = [ranked[i] for i in sorted(range(len(ranked)), key=lambda i: abs(i - middle))]
+        candidates += [source for source in usable if source not in candidates]
+    for source in candidates:
         try:
             return source, read(source)[0][0]
         except Broken as error:
@@ -152,7 +152,7 @@ def common_grid(reference: Grid, spacing: float | None, spacings: list[float]) -
     """The isotropic grid along the LPS axes that covers the reference.
 
     Raises:
-        ValueError: the spacing asked for makes a grid larger than a registration works on.
+        ValueError: with this spacing the grid is larger than the largest working grid of a registration.
     """
     if spacing is not None:
         grid = reference.axis_aligned(spacing, multiple=MULTIPLE)

@@ -1,6 +1,6 @@
-"""Training pairs made on the fly: deform, shade and degrade the subjects of a cohort, on the training device.
+"""Generated training pairs: subjects of a cohort, or random shapes, are deformed and given random contrast and artifacts.
 
-Lengths are in voxels of the cohort's grid, points and components in x, y, z order.
+All of this runs on the training device. Lengths are in voxels of the cohort's grid, points and components in x, y, z order.
 """
 
 from dataclasses import dataclass, replace
@@ -12,9 +12,11 @@ from torch.nn import functional as F
 from DivRegNetLib.core import fields
 from DivRegNetLib.core.intensity import normalize
 from training.data.cohort import Cohort, Volume
-from training.data.pairs import Pair, Random, ffd, random_affine, transform, untransform
+from training.data.free_form import ffd
+from training.data.pairs import Pair, random_affine, transform, untransform
+from training.data.randomness import Random
 
-# Mean intensity of white matter, gray matter and fluid per contrast, as in BrainWeb's images.
+# Mean intensities of white matter, gray matter and fluid in BrainWeb's images.
 CONTRAST_OF_TISSUE = {
     "T1": {"white": 0.62, "gray": 0.46, "fluid": 0.2},
     "T2": {"white": 0.35, "gray": 0.47, "fluid": 0.95},
@@ -24,14 +26,14 @@ CONTRAST_OF_TISSUE = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """How pairs are made.
+    """Probabilities of the kinds of pairs.
 
-    same_subject: share of pairs of one subject, whose true deformation is known.
-    real: share of subjects drawn from those with images.
-    known_contrast: share of images that look like T1, T2 or PD; the others have any contrast.
-    strip: share of pairs without skull (and, a tenth of it, of single images).
-    thick: share of images with thick slices.
-    shapes: share of pairs that show random shapes instead of subjects (as in Hoffmann et al., "SynthMorph", IEEE TMI 2022).
+    same_subject: of pairs of one subject, whose true deformation is known.
+    real: of subjects with images rather than only a label map.
+    known_contrast: of images with the contrast of T1, T2 or PD; the others have random contrasts.
+    strip: of pairs without a skull; a tenth of it is the probability that only one image lacks it.
+    thick: of images with thick slices.
+    shapes: of pairs of random shapes instead of subjects (Hoffmann et al., "SynthMorph", IEEE TMI 2022).
     """
 
     same_subject: float = 0.75
@@ -43,41 +45,42 @@ class Recipe:
 
 
 def make_pair(cohort: Cohort, recipe: Recipe, random: Random) -> Pair:
-    """Two subjects (or one twice), deformed, shaded and degraded independently of each other."""
+    """Two subjects, or one subject twice, with independent deformations, contrasts and artifacts."""
     if random.chance(recipe.shapes):
         cohort = _shapes(cohort, random)
-    with_images = [s for s in cohort.volumes if s.images is not None]
-    maps = [s for s in cohort.volumes if s.images is None]
+    volumes = cohort.split("train")
+    with_images = [s for s in volumes if s.images is not None]
+    maps = [s for s in volumes if s.images is None]
     first = random.choice(with_images if with_images and (random.chance(recipe.real) or not maps) else maps)
-    same = random.chance(recipe.same_subject) or len(cohort.volumes) == 1
-    second = first if same else random.choice([s for s in cohort.volumes if s is not first])
+    same = random.chance(recipe.same_subject) or len(volumes) == 1
+    second = first if same else random.choice([s for s in volumes if s is not first])
 
     shape = cohort.shape
     at = fields.identity(shape, like=first.brain.float())
     center = (torch.tensor(shape[::-1], device=random.device).float().view(1, 3, 1, 1, 1) - 1) / 2
     mm = 1 / cohort.spacing
-    # Both heads are placed alike; the moving one keeps what an affine alignment leaves over.
+    # Both heads get the same affine map; the moving one gets another small one, like the residual of an affine alignment.
     place, placed_by = random_affine(random, 8, 6 * mm, 0.06, 0.02)
     rest, rest_by = random_affine(random, 1.5, 1.5 * mm, 0.02, 0.01)
     strength = random.number(0, 1.15)
     control = random.choice((12.0, 20.0, 20.0, 20.0, 30.0, 45.0))
     warp_fixed = ffd(shape, control * mm, strength * 0.3 * control * mm, random)
-    # Smooth enough to be integrated at half the resolution.
+    # The velocity is smooth enough to be integrated at half the resolution.
     half = tuple(n // 2 for n in shape)
     velocity = ffd(half, 15 * mm, random.number(0, 2) * mm, random) * random.choice((0, 1))
     warp_moving, unwarp_moving = (fields.resize(fields.integrate(v, 4), shape) for v in (velocity, -velocity))
 
-    bent = at + warp_fixed
-    fixed_points = transform(bent, place, placed_by, center)
+    deformed = at + warp_fixed
+    fixed_points = transform(deformed, place, placed_by, center)
     moving_points = transform(transform(at + warp_moving, rest, rest_by, center), place, placed_by, center)
     truth = None
     if same:
-        before_rest = untransform(bent, rest, rest_by, center)
+        before_rest = untransform(deformed, rest, rest_by, center)
         truth = before_rest + fields.sample(unwarp_moving, before_rest) - at
 
     strip_both = random.chance(recipe.strip * 0.75)
-    fixed, brain, fixed_labels = _look(first, fixed_points, cohort, recipe, strip_both, random)
-    moving, _, moving_labels = _look(second, moving_points, cohort, recipe, strip_both, random)
+    fixed, brain, fixed_labels = _acquire(first, fixed_points, cohort, recipe, strip_both, random)
+    moving, _, moving_labels = _acquire(second, moving_points, cohort, recipe, strip_both, random)
     comparable = first.images is None and second.images is None
     if not comparable:
         fixed_labels = moving_labels = None
@@ -85,7 +88,7 @@ def make_pair(cohort: Cohort, recipe: Recipe, random: Random) -> Pair:
 
 
 def _shapes(cohort: Cohort, random: Random) -> Cohort:
-    """One label map of random shapes on the cohort's grid: the class whose smooth noise is highest, inside a blob."""
+    """A cohort of one label map of random shapes: at each voxel the class whose smooth noise is highest, inside a blob."""
     classes, size = 5 + random.index(16), random.choice((8, 12, 16, 24))
     highest = labels = None
     for label in range(1, classes + 1):
@@ -109,8 +112,8 @@ def _noise(shape: tuple[int, int, int], size: int, random: Random) -> Tensor:
     return F.interpolate(coarse, size=shape, mode="trilinear", align_corners=True)
 
 
-def _look(subject: Volume, points: Tensor, cohort: Cohort, recipe: Recipe, strip: bool, random: Random):
-    """Image, brain and labels of a subject sampled at ``points``, as some scanner might have seen it."""
+def _acquire(subject: Volume, points: Tensor, cohort: Cohort, recipe: Recipe, strip: bool, random: Random):
+    """Image, brain and labels of a subject sampled at ``points``, with random contrast, bias field, blur and noise."""
     labels = fields.sample(subject.labels.float(), points, mode="nearest", padding="zeros")
     brain = fields.sample(subject.brain.float(), points, mode="nearest", padding="zeros")
     if subject.images is not None:
@@ -134,7 +137,7 @@ def _look(subject: Volume, points: Tensor, cohort: Cohort, recipe: Recipe, strip
 
 
 def _remap(image: Tensor, random: Random) -> Tensor:
-    """Any contrast: [0, 1] through a random piecewise linear curve that keeps the background dark."""
+    """An image in [0, 1] with a random contrast: a piecewise linear curve that maps 0 to 0."""
     knots = random.uniform(0, 1, 8)
     knots[0] = 0
     position = image.clamp(0, 1) * (len(knots) - 1)
@@ -143,7 +146,7 @@ def _remap(image: Tensor, random: Random) -> Tensor:
 
 
 def _paint(labels: Tensor, tissues: tuple[str, ...], recipe: Recipe, random: Random) -> Tensor:
-    """An image of a label map: a mean per class, of a known contrast or of none, and some texture."""
+    """An image generated from a label map: a mean intensity per class, of a known or a random contrast, and noise."""
     table = {t: random.number(0.05, 1) for t in ("white", "gray", "fluid")}
     if random.chance(recipe.known_contrast):
         table = CONTRAST_OF_TISSUE[random.choice(tuple(CONTRAST_OF_TISSUE))]
@@ -172,7 +175,7 @@ def _blur(image: Tensor, sigma: float) -> Tensor:
 
 
 def _erode(mask: Tensor, width: int) -> Tensor:
-    """A mask less a rim of half of ``width`` voxels."""
+    """A mask eroded by half of ``width`` voxels."""
     outside = 1 - mask
     for dim in range(3):
         size = [width if d == dim else 1 for d in range(3)]
@@ -181,7 +184,7 @@ def _erode(mask: Tensor, width: int) -> Tensor:
 
 
 def _thicken(image: Tensor, random: Random) -> Tensor:
-    """Slices two or three voxels thick along one axis, interpolated back."""
+    """An image with slices of two or three voxels along a random axis, interpolated back to the grid."""
     axis, factor = random.choice((0, 1, 2)), random.choice((2, 3))
     kernel = [factor if d == axis else 1 for d in range(3)]
     return F.interpolate(F.avg_pool3d(image, kernel), size=image.shape[2:], mode="trilinear", align_corners=False)

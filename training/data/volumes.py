@@ -1,4 +1,4 @@
-"""One volume of a cohort: read and checked, brought into the common space, and kept as a file of arrays."""
+"""One volume of a cohort: read, checked, resampled into the common space, and stored as a file of arrays."""
 
 import json
 import zipfile
@@ -26,12 +26,12 @@ NORMALIZATION = "robust"
 
 @dataclass(frozen=True)
 class Task:
-    """What a worker needs to make one volume's file.
+    """Everything that a worker needs to write the file of one volume.
 
-    reference: its image, and what tells whether that is still the same file.
-    grid: the common one.
-    place: the (4, 4) LPS map from the common space to the volume where another volume's is its own; None: to be found.
-    fingerprint: changes with all that the file is made from.
+    reference: image file of the reference and its :func:`state`.
+    grid: the common grid.
+    place: the (4, 4) LPS map from the common space to the volume, if it shares that of another volume; None: to be computed.
+    fingerprint: a hash of everything that the file depends on.
     """
 
     source: Source
@@ -48,13 +48,13 @@ class Task:
 
 
 def state(path: Path) -> str:
-    """What changes when a file, or a file in a folder, does: paths, sizes and times."""
+    """Paths, sizes and modification times of a file, or of the files in a folder, to detect changes."""
     listed = sorted(path.iterdir()) if path.is_dir() else [path]
     return json.dumps([(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in listed])
 
 
 def recorded(task: Task) -> dict | None:
-    """``fingerprint`` and ``to_reference`` of a volume that is made already; None where it is to be made."""
+    """The record (``fingerprint``, ``to_reference``) of a finished volume; None if it has to be processed."""
     try:
         with zipfile.ZipFile(task.file) as archive:
             record = json.loads(archive.comment)
@@ -64,7 +64,7 @@ def recorded(task: Task) -> dict | None:
 
 
 def make(task: Task) -> dict | Broken:
-    """Writes one volume's file, and returns its record; or what is broken."""
+    """Writes the file of one volume and returns its record, or the error about a file that cannot be used."""
     try:
         arrays, matrix = _arrays(task)
     except Broken as error:
@@ -73,15 +73,15 @@ def make(task: Task) -> dict | Broken:
 
     def write(part: Path) -> None:
         np.savez_compressed(part, **arrays)
-        with zipfile.ZipFile(part, "a") as archive:  # the record in the same file: they cannot contradict each other
+        with zipfile.ZipFile(part, "a") as archive:  # in the same file, so that record and arrays always agree
             archive.comment = json.dumps(record).encode()
 
-    atomic.write_whole(task.file, write)
+    atomic.write_atomically(task.file, write)
     return record
 
 
 def _arrays(task: Task) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """``images`` (C, D, H, W) float16 and perhaps ``labels`` (D, H, W) uint8 on the common grid, and the (4, 4) LPS map
+    """``images`` (C, D, H, W) float16 and, if known, ``labels`` (D, H, W) uint8 on the common grid, and the (4, 4) LPS map
     from the common space to the volume.
 
     Raises:
@@ -100,7 +100,7 @@ def _arrays(task: Task) -> tuple[dict[str, np.ndarray], np.ndarray]:
             values = sitk.GetArrayFromImage(resample_smooth(image, grid, matrix)[0])
             if values.min() == values.max():
                 raise InputError(
-                    f"nothing of it lies in the common space, aligned by {task.align!r}; try another --align"
+                    f"the volume lies outside the common space after the alignment {task.align!r}; try another --align"
                 )
             stack.append(normalize(torch.from_numpy(values)[None, None], NORMALIZATION)[0, 0].numpy())
         arrays["images"] = np.stack(stack).astype(np.float16)
@@ -108,13 +108,15 @@ def _arrays(task: Task) -> tuple[dict[str, np.ndarray], np.ndarray]:
             at(source.labels)
             arrays["labels"] = sitk.GetArrayFromImage(resample_mask(labels, grid, matrix)).astype(np.uint8)
             if not arrays["labels"].any():
-                raise InputError(f"no label lies in the common space, aligned by {task.align!r}; try another --align")
+                raise InputError(
+                    f"all labels lie outside the common space after the alignment {task.align!r}; try another --align"
+                )
     return arrays, matrix
 
 
 @lru_cache(maxsize=1)
 def _reference_image(path: Path, state: str) -> sitk.Image:
-    """The reference, read once by each worker; ``state`` tells one content of the file from another."""
+    """The image of the reference, read once by each worker; a changed ``state`` reads it again."""
     return read_image(path)
 
 
@@ -136,12 +138,12 @@ def read(source: Source) -> tuple[list[sitk.Image], sitk.Image | None]:
             values = sitk.GetArrayViewFromImage(labels)
             low, high = int(values.min()), int(values.max())
             if low < 0 or high > 255:
-                raise InputError(f"holds labels from {low} to {high}, 0 to 255 are possible; renumber them")
+                raise InputError(f"holds labels from {low} to {high}, but only 0 to 255 are possible; renumber them")
             if high == 0:
                 raise InputError("no voxel is labeled; draw labels or remove the file")
             labels = sitk.Cast(labels, sitk.sitkUInt8)
             if Grid.of(labels) != Grid.of(images[0]):
                 on_image = resample_mask(labels, Grid.of(images[0]), np.eye(4))
                 if not sitk.GetArrayViewFromImage(on_image).any():
-                    raise InputError(f"no label lies where {source.images[0].name} is; give both files the same origin")
+                    raise InputError(f"no label lies inside {source.images[0].name}; give both files the same origin")
     return images, labels

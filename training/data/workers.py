@@ -1,4 +1,4 @@
-"""Volumes made by several processes, each of one thread."""
+"""Worker processes for the preparation of volumes, with one thread each."""
 
 import contextlib
 import multiprocessing
@@ -18,10 +18,10 @@ from training.data.volumes import Task, make
 
 
 def run(tasks: list[Task], workers: int) -> Iterator[tuple[Task, dict | Broken]]:
-    """Every task with its record or what is broken, as they end.
+    """Processes all tasks and yields each one with its record or error when it is finished.
 
     Raises:
-        DeviceError: the memory ran out.
+        DeviceError: out of memory.
     """
     workers = min(workers, len(tasks))
     try:
@@ -39,13 +39,13 @@ def run(tasks: list[Task], workers: int) -> Iterator[tuple[Task, dict | Broken]]
             pool.shutdown(cancel_futures=True)
     except (BrokenProcessPool, MemoryError) as error:
         raise DeviceError(
-            f"a worker of {workers} ended, most likely because the memory ran out; give fewer --workers. What is "
-            "prepared is kept"
+            f"one of {workers} workers ended, most likely for lack of memory; give fewer --workers. The volumes that are "
+            "prepared already are kept"
         ) from error
 
 
 def _start_worker() -> None:
-    """One thread; Ctrl-C is the parent's to handle; the end of the parent, however it comes, is the end of the worker."""
+    """Uses one thread, leaves Ctrl-C to the parent process, and ends when the parent process ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
@@ -59,7 +59,7 @@ def _start_worker() -> None:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """As in a worker, so that a sum comes out the same in whichever process it is made."""
+    """Uses one thread, as a worker does, so that results do not depend on the number of workers."""
     threads = torch.get_num_threads(), sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
     torch.set_num_threads(1)
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)

@@ -1,21 +1,20 @@
-"""AAL Brain (arXiv 1908.08767, Table 2 and Figure 4): methods compared on phantoms whose true deformation is known.
+"""AAL Brain (arXiv 1908.08767, Table 2 and Figure 4): comparison of methods on phantoms with a known deformation.
 
     python training/data/prepare_head.py --data DIR --template --output build/cohorts/aal
     python training/experiments/aal_brain.py --cohort build/cohorts/aal --preset paper
 
-Every method registers the same test phantoms on the cohort's grid. The networks are trained here, one per task and row,
-without supervision; given again, the command goes on where it was interrupted. Where time is short,
-``--preset reduced --pairs 3`` trains small networks on parts of the phantoms.
+Every method registers the same test phantoms on the cohort's grid. The networks are trained by this command without
+supervision, one per task and row. Run again, it continues where it was interrupted. ``--preset reduced --pairs 3`` takes less
+time, with small networks that are trained on parts of the phantoms.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
+from training import report
 from training.data import phantoms
-from training.experiments import comparison, report
+from training.experiments import comparison
 
 START = (0.9039, 1.34, 9.84)
 EXPERIMENT = comparison.Experiment(
@@ -46,7 +45,9 @@ EXPERIMENT = comparison.Experiment(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cohort", type=Path, required=True, help="what training/data/prepare_head.py wrote")
+    parser.add_argument(
+        "--cohort", type=Path, required=True, help="the folder that training/data/prepare_head.py wrote"
+    )
     comparison.add_arguments(parser, EXPERIMENT)
     try:
         print(report.table(comparison.run(EXPERIMENT, parser.parse_args())))

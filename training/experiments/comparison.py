@@ -1,7 +1,7 @@
-"""What the paper's Tables 2 to 4 and Figure 4 have in common: methods that register the same test pairs, scored alike.
+"""Comparison of methods on the same test pairs, as in Tables 2 to 4 and Figure 4 of arXiv 1908.08767.
 
-An experiment says what it is about (:class:`Experiment`); :func:`run` trains the networks, registers, and writes the table
-and the figures. Rows are kept as they are done, and trainings resume, so the same command goes on after an interruption.
+An :class:`Experiment` describes a table; :func:`run` trains the networks, registers the pairs, and writes the table and the
+figures. Finished rows are kept and trainings resume, so the same command continues after an interruption.
 """
 
 import argparse
@@ -9,7 +9,7 @@ import json
 import textwrap
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,23 +21,20 @@ from tqdm import tqdm
 
 from DivRegNetLib import models
 from DivRegNetLib.core import fields
-from DivRegNetLib.core.grid import Grid
 from DivRegNetLib.io import atomic
 from DivRegNetLib.quality import metrics
-from DivRegNetLib.registration import newton
-from DivRegNetLib.registration.refine import refine
+from DivRegNetLib.registration import methods
+from DivRegNetLib.registration.variational import DEFAULT
 from training import config as configs
-from training import pictures
+from training import pictures, report, scoring
 from training.benchmarks.methods import REFINE_STEPS
-from training.data.pairs import Pair
 from training.data.sources import Source, source_of
-from training.experiments import report, semi
+from training.experiments import semi
 from training.trainer import fit
 
-NEWTON_STEPS, NEWTON_STRIDE = 24, 2
 FROM_NEWTON = (
-    f"regnet.newton={NEWTON_STEPS}", "regnet.velocity=true", "regnet.symmetric=true", "loss.diffusion=6.0",
-    "kldivnet.frequencies=3",
+    "methods=[variational,regnet]", "regnet.guided=true", "regnet.velocity=true", "regnet.symmetric=true",
+    "loss.diffusion=6.0", "kldivnet.frequencies=3",
 )  # fmt: skip
 SUPERVISED = "RegNet from Newton steps and known deformations"
 NETWORKS = {
@@ -49,7 +46,7 @@ NETWORKS = {
     "DivRegNet from Newton steps": FROM_NEWTON,
     SUPERVISED: (*FROM_NEWTON, "loss.weight=0", "loss.known=1", "warmup=0"),
 }
-"""Row -> what it changes in the experiment's configuration. SUPERVISED is for pairs whose true deformation is known."""
+"""Row -> overrides of the experiment's configuration. SUPERVISED needs pairs with a known deformation."""
 
 BUNDLED = "bundled model, refined"
 METHODS = ("affine", "FFD+SEMI", *list(NETWORKS)[:-2], "Newton steps alone", *list(NETWORKS)[-2:], BUNDLED)
@@ -59,13 +56,13 @@ METHODS = ("affine", "FFD+SEMI", *list(NETWORKS)[:-2], "Newton steps alone", *li
 class Experiment:
     """A table of the paper.
 
-    name: of its report.
-    config: its file in training/configs.
-    tasks: the groups of rows.
-    overrides: what tasks change in the configuration.
-    paper: (method, task) -> Dice, ASD mm, HD mm as the paper reports them.
-    note: what stands above the table.
-    truth: whether the deformation of its pairs is known.
+    name: name of the report.
+    config: file name in training/configs.
+    tasks: groups of rows.
+    overrides: function from tasks to overrides of the configuration.
+    paper: (method, task) -> Dice, ASD mm and HD mm in the paper.
+    note: text above the table.
+    truth: whether the true deformation of the pairs is known.
     """
 
     name: str
@@ -82,7 +79,7 @@ class Experiment:
 
 
 def add_arguments(parser: argparse.ArgumentParser, experiment: Experiment) -> None:
-    """The options that :func:`run` needs, but for ``cohort``."""
+    """The options of :func:`run`, except ``cohort``."""
     parser.add_argument("--preset", default="quick", help="one of the configuration's (default: %(default)s)")
     parser.add_argument("--pairs", type=int, default=50, help="test pairs per task, at most (default: %(default)s)")
     parser.add_argument("--tasks", nargs="+", default=list(experiment.tasks), choices=experiment.tasks)
@@ -95,12 +92,12 @@ def add_arguments(parser: argparse.ArgumentParser, experiment: Experiment) -> No
 
 
 def run(experiment: Experiment, settings: argparse.Namespace) -> list[dict]:
-    """Trains, registers and measures what is not done yet; writes ``NAME.md``, ``.csv``, ``.json`` and a PNG per task.
+    """Computes the rows that are not finished yet, and writes ``NAME.md``, ``.csv``, ``.json`` and a PNG per task.
 
-    The report holds all rows that are in the output folder, also those of an earlier choice of tasks and methods.
+    The report has all rows in the output folder, including those of earlier calls with other tasks and methods.
 
     Raises:
-        ValueError, FileNotFoundError: the configuration or the cohort cannot be used.
+        ValueError, FileNotFoundError: the configuration or the cohort is invalid.
         FloatingPointError: a training diverged.
     """
     started = time.time()
@@ -126,31 +123,13 @@ def run(experiment: Experiment, settings: argparse.Namespace) -> list[dict]:
     for task in settings.tasks:
         drawn = figure(experiment, task, done[task], settings)
         file = settings.output / f"{experiment.name}-{task}.png"
-        atomic.write_whole(file, lambda part, drawn=drawn: drawn.savefig(part, dpi=110, format="png"))
+        atomic.write_atomically(file, lambda part, drawn=drawn: drawn.savefig(part, dpi=110, format="png"))
     return rows
 
 
-def scores(pair: Pair, displacement: Tensor, spacing: float) -> dict[str, float]:
-    """Overlap and surface distances (mm) of the union of labels, error inside it (mm) and folded voxels (%).
-
-    Args:
-        displacement: (1, 3, D, H, W) in voxels of ``spacing`` mm.
-    """
-    warped = fields.warp(pair.moving_labels.float(), displacement, mode="nearest", padding="zeros")
-    inside, found = (x[0, 0].cpu().numpy() > 0 for x in (pair.fixed_labels, warped))
-    grid = Grid(inside.shape[::-1], np.diag([spacing, spacing, spacing, 1.0]))
-    surface = metrics.surface_distances(inside, found, grid)
-    values = {"Dice": metrics.dice(inside, found), "ASD mm": surface["asd"], "HD mm": surface["hd"]}
-    if pair.truth is not None:
-        error = fields.length(displacement - pair.truth)[0, 0].cpu().numpy()[inside]
-        values["error mm"] = float(error.mean()) * spacing
-    values["folded %"] = 100 * (fields.jacobian_determinant(displacement) <= 0).float().mean().item()
-    return values
-
-
 def figure(experiment: Experiment, task: str, methods: list[str], settings: argparse.Namespace) -> Figure:
-    """Methods side by side on the first test pair: warped image with the outline of the fixed labels, and what is
-    wrong: the error where the truth is known, else the outline of the warped labels."""
+    """Methods side by side on the first test pair: the warped image with the outline of the fixed labels, and below it the
+    error, if the true deformation is known, or else the outline of the warped labels on the fixed image."""
     source = _tested(experiment, task, settings)
     _, pair = next(source.held_out("test"))
     drawn = Figure(figsize=(1.9 * (len(methods) + 1), 4.8), layout="constrained")
@@ -182,7 +161,7 @@ def figure(experiment: Experiment, task: str, methods: list[str], settings: argp
 
 
 def _config(experiment: Experiment, tasks: Sequence[str], method: str, settings: argparse.Namespace) -> configs.Config:
-    """How a row is trained for some tasks."""
+    """The configuration that a row is trained with."""
     return configs.load(
         configs.CONFIGS / experiment.config,
         preset=settings.preset,
@@ -193,7 +172,7 @@ def _config(experiment: Experiment, tasks: Sequence[str], method: str, settings:
 
 
 def _tested(experiment: Experiment, task: str, settings: argparse.Namespace) -> Source:
-    """Where the test pairs come from, as many as were asked for."""
+    """The source of the test pairs."""
     config = _config(experiment, [task], "DivRegNet", settings).as_dict()
     config["data"]["held_out"] = settings.pairs
     return source_of(configs.build(config))
@@ -204,25 +183,25 @@ def _kept(settings: argparse.Namespace, task: str, method: str) -> Path:
 
 
 def _row(experiment: Experiment, task: str, method: str, settings: argparse.Namespace) -> dict:
-    """A row of the table, means over the test pairs; kept on disk, with the first pair's deformation."""
+    """A row of the table, means over the test pairs; it is kept on disk together with the displacement of the first pair."""
     kept = _kept(settings, task, method)
     if kept.exists():
         return json.loads(kept.read_text())
     fabric = Fabric(accelerator=settings.device, devices=1)
     register = _method(experiment, task, method, settings, fabric)
     source = _tested(experiment, task, settings)
-    found, seconds = [], 0.0
+    scores, seconds = [], 0.0
     for _, pair in source.held_out("test"):
         fixed, moving = pair.fixed.to(fabric.device), pair.moving.to(fabric.device)
         started = time.perf_counter()
         with torch.set_grad_enabled(method == "FFD+SEMI"):
             displacement = register(fixed, moving).detach().cpu()
         seconds += time.perf_counter() - started
-        if not found:
-            atomic.write_whole(kept.with_suffix(".npz"), lambda part, field=displacement: _save(part, field))
-        found.append(scores(pair, displacement, source.cohort.spacing))
-    row = {"task": task, "method": method} | {k: float(np.mean([s[k] for s in found])) for k in found[0]}
-    row["seconds"] = seconds / len(found)
+        if not scores:
+            atomic.write_atomically(kept.with_suffix(".npz"), lambda part, field=displacement: _save(part, field))
+        scores.append(scoring.of_displacement(pair, displacement, source.cohort.spacing, union=True, surfaces=True))
+    row = {"task": task, "method": method} | {k: float(np.mean([s[k] for s in scores])) for k in scores[0]}
+    row["seconds"] = seconds / len(scores)
     paper = experiment.paper.get((method, task), (None,) * 3)
     row |= dict(zip(("paper Dice", "paper ASD", "paper HD"), paper, strict=True))
     atomic.write_json(row, kept)
@@ -232,22 +211,31 @@ def _row(experiment: Experiment, task: str, method: str, settings: argparse.Name
 def _method(
     experiment: Experiment, task: str, method: str, settings: argparse.Namespace, fabric: Fabric
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """A way to register, trained first where it has to be: (fixed, moving) -> displacement in voxels."""
+    """A method, trained if necessary: (fixed, moving) -> displacement in voxels."""
     if method == "affine":
         return lambda fixed, moving: torch.zeros_like(fixed).repeat(1, 3, 1, 1, 1)
     if method == "FFD+SEMI":
         return lambda fixed, moving: semi.register(fixed, moving)
     if method == "Newton steps alone":
-        return lambda fixed, moving: fields.resize(
-            newton.approach(fixed, moving, NEWTON_STEPS, NEWTON_STRIDE), tuple(fixed.shape[2:])
-        )
+        return lambda fixed, moving: methods.deform(methods.Images(fixed, moving), ("variational",), DEFAULT, None)
     if method == BUNDLED:
-        regnet = models.load("general", fabric.device).regnet
-        return lambda fixed, moving: refine(fixed, moving, regnet(fixed, moving), steps=REFINE_STEPS)
+        return _refined(models.load("general", fabric.device))
     config = _config(experiment, experiment.tasks if settings.joint else [task], method, settings)
     return fit(
         config, source_of(config, fabric.device), settings.output / "runs" / config.name, fabric, resume=True
-    ).ema
+    ).predict
+
+
+def _refined(model: models.Model) -> Callable[[Tensor, Tensor], Tensor]:
+    """The methods of a model, and REFINE_STEPS steps after them."""
+    card, settings = model.card, replace(model.card.refinement_settings, steps=REFINE_STEPS)
+
+    def register(fixed: Tensor, moving: Tensor) -> Tensor:
+        images = methods.Images(fixed, moving)
+        displacement = methods.deform(images, tuple(card.methods), card.variational_settings, model.regnet)
+        return methods.refine(images, displacement, settings)
+
+    return register
 
 
 def _save(part: Path, displacement: Tensor) -> None:

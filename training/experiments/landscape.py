@@ -2,20 +2,20 @@
 
     python training/experiments/landscape.py --data DIR [--preset quick|paper] [--output build/experiments/landscape]
 
-DIR/brain_t1t2pd holds BrainWeb's T1 and T2 and the AAL labels, aligned. T1 and T2 move against T2, which is fixed, by
-``M'(p) = M(p + (x, y, 0))`` with linear interpolation and air (0) outside, as RegNet's warp does it. Compared are S of
-KLDivNet with either shuffle, Parzen-window MI with 64 bins, LNCC, and Dice of the union of the AAL labels.
+DIR/brain_t1t2pd holds BrainWeb's T1 and T2 and the AAL labels, which are aligned. T1 and T2 are translated against the fixed
+T2, ``M'(p) = M(p + (x, y, 0))``, with linear interpolation and 0 outside. The metrics are S of KLDivNet with either shuffle,
+Parzen-window MI with 64 bins, LNCC, and Dice of the union of the AAL labels.
 
-*S needs a trained D*: one per pair and shuffle, trained on the pair under random small translations and deformations,
-which is what D sees in joint training. Like the paper's, the landscape is that of this one D; far from where it was
-trained it may fall below 0, which mutual information cannot. ``--refit N`` adds the landscape of Eq. 8's supremum, for
-which D is trained on at every translation for N steps.
+*S needs a trained D*: one per pair and shuffle, trained on the pair under small random translations and deformations, as in
+joint training. As in the paper, the landscape is that of this D; far from its training data it may be below 0, although mutual
+information is not. ``--refit N`` adds the landscape of the supremum in Eq. 8, for which D is trained for another N steps at
+every translation.
 
-*A slab of axial slices* through the middle of the labels stands for the volume, as translations in x and y mix no
-slices; all metrics see all of its voxels, at every translation the same ones of the fixed image.
+*A slab of axial slices* through the middle of the labels represents the volume, because translations in x and y do not mix
+slices. All metrics use all of its voxels.
 
-*Whole and broken steps.* Where the step is finer than the voxels, translations by whole voxels are exact and those in
-between blur the moving image, which makes local optima of its own in any metric; they are counted with and without.
+*Steps of whole voxels*: translations by a whole number of voxels are exact, while others blur the moving image, which causes
+local optima in every metric. Optima are counted with and without the latter.
 """
 
 import argparse
@@ -33,38 +33,36 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, Python looks beside the script alone
-
 from DivRegNetLib.core import fields
+from DivRegNetLib.core.device import pick_device
 from DivRegNetLib.core.grid import Grid
 from DivRegNetLib.io import atomic, images
-from DivRegNetLib.run.device import pick_device
 from DivRegNetLib.similarity.kldivnet import KLDivNet
 from DivRegNetLib.similarity.lncc import lncc
 from DivRegNetLib.similarity.mutual_information import parzen_mi
-from training.experiments import report
+from training import report
 
 PAIRS = (("T2", "T2"), ("T1", "T2"))  # moving, fixed
 CONTROL_POINTS_MM = 20.0
-NOTE = """Similarity of BrainWeb/AAL pairs (moving-fixed) over translations in x and y; the claim put to the test is that of
-arXiv 1908.08767, Fig. 3: S is smoother than MI and has fewer local optima. An optimum is a point, or a plateau of equal
-values, that none of its eight neighbors exceeds; one that touches the border of the grid is counted apart, as the metric
-may go on rising beyond. *Whole voxels* counts among translations by whole voxels alone, which need no interpolation.
-*Captured* is the share of the grid from where climbing to the best of eight neighbors ends at the highest optimum, the
-*capture range* the distance from that within which every start does. S and MI are in nats."""
+NOTE = """Similarity of BrainWeb/AAL pairs (moving-fixed) over translations in x and y. It tests the claim of arXiv 1908.08767,
+Fig. 3, that S is smoother than MI and has fewer local optima. An optimum is a point, or a plateau of equal values, that none
+of its eight neighbors exceeds; optima at the border of the grid are counted separately, as the metric may rise further
+outside. *Whole voxels* counts only translations by whole voxels, which need no interpolation. *Captured* is the share of the
+grid from which steepest ascent over eight neighbors ends at the highest optimum; the *capture range* is the distance from it
+within which every start does. S and MI are in nats."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured, and how finely.
+    """Settings of the experiment.
 
     spacing: voxel size, mm.
-    slices: axial slices of the slab.
-    reach, step: translations from -reach to reach every step, mm, in x and in y.
-    steps, samples, learning_rate: training of D: Adam steps, patches in each.
-    misalignment: standard deviation, mm, of the translations and of the control points that D is trained under.
-    refit: further steps of D at every translation for the refitted landscape; 0 leaves it out.
-    seed: of D's weights, of what it is trained on, and of the shuffle.
+    slices: number of axial slices of the slab.
+    reach, step: translations in x and in y range from -reach to reach in steps of this size, mm.
+    steps, samples, learning_rate: training of D: number of Adam steps, patches per step, learning rate.
+    misalignment: standard deviation in mm of the translations and control points that D is trained with.
+    refit: additional training steps of D at every translation for the refitted landscape; 0 leaves it out.
+    seed: seed of D's weights, its training data and the shuffle.
     """
 
     spacing: float = 2.0
@@ -79,14 +77,14 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a grid of translations without the aligned position or with no neighbors to it."""
+        """Raises ValueError unless the grid of translations has the aligned position in its middle and neighbors around it."""
         ratio = self.reach / self.step
         if ratio < 1 or abs(ratio - round(ratio)) > 1e-6:
             raise ValueError(f"reach is a whole number of steps, got {self.reach} mm in steps of {self.step} mm")
 
     @property
     def offsets(self) -> np.ndarray:
-        """Translations along one axis, mm, ascending; 0 is in the middle."""
+        """Translations along one axis in mm, ascending, with 0 in the middle."""
         n = round(self.reach / self.step)
         return np.arange(-n, n + 1) * self.step
 
@@ -97,7 +95,7 @@ PRESETS = {"quick": Settings(spacing=4, slices=16, reach=16, step=4, steps=100, 
 def load(data: Path, settings: Settings, device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """``T1``, ``T2`` and ``labels`` (1 inside the union of the AAL labels), each (1, 1, slices, H, W) float32.
 
-    On the grid along the LPS axes, so that W is x and H is y; images are smoothed to the resolution of the grid.
+    The grid is along the LPS axes, so that W is x and H is y. Images are smoothed to the resolution of the grid.
 
     Raises:
         InputError: a file is missing or cannot be read.
@@ -138,7 +136,7 @@ def misaligned(image: Tensor, settings: Settings, generator: torch.Generator) ->
 
 
 def train(fixed: Tensor, moving: Tensor, settings: Settings, shuffle: str) -> KLDivNet:
-    """A D for a pair (1, 1, D, H, W), trained on it under :func:`misaligned`."""
+    """A KLDivNet trained on a pair (1, 1, D, H, W) whose moving image is :func:`misaligned`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         net = KLDivNet().to(fixed.device)
@@ -158,7 +156,7 @@ def _ascend(
     shuffle: str,
     generator: torch.Generator,
 ) -> KLDivNet:
-    """Adam on S; the learning rate falls to 0 along a cosine, so that D does not end on a noisy step."""
+    """Maximizes S by Adam; the learning rate falls to 0 along a cosine, so that the last steps add no noise."""
     optimizer = torch.optim.Adam(net.requires_grad_(True).parameters(), lr=settings.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
     for _ in range(steps):
@@ -171,7 +169,7 @@ def _ascend(
 
 
 def s_value(net: KLDivNet, fixed: Tensor, moving: Tensor, shuffle: str, seed: int) -> float:
-    """S over all patches, under the same shuffle whatever the images."""
+    """S over all patches; the shuffle depends only on the seed."""
     generator = torch.Generator().manual_seed(seed)
     return net(fixed, moving, samples=fixed.numel(), shuffle=shuffle, generator=generator).item()
 
@@ -187,7 +185,7 @@ def landscapes(
         labels: (1, 1, D, H, W), 1 inside and 0 outside, of both.
         progress: called after every translation.
     Returns:
-        name of the metric -> (offsets in y, offsets in x). Dice at broken steps is that of interpolated labels,
+        name of the metric -> (offsets in y, offsets in x). Dice is that of interpolated labels,
         ``2 sum f m / (sum f + sum m)``.
     """
     nets = {shuffle: train(fixed, moving, settings, shuffle) for shuffle in ("patches", "voxels")}
@@ -219,7 +217,7 @@ def landscapes(
 def local_optima(values: np.ndarray) -> tuple[int, int]:
     """Local maxima of a landscape (n_y, n_x) under the 8-neighborhood: (inside, on the border).
 
-    A plateau of equal values that no neighbor exceeds is one optimum; it is on the border if any of it is. A border
+    A plateau of equal values that no neighbor exceeds is one optimum. It is on the border if any of its points is; a border
     point is compared with the neighbors that it has.
     """
     image = sitk.GetImageFromArray(np.asarray(values, float))
@@ -231,24 +229,24 @@ def local_optima(values: np.ndarray) -> tuple[int, int]:
 
 
 def captured(values: np.ndarray) -> np.ndarray:
-    """From where steepest ascent over the 8-neighborhood ends at the highest value; (n_y, n_x) bool.
+    """Starts from which steepest ascent over the 8-neighborhood ends at the highest value; (n_y, n_x) bool.
 
-    A start on level ground goes nowhere.
+    On a plateau the ascent stops.
     """
     n, m = values.shape
     padded = np.pad(values, 1, constant_values=-np.inf)
     steps = sorted(((j, i) for j in (-1, 0, 1) for i in (-1, 0, 1)), key=lambda step: step != (0, 0))  # staying first
     around = np.stack([padded[1 + j : 1 + j + n, 1 + i : 1 + i + m] for j, i in steps])
     uphill = np.array([j * m + i for j, i in steps])[around.argmax(0)].ravel() + np.arange(n * m)
-    for _ in range(n * m):  # each round doubles the way; it ends long before
-        if np.array_equal(further := uphill[uphill], uphill):
+    for _ in range(n * m):  # each iteration doubles the length of the paths; it ends long before
+        if np.array_equal(doubled := uphill[uphill], uphill):
             break
-        uphill = further
+        uphill = doubled
     return (values.ravel()[uphill] == values.max()).reshape(n, m)
 
 
 def describe(values: np.ndarray, settings: Settings) -> dict:
-    """The figures of one landscape (offsets in y, offsets in x), by column of the table."""
+    """The row of one landscape (offsets in y, offsets in x) in the table."""
     offsets = settings.offsets
     j, i = np.unravel_index(values.argmax(), values.shape)
     every = max(round(settings.spacing / settings.step), 1)
@@ -271,7 +269,7 @@ def describe(values: np.ndarray, settings: Settings) -> dict:
 
 
 def figure(found: dict[str, dict[str, np.ndarray]], settings: Settings, path: Path) -> None:
-    """Draws a surface over its contours per pair (row) and metric (column), as PNG."""
+    """Draws a surface and its contours for each pair (row) and metric (column), as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -299,7 +297,7 @@ def figure(found: dict[str, dict[str, np.ndarray]], settings: Settings, path: Pa
             axes.view_init(elev=24, azim=-55)
             axes.set_box_aspect((1, 1, 0.95), zoom=0.92)
     FigureCanvasAgg(drawing)
-    atomic.write_whole(path, lambda part: drawing.savefig(part, dpi=130))
+    atomic.write_atomically(path, lambda part: drawing.savefig(part, dpi=130))
 
 
 def run(
@@ -324,7 +322,9 @@ def run(
     ]
     figure(found, settings, output / "landscape.png")
     arrays = {f"{pair}: {name}": values for pair, metrics in found.items() for name, values in metrics.items()}
-    atomic.write_whole(output / "landscape.npz", lambda part: np.savez(part, offsets_mm=settings.offsets, **arrays))
+    atomic.write_atomically(
+        output / "landscape.npz", lambda part: np.savez(part, offsets_mm=settings.offsets, **arrays)
+    )
     about = {"preset": preset, "settings": asdict(settings), "seeds": [settings.seed], "device": str(device)}
     about |= {"shape": list(volumes["T2"].shape[2:]), "seconds": round(time.monotonic() - started, 1), "note": NOTE}
     report.write(output, "landscape", rows, about)
@@ -338,7 +338,11 @@ def main(arguments: list[str] | None = None) -> int:
         "--preset", choices=PRESETS, default="quick", help="quick: 9x9, a minute; paper: 41x41 every mm"
     )
     parser.add_argument(
-        "--refit", type=int, default=0, metavar="N", help="also S with D trained on for N steps everywhere"
+        "--refit",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also compute S with D trained for N more steps at every translation",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")

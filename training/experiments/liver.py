@@ -1,11 +1,11 @@
-"""LiTS Liver (arXiv 1908.08767, Table 3: CT to CT) and Hospital Liver (Table 4: MR to CT) on a folder of one's own.
+"""LiTS Liver (arXiv 1908.08767, Table 3: CT to CT) and Hospital Liver (Table 4: MR to CT) on your own data.
 
     python training/experiments/liver.py lits --cohort DIR --preset paper
     python training/experiments/liver.py hospital --fixed CT --moving MR --fixed-labels CT_LIVER --moving-labels MR_LIVER
 
-LiTS (131 CT, 70/30/31) is public, see https://competitions.codalab.org/competitions/17094; Hospital Liver (14 CT,
-19 MR) is private, and any cohort of that layout will do. Volumes are brought to a common space by an affine alignment,
-and the liver's label map is what is scored, never what is trained on.
+LiTS (131 CT, 70/30/31) is public, see https://competitions.codalab.org/competitions/17094. Hospital Liver (14 CT, 19 MR) is
+private; any cohort with the same layout can take its place. Volumes are brought into a common space by an affine alignment.
+The label map of the liver is used for scores only, not for training.
 """
 
 import argparse
@@ -13,11 +13,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from DivRegNetLib.errors import DivRegNetError
+from training import report
 from training.data import layouts, prepare
-from training.experiments import comparison, report
+from training.experiments import comparison
 
 EXPERIMENTS = {
     "lits": comparison.Experiment(
@@ -44,25 +43,27 @@ EXPERIMENTS = {
     ),
 }  # fmt: skip
 SPLITS = {"lits": (70, 30, 31), "hospital": (6, 4, 4, 10, 4, 5)}
-"""Subjects in the paper; a cohort of another size is dealt out in the usual shares."""
+"""Numbers of subjects in the paper; a cohort of another size is split by the usual shares."""
 
 
 def prepared(which: str, args: argparse.Namespace) -> Path:
     """The folder of the prepared cohort.
 
     Raises:
-        ValueError: no cohort is named, or volumes have no liver label.
+        ValueError: no cohort is named, or volumes lack a label map.
     """
     sources = layouts.from_arguments(args)
     if sources is None:
         raise ValueError("name the volumes: --cohort DIR (LiTS), or --fixed DIR --moving DIR with their labels")
     if bare := [source.name for source in sources if source.labels is None]:
-        raise ValueError(f"{bare[0]} and {len(bare) - 1} more have no label map, but the liver is what is scored")
+        raise ValueError(
+            f"{bare[0]} and {len(bare) - 1} more have no label map, which is needed for the scores of the liver"
+        )
     preparation = prepare.from_arguments(args, seed=1)
     subjects = len({source.subject for source in sources})
     if args.split == prepare.Preparation.fractions and subjects == sum(SPLITS[which]):
         preparation = replace(preparation, fractions=SPLITS[which])
-    return prepare.prepare(sources, args.output / "cohort", preparation).parent
+    return prepare.prepare_cohort(sources, args.output / "cohort", preparation).parent
 
 
 def main() -> int:

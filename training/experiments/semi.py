@@ -1,7 +1,7 @@
-"""FFD+SEMI, the iterative baseline: free-form deformation driven by spatially encoded mutual information.
+"""FFD+SEMI, the iterative baseline: a free-form deformation that maximizes spatially encoded mutual information.
 
 Source: Zhuang, Arridge, Hawkes, Ourselin, "A nonrigid registration framework using spatially encoded mutual information
-and free-form deformations", IEEE TMI 2011; the method that arXiv 1908.08767 compares with.
+and free-form deformations", IEEE TMI 2011. arXiv 1908.08767 compares with it.
 """
 
 import math
@@ -14,23 +14,23 @@ from torch.nn import functional as F
 
 from DivRegNetLib.core import fields
 from DivRegNetLib.similarity.mutual_information import check_histogram, entropy, parzen_window
-from training.data.pairs import bspline_basis
+from training.data.free_form import bspline_basis, evaluate
 
 
 @dataclass(frozen=True)
 class SemiSettings:
-    """How a pair is registered. Lengths are in voxels of a level's grid, so that they halve with it.
+    """Settings of a registration. Lengths are in voxels of a level's grid.
 
-    shrink: the pyramid, coarse to fine: by how much each level's grid is coarser than the images'.
+    shrink: shrink factor of each level, from coarse to fine.
     steps: gradient steps of each level.
-    control: between the control points of the deformation.
-    window: between the centers of the windows of local MI, each of which is four times as wide.
-    bins: of the joint histograms.
+    control: distance between control points of the deformation.
+    window: distance between the centers of the windows of local MI; a window is four times as wide.
+    bins: bins per image of the joint histograms.
     bending: weight of the bending energy (``fields.bending``).
-    rate: how far a control point moves in the first steps of a level; it falls to nothing towards its end.
+    rate: learning rate of Adam at the beginning of a level; it falls to 0 along a cosine.
 
     Raises:
-        ValueError: not as many steps as levels.
+        ValueError: the numbers of steps and levels differ.
     """
 
     shrink: tuple[int, ...] = (4, 2, 1)
@@ -49,16 +49,16 @@ class SemiSettings:
 def local_mi(fixed: Tensor, moving: Tensor, *, window: float, bins: int = 32) -> Tensor:
     """Spatially encoded MI in nats, differentiable in ``moving`` (a scalar).
 
-    The joint histogram of a window weighs voxels by a cubic B-spline about its center; the MIs of all windows are
-    averaged, each weighing what it holds. As the splines of all windows add up to one everywhere, this is the
-    conditional MI I(F; M | window). Histograms as in Mattes et al., IEEE TMI 2003: the fixed intensity falls into one
-    bin, the moving one into four under a cubic B-spline.
+    The joint histogram of a window weights voxels by a cubic B-spline around its center. The result is the mean of the MIs
+    of all windows, weighted by their mass. The splines of all windows add up to 1 at every voxel, so this is the conditional
+    MI I(F; M | window). Histograms as in Mattes et al., IEEE TMI 2003: the fixed intensity falls into one bin, the moving one
+    into four bins under a cubic B-spline.
 
-    Every voxel adds to the histogram of its block, a quarter of ``window`` wide, and the blocks to the windows: a spline
-    is as good as constant over a block, and a voxel touches 4 numbers rather than 256.
+    Voxels are added to the histogram of their block, which is a quarter of ``window`` wide, and blocks to the windows. A
+    spline is nearly constant over a block, and a voxel then changes 4 numbers instead of 256.
 
     Args:
-        fixed, moving: (1, 1, D, H, W) in [0, 1] (values outside count as 0 or 1).
+        fixed, moving: (1, 1, D, H, W) in [0, 1] (values outside are clamped).
         window: voxels between window centers; ``math.inf`` gives the MI of the whole images.
         bins: bins per image, at least 4.
     Raises:
@@ -71,7 +71,7 @@ def local_mi(fixed: Tensor, moving: Tensor, *, window: float, bins: int = 32) ->
     z, y, x = (torch.arange(n, device=fixed.device) // side for n in shape)
     block = (z[:, None, None] * blocks[1] + y[:, None]) * blocks[2] + x
 
-    # Bins 1 to bins - 2 hold [0, 1], so that a moving intensity always has four bins about it.
+    # [0, 1] is mapped to bins 1 to bins - 2, so that the four bins around a moving intensity exist.
     f, m = (image[0, 0].clamp(0, 1) * (bins - 3) + 1 for image in (fixed, moving))
     below = m.detach().floor().clamp(max=bins - 3)
     first = (block * bins + f.round().long()) * bins + below.long() - 1
@@ -90,14 +90,13 @@ def register(
     settings: SemiSettings | None = None,
     progress: Callable[[float], None] = lambda fraction: None,
 ) -> Tensor:
-    """The displacement that maximizes spatially encoded MI less bending energy, coarse to fine, from the identity.
+    """The displacement that maximizes spatially encoded MI minus bending energy, from coarse to fine, starting from zero.
 
-    Each level adds a free-form deformation of its own to what the level before it found. Adam stands in for the paper's
-    gradient ascent.
+    Each level adds a free-form deformation to the displacement of the level before. Adam replaces the paper's gradient ascent.
 
     Args:
         fixed, moving: (1, 1, D, H, W) in [0, 1] on one grid, on any device.
-        progress: called with the fraction done; may raise to cancel.
+        progress: called with the finished fraction; may raise to cancel.
     Returns:
         (1, 3, D, H, W) in voxels.
     """
@@ -108,10 +107,10 @@ def register(
         f, m = (F.interpolate(image, shape, mode="area") for image in (fixed, moving))
         start = fields.resize(displacement, shape)
         bases = [bspline_basis(n, settings.control, fixed.device).to(fixed) for n in shape]
-        control = fixed.new_zeros(1, 3, *(basis.shape[1] for basis in bases)).requires_grad_()
+        control = fixed.new_zeros(3, *(basis.shape[1] for basis in bases)).requires_grad_()
 
         def deform(control: Tensor, start: Tensor = start, bases: list[Tensor] = bases) -> Tensor:
-            return start + torch.einsum("ncijk,zi,yj,xk->nczyx", control, *bases)
+            return start + evaluate(control, bases)
 
         optimizer = torch.optim.Adam([control], lr=settings.rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

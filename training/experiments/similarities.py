@@ -1,11 +1,12 @@
-"""What trains a general model best: KLDivNet given a summary of the pair, per-pair MI, labels, the known displacement, or
-some of these together.
+"""Comparison of training signals for a general model: S of KLDivNet with or without a summary of the pair, MI of the pair,
+labels, the known displacement, and combinations.
 
     python training/experiments/similarities.py --preset reduced
 
-Needs no data: random shapes of random contrasts, deformed, shaded and made noisy (:mod:`training.data.synthesis`), of
-which everything is known. One small network per signal and seed, all trained by as many steps on the same pairs and judged
-on the same other ones. Given again, the command goes on where it was interrupted.
+It needs no data: the pairs are random shapes with random contrasts, deformations and artifacts
+(:mod:`training.data.synthesis`), whose labels and deformation are known. One small network is trained per signal and seed,
+all for the same number of steps on the same pairs, and tested on the same other pairs. Run again, the command continues where
+it was interrupted.
 """
 
 import argparse
@@ -15,8 +16,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
@@ -29,10 +28,11 @@ from DivRegNetLib.io import atomic
 from DivRegNetLib.similarity.kldivnet import KLDivNet
 from DivRegNetLib.similarity.mutual_information import parzen_mi
 from training import config as configs
+from training import report, scoring
 from training.data.cohort import Cohort
-from training.data.pairs import Pair, Random
+from training.data.pairs import Pair
+from training.data.randomness import Random
 from training.data.synthesis import Recipe, make_pair
-from training.experiments import report
 from training.trainer import Trainer, fit
 
 ALONE = ("loss.weight=0",)
@@ -48,18 +48,21 @@ SIGNALS = {
     "KLDivNet, conditional, displacement, labels": KNOWN,
     "MI of the pair, displacement, labels": (*MI, *KNOWN),
 }
-"""What a network is trained by -> what that changes in training/configs/similarities.yaml."""
+"""Training signal -> overrides of training/configs/similarities.yaml."""
 
-STARTS = {"the images": (), "Newton steps": ("regnet.newton=7",)}
-"""What RegNet starts from -> the same."""
+STARTS = {
+    "the images": (),
+    "Newton steps": ("methods=[variational,regnet]", "variational.steps=7", "regnet.guided=true"),
+}
+"""What RegNet starts from -> overrides."""
 
 ALONE_FIRST = {"quick": 2, "reduced": 700}
-"""Steps in which KLDivNet learns alone, before those of RegNet: one that is to know any contrast needs many."""
+"""Preset -> steps in which only KLDivNet learns, before RegNet; it needs many to know any contrast."""
 
 UNTRAINED = "nothing"
 SIDE, SPACING_MM = 48, 2.0
 FIRST = {"validation": 5_000_000, "test": 6_000_000}
-"""The seeds of the pairs that networks are judged on; those of training are another generator's."""
+"""Split -> the first seed of its pairs; training has other seeds."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ class Shapes:
 
 
 def run(settings: argparse.Namespace) -> list[dict]:
-    """Trains and judges what is not done yet; writes ``similarities.md``, ``.csv``, ``.json`` and ``.png``.
+    """Trains and tests the networks that are not finished yet; writes ``similarities.md``, ``.csv``, ``.json``, ``.png``.
 
     Raises:
         ValueError: the preset is unknown.
@@ -113,22 +116,24 @@ def run(settings: argparse.Namespace) -> list[dict]:
     }
     report.write(settings.output, "similarities", rows, about)
     drawn = figure(rows, single)
-    atomic.write_whole(settings.output / "similarities.png", lambda part: drawn.savefig(part, dpi=110, format="png"))
+    atomic.write_atomically(
+        settings.output / "similarities.png", lambda part: drawn.savefig(part, dpi=110, format="png")
+    )
     return rows
 
 
 def agreement(kldivnet: KLDivNet, pairs: list[Pair]) -> float:
-    """Correlation of S with the MI of a 64-bin histogram, over pairs as they are and as the truth aligns them."""
-    found = []
+    """Correlation of S with the MI of a 64-bin histogram, over the pairs before and after the true alignment."""
+    values = []
     for i, pair in enumerate(pairs):
         for moving in (pair.moving, fields.warp(pair.moving, pair.truth)):
             s = kldivnet(pair.fixed, moving, samples=65536, generator=torch.Generator().manual_seed(i))
-            found.append((s.item(), parzen_mi(pair.fixed, moving, bins=64).item()))
-    return float(np.corrcoef(np.array(found).T)[0, 1])
+            values.append((s.item(), parzen_mi(pair.fixed, moving, bins=64).item()))
+    return float(np.corrcoef(np.array(values).T)[0, 1])
 
 
 def figure(rows: list[dict], single: list[dict]) -> Figure:
-    """Errors, a dot per seed, signals beneath each other."""
+    """The error of each signal, one dot per seed."""
     drawn = Figure(figsize=(8, 0.32 * len(rows) + 1), layout="constrained")
     axes = drawn.subplots()
     names = [f"{row['trained by']} (from {row['from']})" for row in rows]
@@ -157,7 +162,7 @@ def _config(start: str, signal: str, seed: int, settings: argparse.Namespace) ->
 
 
 def _single(start: str, signal: str, seed: int, settings: argparse.Namespace) -> dict:
-    """The scores of one network; kept on disk."""
+    """The scores of one network, which are kept on disk."""
     config = _config(start, signal, seed, settings)
     kept = settings.output / "rows" / f"{config.name}.json"
     if kept.exists():
@@ -170,8 +175,8 @@ def _single(start: str, signal: str, seed: int, settings: argparse.Namespace) ->
         trainer = fit(config, source, settings.output / "runs" / config.name, fabric, resume=True)
     pairs = [pair.to(trainer.dtype) for _, pair in source.held_out("test")]
     with torch.no_grad():
-        judged = [trainer.judge(pair, trainer.ema(pair.fixed, pair.moving)) for pair in pairs]
-    errors, dice, folded = ([scores[name] for scores in judged] for name in ("mm", "Dice", "folded %"))
+        scores = [scoring.of_displacement(p, trainer.predict(p.fixed, p.moving), SPACING_MM) for p in pairs]
+    errors, dice, folded = ([s[name] for s in scores] for name in ("error mm", "Dice", "folded %"))
     row = {"from": start, "trained by": signal, "errors mm": errors}
     row |= {"error mm": float(np.mean(errors)), "Dice": float(np.nanmean(dice)), "folded %": float(np.mean(folded))}
     if trainer.objective.kldivnet is not None:
@@ -182,7 +187,7 @@ def _single(start: str, signal: str, seed: int, settings: argparse.Namespace) ->
 
 
 def _together(start: str, signal: str, single: list[dict]) -> dict:
-    """The row of a signal: means over its seeds, and how far these are apart."""
+    """The row of a signal: means over its seeds, and their standard deviation."""
 
     def of(signal: str, name: str) -> np.ndarray:
         own = (row for row in single if (row["from"], row["trained by"]) == (start, signal))

@@ -17,6 +17,8 @@ class PythonQt:
     def __getattribute__(self, name: str):
         if name == "connect":  # PySide6 hands out its own QObject.connect before any other
             return types.MethodType(PythonQt.connect, self)
+        if name in ("minimumSizeHint", "sizeHint") or (name == "text" and isinstance(self, QtWidgets.QProgressBar)):
+            return super().__getattribute__(name)  # virtual: Qt asks here for an override, and would come back for ever
         if not name.startswith("_") and super().__getattribute__("metaObject")().indexOfProperty(name) >= 0:
             return super().__getattribute__("property")(name)
         return super().__getattribute__(name)
@@ -42,6 +44,8 @@ def _dressed(kind: type) -> type:
 PLAIN = {
     kind.__name__: _dressed(kind)
     for kind in (
+        QtWidgets.QPlainTextEdit,
+        QtWidgets.QTableWidget,
         QtWidgets.QCheckBox,
         QtWidgets.QComboBox,
         QtWidgets.QDoubleSpinBox,
@@ -116,8 +120,33 @@ def _kept(kind, name: str, default):
     )
 
 
+class _SortFilterProxyModel:
+    """``qMRMLSortFilterProxyModel``, as far as it is used."""
+
+    def __init__(self, selector) -> None:
+        self._selector, self._hidden = weakref.ref(selector), []
+
+    @property
+    def hiddenNodeIDs(self) -> tuple[str, ...]:
+        return tuple(self._hidden)
+
+    @hiddenNodeIDs.setter
+    def hiddenNodeIDs(self, ids) -> None:
+        self._hidden = list(ids)
+        self._selector()._fill()
+
+
 class qMRMLNodeComboBox(PythonQt, QtWidgets.QWidget):
-    """Lists the nodes of its types that are in the scene and not hidden."""
+    """Lists the nodes of its types that are in the scene and not hidden.
+
+    What it does when nodes come and go is taken from Slicer's sources:
+
+    * qMRMLSceneModel.cxx, onMRMLSceneNodeAboutToBeRemoved: the row of a node goes; QComboBox then shows the row that has
+      taken its place, which is the next node, and qMRMLNodeComboBox.cxx, emitCurrentNodeChanged, tells of it.
+    * qMRMLSceneModel.cxx, onMRMLSceneImported and updateScene: when an import ends all rows are removed and made again. The
+      selection is lost, and the loss is told of as a change to None.
+    * qMRMLNodeComboBox.cxx, setCurrentNodeIDInternal: a node that is not listed cannot be chosen.
+    """
 
     currentNodeChanged = Signal(object)
 
@@ -130,13 +159,16 @@ class qMRMLNodeComboBox(PythonQt, QtWidgets.QWidget):
 
     def __init__(self, parent=None) -> None:
         super().__init__(parent)
-        self._box = QtWidgets.QComboBox(self)
+        self._box = self._new_box()
         layout = QtWidgets.QHBoxLayout(self)
         layout.setContentsMargins(0, 0, 0, 0)
         layout.addWidget(self._box)
         self._scene, self._types, self._none, self._ids = None, [], "None", []
-        self._observed = []
+        self._observed, self._proxy = [], _SortFilterProxyModel(self)
         self._box.currentIndexChanged.connect(self._changed)
+
+    def _new_box(self) -> QtWidgets.QComboBox:
+        return QtWidgets.QComboBox(self)
 
     def _changed(self, _index: int) -> None:
         self.currentNodeChanged.emit(self.currentNode())
@@ -152,16 +184,27 @@ class qMRMLNodeComboBox(PythonQt, QtWidgets.QWidget):
     nodeTypes = Property("QStringList", lambda self: self._types, _set_types)
     noneDisplay = Property(str, lambda self: self._none, _set_none)
 
+    def sortFilterProxyModel(self) -> _SortFilterProxyModel:
+        return self._proxy
+
     def setMRMLScene(self, scene) -> None:
         self._scene = scene
         itself = weakref.ref(self)  # the scene must not keep a widget alive
 
-        def fill(*_) -> None:
-            if (widget := itself()) is not None and shiboken6.isValid(widget):
-                widget._fill()
+        def call(method: str):
+            def observer(*_) -> None:
+                if (widget := itself()) is not None and shiboken6.isValid(widget):
+                    getattr(widget, method)()
 
-        for event in (scene.NodeAddedEvent, scene.NodeRemovedEvent, scene.EndCloseEvent):
-            self._observed.append(scene.AddObserver(event, fill))
+            return observer
+
+        for event, method in (
+            (scene.NodeAddedEvent, "_fill"),
+            (scene.NodeRemovedEvent, "_fill"),
+            (scene.EndImportEvent, "_update_scene"),
+            (scene.EndCloseEvent, "_update_scene"),
+        ):
+            self._observed.append(scene.AddObserver(event, call(method)))
         self._fill()
 
     def release(self) -> None:
@@ -170,26 +213,46 @@ class qMRMLNodeComboBox(PythonQt, QtWidgets.QWidget):
             self._scene.RemoveObserver(tag)
         self._observed, self._scene = [], None
 
-    def _fill(self) -> None:
+    def _listed(self) -> list:
+        """The nodes that are offered."""
+        nodes = [self._scene.GetNthNode(i) for i in range(self._scene.GetNumberOfNodes())]
+        return [
+            node
+            for node in nodes
+            if any(node.IsA(t) if self.showChildNodeTypes else node.GetClassName() == t for t in self._types)
+            and not node.GetHideFromEditors()
+            and node.GetID() not in self._proxy.hiddenNodeIDs
+        ]
+
+    def _update_scene(self) -> None:
+        """qMRMLSceneModel::updateScene."""
         if self._scene is None:
             return
-        current = self._current_id()
+        had = self._current_id()
+        blocked = self._box.blockSignals(True)
+        self._box.setCurrentIndex(-1)
+        self._box.blockSignals(blocked)
+        self._fill()
+        if had is not None:
+            self.currentNodeChanged.emit(None)
+
+    def _fill(self) -> None:
+        if self._scene is None or self._scene.IsImporting():
+            return
+        current, row = self._current_id(), self._box.currentIndex()
         blocked = self._box.blockSignals(True)
         self._box.clear()
         self._ids = []
         if self.noneEnabled:
             self._box.addItem(self._none)
             self._ids.append(None)
-        for i in range(self._scene.GetNumberOfNodes()):
-            node = self._scene.GetNthNode(i)
-            shown = (
-                any(node.IsA(t) if self.showChildNodeTypes else node.GetClassName() == t for t in self._types)
-                and not node.GetHideFromEditors()
-            )
-            if shown:
-                self._box.addItem(node.GetName() or "")
-                self._ids.append(node.GetID())
-        self._box.setCurrentIndex(self._ids.index(current) if current in self._ids else 0)
+        for node in self._listed():
+            self._box.addItem(node.GetName() or "")
+            self._ids.append(node.GetID())
+        if current in self._ids:
+            self._box.setCurrentIndex(self._ids.index(current))
+        else:  # the row that has taken the place of the one that is gone
+            self._box.setCurrentIndex(min(max(row, 0), len(self._ids) - 1))
         self._box.blockSignals(blocked)
         if current != self._current_id():
             self.currentNodeChanged.emit(self.currentNode())
@@ -214,6 +277,21 @@ class qMRMLNodeComboBox(PythonQt, QtWidgets.QWidget):
         return self._scene.GetNodeByID([i for i in self._ids if i][index])
 
 
+class _CheckableBox(QtWidgets.QComboBox):
+    """Paints the names of what is checked, and paints again only when it is told to: ctkCheckableComboBox.cpp has no
+    ``update()`` where its list of checked items changes, so that after a change by a program the old text stays."""
+
+    painted = ""
+
+    def paintEvent(self, event) -> None:
+        self.painted = self.parent().names()
+        painter, option = QtWidgets.QStylePainter(self), QtWidgets.QStyleOptionComboBox()
+        self.initStyleOption(option)
+        option.currentText = self.painted
+        painter.drawComplexControl(QtWidgets.QStyle.CC_ComboBox, option)
+        painter.drawControl(QtWidgets.QStyle.CE_ComboBoxLabel, option)
+
+
 class qMRMLCheckableNodeComboBox(qMRMLNodeComboBox):
     """Nodes can be checked, any number."""
 
@@ -223,32 +301,37 @@ class qMRMLCheckableNodeComboBox(qMRMLNodeComboBox):
         super().__init__(parent)
         self._checked = set()
 
+    def _new_box(self) -> QtWidgets.QComboBox:
+        return _CheckableBox(self)
+
+    def names(self) -> str:
+        checked = [i for i in self._ids if i in self.__dict__.get("_checked", ())]
+        return ", ".join(self._scene.GetNodeByID(i).GetName() for i in checked) or "None"
+
     def checkState(self, node):
         return QtCore.Qt.Checked.value if node.GetID() in self._checked else QtCore.Qt.Unchecked.value
+
+    def _update_scene(self) -> None:
+        """All rows are made again, unchecked."""
+        if self._checked:
+            self._checked = set()
+            self.checkedNodesChanged.emit()
+        super()._update_scene()
 
     def _fill(self) -> None:
         super()._fill()
         if self.__dict__.get("_checked") and not self._checked <= set(self._ids):
             self._checked &= set(self._ids)
             self.checkedNodesChanged.emit()
-        self._show()
 
     def check(self, node) -> None:
-        self._checked.add(node.GetID())
-        self._show()
-        self.checkedNodesChanged.emit()
+        if node.GetID() in self._ids:
+            self._checked.add(node.GetID())
+            self.checkedNodesChanged.emit()
 
     def uncheck(self, node) -> None:
         self._checked.discard(node.GetID())
-        self._show()
         self.checkedNodesChanged.emit()
-
-    def _show(self) -> None:
-        names = [self._scene.GetNodeByID(i).GetName() for i in self._ids if i in self.__dict__.get("_checked", ())]
-        self._box.setPlaceholderText(", ".join(names) or "None")
-        blocked = self._box.blockSignals(True)
-        self._box.setCurrentIndex(-1)
-        self._box.blockSignals(blocked)
 
 
 SLICERS = {k.__name__: k for k in (qMRMLWidget, ctkCollapsibleButton, qMRMLNodeComboBox, qMRMLCheckableNodeComboBox)}
@@ -296,10 +379,14 @@ def qt_module() -> types.ModuleType:
     for kind in (
         QtCore.QSettings,
         QtCore.Qt,
+        QtCore.QUrl,
         QtGui.QColor,
+        QtGui.QDesktopServices,
         QtGui.QIcon,
         QtWidgets.QApplication,
+        QtWidgets.QFileDialog,
         QtWidgets.QMessageBox,
+        QtWidgets.QTableWidgetItem,
         QtWidgets.QVBoxLayout,
         QtWidgets.QHBoxLayout,
     ):

@@ -1,0 +1,47 @@
+"""The settings of torch that this library needs, inside programs that have other settings."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+
+_imported_by = os.getpid()
+DEVICE_TYPES = ("cpu", "cuda")  # for which autocast may be on
+
+
+@contextlib.contextmanager
+def default_state() -> Iterator[None]:
+    """Single precision, the CPU as default device, no autocast, gradients on, no inference mode and no demand for
+    deterministic algorithms. Afterwards the settings of the program are restored.
+
+    The default data type and that demand belong to the process: threads that compute at the same time see them change, if
+    the program has set them to something else.
+    """
+    _prepare_after_fork()
+    with contextlib.ExitStack() as stack:
+        if (dtype := torch.get_default_dtype()) != torch.float32:
+            torch.set_default_dtype(torch.float32)
+            stack.callback(torch.set_default_dtype, dtype)
+        if torch.are_deterministic_algorithms_enabled():
+            only_warn = torch.is_deterministic_algorithms_warn_only_enabled()
+            torch.use_deterministic_algorithms(False)
+            stack.callback(torch.use_deterministic_algorithms, True, warn_only=only_warn)
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        for kind in DEVICE_TYPES:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        if not torch.is_grad_enabled():
+            stack.enter_context(torch.enable_grad())
+        yield
+
+
+def _prepare_after_fork() -> None:
+    """In a forked process the threads of OpenMP are gone, and GNU's library would wait for them forever: one thread."""
+    global _imported_by
+    if os.getpid() != _imported_by:
+        torch.set_num_threads(1)
+        _imported_by = os.getpid()

@@ -1,0 +1,148 @@
+"""From a quality card to a verdict: green, amber or red, with the reasons in words. Without torch, Qt and Slicer.
+
+Sentences are made by :mod:`DivRegNetLib.words`, so that the Slicer module can translate them.
+"""
+
+from dataclasses import dataclass
+
+from DivRegNetLib.words import Text, marker
+
+_ = marker("quality.verdict")
+
+GREEN, AMBER, RED = "green", "amber", "red"
+LEVELS = (GREEN, AMBER, RED)
+"""From the best to the gravest."""
+
+# Limits of the verdict. Folding as in the Learn2Reg challenges, where a few voxels in a thousand are tolerated.
+FOLDED_RED_PERCENT, FOLDED_AMBER_PERCENT = 1.0, 0.1
+LOG_JACOBIAN_SD_AMBER = 0.5  # volumes change by more than a factor of e^0.5 = 1.6, typically
+INVERSE_AMBER_MM, INVERSE_RED_MM = 0.5, 3.0  # mean of |inverse(forward(x)) - x|
+DISPLACEMENT_AMBER_MM = 40.0  # beyond the initial alignment
+SIMILARITY_NOISE = 1e-3  # smaller differences of NMI mean nothing
+SMALL_DISPLACEMENT_MM = 0.5
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A judgment of a registration.
+
+    level: ``green``, ``amber`` or ``red``.
+    headline: what to do, a sentence.
+    reasons: sentences, the gravest first.
+    """
+
+    level: str
+    headline: Text
+    reasons: tuple[Text, ...]
+
+    def as_dict(self) -> dict:
+        """Plain values, for JSON and tables."""
+        return {"level": self.level, "headline": str(self.headline), "reasons": [str(r) for r in self.reasons]}
+
+
+HEADLINES = {
+    GREEN: _("Nothing suspicious was found. Look at the result before you use it."),
+    AMBER: _("Look closely before you use the result."),
+    RED: _("Do not use the result as it is."),
+}
+Reasons = list[tuple[str, Text]]
+"""Pairs of a level and a sentence."""
+
+
+def judge(quality: dict) -> Verdict:
+    """What a quality card means.
+
+    Args:
+        quality: see :func:`DivRegNetLib.quality.metrics.quality`. ``dice`` and ``landmark_error_mm``, each ``{"before",
+            "after"}``, count where the card has them, as do ``labels`` and ``landmarks_mm`` of ``quality.json``. A
+            number that is missing or None does not count.
+    """
+    quality = with_references(quality)
+    reasons = [*_similarity(quality), *_folding(quality), *_size(quality), *_inverse(quality), *_reference(quality)]
+    level = max((level for level, sentence in reasons), key=LEVELS.index, default=AMBER)
+    reasons.sort(key=lambda reason: -LEVELS.index(reason[0]))
+    sentences = tuple(sentence for _level, sentence in reasons) or (_("The quality card is empty."),)
+    return Verdict(level, HEADLINES[level], sentences)
+
+
+def with_references(quality: dict) -> dict:
+    """A quality card with ``dice`` and ``landmark_error_mm`` (means), also where it holds them as ``quality.json`` does."""
+    summary = dict(quality)
+    if "labels" in quality and "dice" not in quality:
+        summary["dice"] = {stage: scores["mean"]["dice"] for stage, scores in quality["labels"].items()}
+    if "landmarks_mm" in quality and "landmark_error_mm" not in quality:
+        summary["landmark_error_mm"] = {stage: error["mean"] for stage, error in quality["landmarks_mm"].items()}
+    return summary
+
+
+def _similarity(quality: dict) -> Reasons:
+    nmi = quality.get("nmi") or {}
+    before, aligned, after = (nmi.get(stage) for stage in ("before", "aligned", "after"))
+    if before is None or after is None:
+        return []
+    aligned = before if aligned is None else aligned
+    if after < before - SIMILARITY_NOISE:
+        text = _("The images resemble each other less than before (NMI {before:.3f} to {after:.3f}).")
+        return [(RED, text.format(before=before, after=after))]
+    if after < aligned - SIMILARITY_NOISE:
+        text = _("The deformation made the alignment worse (NMI {aligned:.3f} before it, {after:.3f} after).")
+        return [(RED, text.format(aligned=aligned, after=after))]
+    if after <= before + SIMILARITY_NOISE:
+        if (quality.get("mean_displacement_mm") or 0) < SMALL_DISPLACEMENT_MM:
+            text = _("The images were aligned already, and stayed so (NMI {after:.3f}).")
+            return [(GREEN, text.format(after=after))]
+        text = _("Much was moved, but the images resemble each other no more than before (NMI {after:.3f}).")
+        return [(AMBER, text.format(after=after))]
+    text = _("The images resemble each other more than before (NMI {before:.3f} to {after:.3f}).")
+    return [(GREEN, text.format(before=before, after=after))]
+
+
+def _folding(quality: dict) -> Reasons:
+    reasons: Reasons = []
+    folded, spread = quality.get("folded_percent"), quality.get("log_jacobian_sd")
+    if folded is not None and not folded:
+        reasons.append((GREEN, _("The deformation folds nowhere.")))
+    elif folded is not None:
+        level = RED if folded > FOLDED_RED_PERCENT else AMBER if folded > FOLDED_AMBER_PERCENT else GREEN
+        text = _("The deformation tears or folds tissue in {percent:.2g} % of the voxels.")
+        reasons.append((level, text.format(percent=folded)))
+    if spread is not None and spread > LOG_JACOBIAN_SD_AMBER:
+        text = _("Volumes change strongly from place to place (SD of log Jacobian {spread:.2f}).")
+        reasons.append((AMBER, text.format(spread=spread)))
+    return reasons
+
+
+def _size(quality: dict) -> Reasons:
+    largest = quality.get("largest_displacement_mm")
+    if largest is None or largest <= DISPLACEMENT_AMBER_MM:
+        return []
+    text = _("Some tissue is moved by {mm:.0f} mm beyond the initial alignment; is that plausible?")
+    return [(AMBER, text.format(mm=largest))]
+
+
+def _inverse(quality: dict) -> Reasons:
+    mean = (quality.get("inverse_consistency_mm") or {}).get("mean")
+    if mean is None or mean <= INVERSE_AMBER_MM:
+        return []
+    level = RED if mean > INVERSE_RED_MM else AMBER
+    return [(level, _("Mean inverse-consistency error: {mm:.2f} mm.").format(mm=mean))]
+
+
+def _reference(quality: dict) -> Reasons:
+    """Segmentations and landmarks, where given: a person's word against the images'."""
+    texts = {
+        ("dice", True): _("The segmentations overlap more than before ({before:.2f} to {after:.2f})."),
+        ("dice", False): _("The segmentations overlap less than before ({before:.2f} to {after:.2f})."),
+        ("landmark_error_mm", True): _("The landmarks are closer than before ({before:.2f} mm to {after:.2f} mm)."),
+        ("landmark_error_mm", False): _(
+            "The landmarks are further apart than before ({before:.2f} mm to {after:.2f} mm)."
+        ),
+    }
+    reasons: Reasons = []
+    for key in ("dice", "landmark_error_mm"):
+        pair = quality.get(key) or {}
+        before, after = pair.get("before"), pair.get("after")
+        if before is not None and after is not None:
+            better = after >= before if key == "dice" else after <= before
+            reasons.append((GREEN if better else RED, texts[key, better].format(before=before, after=after)))
+    return reasons

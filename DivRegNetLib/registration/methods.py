@@ -1,0 +1,156 @@
+"""Methods that turn two sampled images into a displacement, one after the other: "variational" and "regnet"."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from DivRegNetLib.core import fields
+from DivRegNetLib.registration import METHODS
+from DivRegNetLib.registration.regnet import RegNet
+from DivRegNetLib.registration.variational.equations import Valid
+from DivRegNetLib.registration.variational.features import Features
+from DivRegNetLib.registration.variational.method import register
+from DivRegNetLib.registration.variational.settings import VariationalSettings
+from DivRegNetLib.similarity.classes import ClassNet
+
+Progress = Callable[[float], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """What every method gets. All tensors are on one grid, the working grid.
+
+    fixed, moving: (N, 1, D, H, W) in [0, 1], normalized; the moving image initially aligned.
+    fixed_mask, moving_mask: (N, 1, D, H, W) bool, or None: everything.
+    valid: where the fixed and the moving image were measured, two (N, 1, D, H, W) bool; None: everywhere.
+    classes: how probable each anatomical class is in both images, which the variational method brings together beside the
+        intensities, see :func:`with_classes`; its weight is that of the settings. None: not known.
+    """
+
+    fixed: Tensor
+    moving: Tensor
+    fixed_mask: Tensor | None = None
+    moving_mask: Tensor | None = None
+    valid: Valid | None = None
+    classes: Features | None = None
+
+    def multiplied(self) -> tuple[Tensor, Tensor]:
+        """Both images, 0 outside their masks, in the memory format of fast convolutions."""
+        pairs = ((self.fixed, self.fixed_mask), (self.moving, self.moving_mask))
+        images = (image if mask is None else image * mask for image, mask in pairs)
+        return tuple(x.contiguous(memory_format=torch.channels_last_3d) for x in images)
+
+    def measured_in_masks(self) -> Valid | None:
+        """Where the images were measured, without what is outside their masks."""
+        masks = self.fixed_mask, self.moving_mask
+        if all(mask is None for mask in masks):
+            return self.valid
+        measured = self.valid or (torch.ones_like(self.fixed, dtype=torch.bool),) * 2
+        return tuple(v if mask is None else v & mask for v, mask in zip(measured, masks, strict=True))
+
+
+def with_classes(images: Images, classnet: ClassNet) -> Images:
+    """The images, and how probable each class is at every voxel of them, in the network's eyes."""
+    inside = images.measured_in_masks() or (None, None)
+    pairs = zip((images.fixed, images.moving), inside, strict=True)
+    probabilities = (classnet.probabilities(image, where) for image, where in pairs)
+    return replace(images, classes=Features(*probabilities, stride=classnet.config.stride))
+
+
+def deform(
+    images: Images,
+    names: tuple[str, ...],
+    variational: VariationalSettings,
+    regnet: RegNet | None,
+    progress: Progress = lambda fraction: None,
+) -> Tensor:
+    """Runs methods in order, each from the displacement of the one before.
+
+    RegNet gets the images multiplied by their masks, and knows of no masks beside that; so does the variational method
+    unless ``variational.masks`` is ``exclude``.
+
+    Args:
+        names: of METHODS, at least one.
+        regnet: for the method "regnet"; not needed without it.
+        progress: called with the fraction that is done; what it raises ends the registration.
+    Returns:
+        (N, 3, D, H, W) in voxels of the working grid.
+    Raises:
+        ValueError: an unknown method, none, or "regnet" without a network.
+    """
+    check_methods(names)
+    if "regnet" in names and regnet is None:
+        raise ValueError("method 'regnet' needs a network")
+    displacement, grid, shape = None, None, images.fixed.shape[2:]
+    for i, name in enumerate(names):
+
+        def report(fraction: float, i: int = i) -> None:
+            progress((i + fraction) / len(names))
+
+        before, grid = grid, _output_grid(name, variational, regnet)
+        if before not in (None, grid):
+            displacement = fields.coarsen(fields.upsample(displacement, before[0], shape), *grid)
+        if name == "variational":
+            displacement = variational_steps(images, variational, displacement, report)
+        else:
+            report(0.0)
+            displacement = regnet.register(*images.multiplied(), displacement, images.valid)
+            report(1.0)
+    return fields.upsample(displacement, grid[0], shape).contiguous()
+
+
+def refine(
+    images: Images,
+    displacement: Tensor,
+    settings: VariationalSettings,
+    progress: Progress = lambda fraction: None,
+) -> Tensor:
+    """Variational steps from a displacement.
+
+    With the settings :data:`~DivRegNetLib.registration.variational.settings.REFINEMENT` the images are not multiplied by
+    their masks; voxels outside a mask are ignored instead.
+
+    Args:
+        displacement: (N, 3, D, H, W) in voxels of the working grid.
+    Returns:
+        (N, 3, D, H, W) likewise; with ``settings.min_gain`` the displacement that was given, where no round of steps gained
+        enough.
+    """
+    start = fields.coarsen(displacement, settings.stride, settings.multiple)
+    refined = variational_steps(images, settings, start, progress)
+    if refined is start and settings.min_gain is not None:
+        return displacement
+    return fields.upsample(refined, settings.stride, displacement.shape[2:])
+
+
+def check_methods(names: tuple[str, ...]) -> None:
+    """Raises ValueError for an unknown method, or for none."""
+    if not names or any(name not in METHODS for name in names):
+        raise ValueError(f"methods: one or more of {', '.join(METHODS)}, got {', '.join(map(str, names)) or 'none'}")
+
+
+def variational_steps(
+    images: Images,
+    settings: VariationalSettings,
+    start: Tensor | None = None,
+    progress: Progress = lambda fraction: None,
+) -> Tensor:
+    """The variational method alone, with the masks and the classes of the images as the settings say.
+
+    Arguments and result as of :func:`DivRegNetLib.registration.variational.method.register`.
+    """
+    if settings.masks == "exclude":
+        fixed, moving, valid = images.fixed, images.moving, images.measured_in_masks()
+    else:
+        (fixed, moving), valid = images.multiplied(), images.valid
+    known = images.classes is not None and settings.class_weight
+    features = (replace(images.classes, weight=settings.class_weight),) if known else ()
+    return register(fixed, moving, settings, start=start, valid=valid, features=features, progress=progress)
+
+
+def _output_grid(name: str, variational: VariationalSettings, regnet: RegNet | None) -> tuple[int, int]:
+    """Stride of a method's output grid, and the multiple that it pads images to."""
+    settings = variational if name == "variational" else regnet.config
+    return settings.stride, settings.multiple

@@ -1,0 +1,8 @@
+"""Variational registration: Gauss-Newton steps on mutual information, without training. docs/method.md has the mathematics.
+
+Only the settings are imported here, which need no torch; the registration is :func:`.method.register`.
+"""
+
+from DivRegNetLib.registration.variational.settings import DEFAULT, REFINEMENT, Level, Smoothness, VariationalSettings
+
+__all__ = ["DEFAULT", "REFINEMENT", "Level", "Smoothness", "VariationalSettings"]

@@ -1,0 +1,38 @@
+"""The input of a guided RegNet: the step that the variational method would make next, at two smoothnesses."""
+
+import torch
+from torch import Tensor
+
+from DivRegNetLib.registration.variational import solver
+from DivRegNetLib.registration.variational.equations import Equations
+from DivRegNetLib.registration.variational.settings import VariationalSettings
+
+CHANNELS = 8  # for each of two smoothnesses a step (3) and the information (1)
+
+
+@torch.no_grad()
+def guidance(
+    fixed: Tensor, warped: Tensor, settings: VariationalSettings, counted: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The next step at the last level, and a network's input made of it.
+
+    Args:
+        fixed, warped: (N, 1, D, H, W) in [0, 1], sides multiples of ``settings.stride`` times the last level's ``shrink``.
+        counted: (N, 1, D, H, W) bool, the voxels that count; None: all.
+    Returns:
+        (N, 3, d, h, w): the step of ``settings.last_smoothness``, in voxels of the displacement's grid.
+        (N, CHANNELS, d, h, w): for the first and the last smoothness the step, and the information k mapped to
+        ``k / (k + mean k)``, from 0 to 1.
+        (N, CHANNELS, d, h, w): the same for the swapped pair, whose steps are the opposite.
+    """
+    with torch.autocast(fixed.device.type, enabled=False):
+        valid = None if counted is None else (counted, counted)
+        normal, _ = Equations(fixed, warped, settings, settings.levels[-1], valid)(None)
+        smoothnesses = settings.first_smoothness, settings.last_smoothness
+        steps, known = zip(*(solver.step(normal, s, settings) for s in smoothnesses), strict=True)
+        unit = solver.mean_information(normal, settings)
+        known = [k / (k + unit) for k in known]
+    forward, backward = (
+        torch.cat([x for s, k in zip(steps, known, strict=True) for x in (sign * s, k)], 1) for sign in (1, -1)
+    )
+    return steps[-1], forward, backward

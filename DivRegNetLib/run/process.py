@@ -1,0 +1,33 @@
+"""A process in which libraries work, whatever it was started with: open standard streams, and a working folder."""
+
+import contextlib
+import os
+import sys
+
+
+def prepare_process() -> None:
+    """Opens standard streams that are closed, and leaves a working folder that was removed."""
+    _prepare_streams()
+    try:
+        os.getcwd()
+    except OSError:  # MKL would end the process; nothing can be relative to such a folder
+        os.chdir(os.path.abspath(os.sep))
+
+
+def _prepare_streams() -> None:
+    """Opens standard streams that are closed, and lets both outputs write every character.
+
+    Without this the next file that is opened would become standard error, and libraries would print into it.
+    """
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the lowest free number, which is this
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed, or a program with windows only
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 -- it stays open
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError, OSError):  # a stand-in for a stream, or a closed one
+            stream.reconfigure(errors="backslashreplace")

@@ -1,0 +1,362 @@
+"""The parent's side of a worker. It needs neither torch nor 3D Slicer, starts no thread, and never blocks: it is polled,
+from a timer for instance."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import SimpleITK as sitk
+
+from DivRegNetLib.errors import Cancelled, DivRegNetError, InputError
+from DivRegNetLib.io.locks import LocksUnsupported, acquire
+from DivRegNetLib.options import Options
+from DivRegNetLib.quality.references import References
+from DivRegNetLib.registration.check import check_image
+from DivRegNetLib.result import Result
+from DivRegNetLib.run.threads import prepare_threads
+from DivRegNetLib.run.worker.protocol import (
+    KINDS,
+    PARENT,
+    STDERR,
+    STDOUT,
+    Event,
+    ResultFiles,
+    WorkerDied,
+    parse_message,
+    write_job,
+)
+
+LOG_LINES = 30  # kept of what the child writes beside its messages
+LOG_BYTES = 8000
+READ_BYTES = 1 << 20  # of the child's output at a time
+KILLED = (-9, 137, 0xC0000017)  # exit codes of a process that the system killed for its memory
+END_SECONDS = 2.0  # that a killed child may take to end
+
+
+class Worker:
+    """A registration in a process of its own.
+
+    Call ``start()``, then ``poll()`` from time to time while ``running``, then ``result()``. When the worker is left as a
+    context manager or garbage-collected, or this process ends, the child's process and folder are removed.
+    """
+
+    def __init__(
+        self,
+        fixed: sitk.Image,
+        moving: sitk.Image,
+        *,
+        fixed_mask: sitk.Image | None = None,
+        moving_mask: sitk.Image | None = None,
+        references: References | None = None,
+        keep_files: bool = False,
+        inverse: bool = True,
+        python: str | os.PathLike | None = None,
+        environment: dict[str, str] | None = None,
+        **options,
+    ) -> None:
+        """Checks the arguments; nothing is started or written yet.
+
+        Args:
+            fixed, moving, fixed_mask, moving_mask, options: as of :func:`DivRegNetLib.registration.pipeline.register`, except
+                that there is no ``progress`` (see :meth:`poll`) and the model is a name or a path.
+            references: what the result is measured with; the scores are added to its quality card.
+            keep_files: leave the result in files, see :attr:`files`; then only ``inverse`` is read that was asked for.
+            inverse: False: the inverse transform is not handed over, and ``result()`` cannot be called.
+            python: the interpreter; None: PythonSlicer inside 3D Slicer, otherwise the running one.
+            environment: variables of the child's process; None: those of this one.
+        Raises:
+            InputError: an image or an option that cannot be used.
+        """
+        if options.get("model", "") is None:
+            del options["model"]
+        self._options = Options.of(**options)
+        # Copies share their voxels until either is changed: what was checked is what is registered.
+        images = {n: sitk.Image(check_image(i, n)) for n, i in (("fixed", fixed), ("moving", moving))}
+        for name, mask in (("fixed_mask", fixed_mask), ("moving_mask", moving_mask)):
+            if mask is not None:
+                if not isinstance(mask, sitk.Image):
+                    raise InputError(f"{name} must be a SimpleITK image, got {type(mask).__name__}")
+                images[name] = sitk.Image(mask)
+        self._images, self._references = images, references
+        self._keep_files, self._inverse = keep_files, inverse
+        self._files: ResultFiles | None = None
+        self._python = str(python) if python is not None else _interpreter()
+        self._environment = dict(os.environ if environment is None else environment)
+        self._process: subprocess.Popen | None = None
+        self._end = lambda: None
+        self._buffer = b""
+        self._stray: deque[str] = deque(maxlen=LOG_LINES)
+        self._log: tuple[str, ...] = ()
+        self._result: Result | None = None
+        self._error: DivRegNetError | None = None
+        self.running = False
+
+    def start(self) -> "Worker":
+        """Writes the job and starts the process; returns itself.
+
+        Raises: as :meth:`starting`.
+        """
+        for _ in self.starting():
+            pass
+        return self
+
+    def starting(self) -> Iterator[None]:
+        """As :meth:`start`, in steps that take a fraction of a second each, for a caller that must not be blocked.
+
+        Raises:
+            WorkerDied: the folder could not be written or the interpreter could not be started.
+            RuntimeError: the worker was started before.
+        """
+        if self._process is not None or self._error is not None:
+            raise RuntimeError("a worker can be started once; create another")
+        remove, files = None, []
+        try:
+            self._folder = Path(tempfile.mkdtemp(prefix="divregnet-"))
+            remove = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+            yield from write_job(self._folder, self._images, self._options, self._references, self._inverse)
+            with suppress(LocksUnsupported):
+                files.append(acquire(self._folder / PARENT))
+            with open(self._folder / STDOUT, "wb") as out, open(self._folder / STDERR, "wb") as log:
+                self._process = subprocess.Popen(
+                    [self._python, "-m", "DivRegNetLib.run.worker", str(self._folder)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=log,
+                    env=_environment(self._environment),
+                    **_own_group(),
+                )
+        except GeneratorExit:  # the caller gave up
+            if remove is not None:
+                remove()
+            raise
+        except OSError as error:
+            if remove is not None:
+                remove()
+            self._error = WorkerDied(f"the worker cannot be started: {error}")
+            raise self._error from error
+        remove.detach()
+        self._images, self._references = {}, None
+        self._stdout = open(self._folder / STDOUT, "rb")  # noqa: SIM115 -- closed by _end
+        self._end = weakref.finalize(self, _end, self._process, self._folder, [self._stdout, *files])
+        self.running = True
+
+    def poll(self) -> list[Event]:
+        """The events since the last call; returns at once. Reads the result when the child has written it.
+
+        The list ends with ``done`` or ``error`` in the call that sets ``running`` to False.
+        """
+        if not self.running:
+            return []
+        code = self._process.poll()  # before reading, so that its last output is not missed
+        events = []
+        while chunk := self._stdout.read(READ_BYTES):
+            *lines, self._buffer = (self._buffer + chunk).split(b"\n")
+            for line in lines:
+                if not self._take(line, events):
+                    return events
+            if len(self._buffer) > READ_BYTES:
+                self._stray.append(_text(self._buffer)[:LOG_BYTES])
+                self._buffer = b""
+            if code is None:
+                break  # a child that writes without end must not block the parent
+        if code is not None and (not self._buffer or self._take(self._buffer, events)):
+            events.append(self._finish(self._died(code)))
+        return events
+
+    def cancel(self) -> None:
+        """Ends the process and all of its children and removes its folder; afterwards ``result()`` raises Cancelled."""
+        if self.running:
+            self._finish(Cancelled("cancelled"))
+
+    def result(self, timeout: float | None = None) -> Result:
+        """The result; waits for it while the worker is running.
+
+        Args:
+            timeout: seconds; None: no limit.
+        Raises:
+            InputError, ModelError, DeviceError, Cancelled: the error that the registration raised.
+            WorkerDied: the process ended without giving a reason.
+            TimeoutError: the worker is still running.
+            RuntimeError: the worker was not started.
+        """
+        if self._process is None and self._error is None:
+            raise RuntimeError("the worker was not started")
+        until = None if timeout is None else time.monotonic() + timeout
+        while self.running:
+            self.poll()
+            if self.running:
+                if until is not None and time.monotonic() > until:
+                    raise TimeoutError(f"the worker is still running after {timeout:g} s")
+                time.sleep(0.02)
+        if self._error is not None:
+            raise self._error
+        if self._result is None:
+            self._result = self._files.result()
+        return self._result
+
+    @property
+    def files(self) -> ResultFiles:
+        """The result as files, when ``keep_files`` was given and the worker has ended; until :meth:`close`.
+
+        Raises: as :meth:`result`.
+        """
+        if self._error is not None:
+            raise self._error
+        if self._files is None:
+            raise RuntimeError("the worker is still running, or was not asked to keep files")
+        return self._files
+
+    def close(self) -> None:
+        """Removes the files that were kept."""
+        self._files = None
+        self._end()
+
+    def closing(self) -> Iterator[None]:
+        """As :meth:`close`, file by file, for a thread that must not wait long: to remove a large file takes a while."""
+        self._files = None
+        for file in self._folder.glob("*.npy"):
+            with suppress(OSError):
+                file.unlink()
+            yield
+        self._end()
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process; None before it was started."""
+        return None if self._process is None else self._process.pid
+
+    @property
+    def log(self) -> tuple[str, ...]:
+        """The last lines that the process wrote beside its messages."""
+        return self._read_log() if self.running else self._log
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.cancel()
+
+    def _take(self, line: bytes, events: list[Event]) -> bool:
+        """Handles one line of output; False if it was the last message."""
+        message = parse_message(line)
+        if message is None:
+            if line.strip():
+                self._stray.append(_text(line)[:LOG_BYTES])
+            return True
+        if message["divregnet"] == "progress":
+            events.append(Event("progress", message["stage"], float(message["fraction"])))
+            return True
+        if message["divregnet"] == "error":
+            kind = KINDS.get(message["kind"])
+            error = kind(message["message"]) if kind else WorkerDied(message["message"], log=self._read_log())
+            events.append(self._finish(error))
+            return False
+        try:
+            self._files = ResultFiles(self._folder)
+            if not self._keep_files:
+                self._result = self._files.result()
+            events.append(self._finish(None))
+        except Exception as error:  # the files may hold anything, and memory may be short here as well
+            events.append(
+                self._finish(WorkerDied(f"the worker's result cannot be read: {error}", log=self._read_log()))
+            )
+        return False
+
+    def _finish(self, error: DivRegNetError | None) -> Event:
+        self._log = self._read_log()
+        self._error = error
+        self.running = False
+        if error is None and self._keep_files:
+            _end_process(self._process)
+        else:
+            self._files = None
+            self._end()
+        return Event("done") if error is None else Event("error", message=str(error))
+
+    def _died(self, code: int) -> WorkerDied:
+        if code < 0:
+            try:
+                how = f"was ended by signal {-code} ({signal.Signals(-code).name})"
+            except ValueError:
+                how = f"was ended by signal {-code}"
+        else:
+            how = f"ended with exit code {code}"
+        log = self._read_log()
+        # PythonSlicer, which stands between the two, exits with 1 where its child was killed. A
+        # Python that fails says why.
+        silent = code == 1 and not any("Error" in line or "Traceback" in line for line in log)
+        hint = ", as happens when memory runs out: choose a coarser spacing" if code in KILLED or silent else ""
+        return WorkerDied(f"the registration {how}{hint}", code, log)
+
+    def _read_log(self) -> tuple[str, ...]:
+        try:
+            with open(self._folder / STDERR, "rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(size - LOG_BYTES, 0))
+                lines = [line for line in _text(file.read()).splitlines() if line.strip()]
+        except OSError:
+            lines = []
+        return tuple([*self._stray, *lines][-LOG_LINES:])
+
+
+def _interpreter() -> str:
+    """Inside 3D Slicer PythonSlicer, which sets Slicer's paths; otherwise the running interpreter."""
+    inside_slicer = hasattr(sys.modules.get("slicer"), "app")
+    return (shutil.which("PythonSlicer") if inside_slicer else None) or sys.executable
+
+
+def _environment(variables: dict[str, str]) -> dict[str, str]:
+    """The child must import this very library, and nothing from the working directory."""
+    paths = [str(Path(__file__).resolve().parents[3]), variables.get("PYTHONPATH", "")]
+    own = {
+        "PYTHONPATH": os.pathsep.join(p for p in paths if p),
+        "PYTHONSAFEPATH": "1",
+        "PYTHONFAULTHANDLER": "1",
+        "PYTHONIOENCODING": "utf-8",
+    }
+    environment = variables | own
+    prepare_threads(environment)
+    return environment
+
+
+def _own_group() -> dict:
+    """Arguments of Popen for a process group that can be ended as a whole, without a console window."""
+    if os.name == "nt":
+        return {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW}
+    return {"start_new_session": True}
+
+
+def _end(process: subprocess.Popen, folder: Path, files: list) -> None:
+    """Ends a process with its children, waits for its end, and removes the folder."""
+    _end_process(process)
+    for file in files:
+        file.close()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end_process(process: subprocess.Popen) -> None:
+    """Ends a process with its children and waits for its end. Once only: its number may be another's afterwards."""
+    if getattr(process, "was_ended", False):
+        return
+    process.was_ended = True
+    if os.name == "nt":
+        command = ["taskkill", "/F", "/T", "/PID", str(process.pid)]
+        subprocess.run(command, capture_output=True, check=False, creationflags=subprocess.CREATE_NO_WINDOW)
+    else:
+        with suppress(ProcessLookupError, PermissionError):  # the latter on macOS, where only ended processes are left
+            os.killpg(process.pid, signal.SIGKILL)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(END_SECONDS)
+
+
+def _text(line: bytes) -> str:
+    return line.decode("utf-8", errors="replace")

@@ -1,0 +1,68 @@
+"""ClassNet: what it takes and gives, and that what lies outside the field of view is background."""
+
+import pytest
+import torch
+
+from DivRegNetLib.similarity.classes import ClassNet, ClassNetConfig
+
+
+def network(**values) -> ClassNet:
+    torch.manual_seed(0)
+    return ClassNet(ClassNetConfig(**{"classes": 4, "channels": (4, 6, 8)} | values)).eval()
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_probabilities_of_any_shape_add_up_to_one(stride):
+    image = torch.rand(2, 1, 13, 22, 9)
+    probable = network(stride=stride).probabilities(image)
+    assert probable.shape == (2, 4, *(-(-n // stride) for n in image.shape[2:]))
+    assert probable.dtype == torch.float32 and probable.min() >= 0
+    torch.testing.assert_close(probable.sum(1), torch.ones_like(probable[:, 0]))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_outside_the_field_of_view_is_background_whatever_the_image_holds_there(stride):
+    inside = torch.ones(1, 1, 16, 16, 16, dtype=torch.bool)
+    inside[..., :6] = False
+    image, net = torch.rand(1, 1, 16, 16, 16), network(stride=stride)
+    probable = net.probabilities(image, inside)
+    assert (probable[:, 0, ..., : 6 // stride] == 1).all() and (probable[:, 1:, ..., : 6 // stride] == 0).all()
+    assert torch.equal(probable, net.probabilities(torch.where(inside, image, 7.0), inside))
+
+
+def test_a_cell_half_outside_is_half_background():
+    inside = torch.ones(1, 1, 8, 8, 8, dtype=torch.bool)
+    inside[..., :1] = False
+    probable = network(stride=2).probabilities(torch.rand(1, 1, 8, 8, 8), inside)
+    assert (probable[:, 0, ..., 0] >= 0.5).all()
+
+
+def test_the_network_moves_with_the_image():
+    """A shift by what the deepest level halves shifts the probabilities: no half voxel is lost on the way."""
+    blob = torch.zeros(1, 1, 64, 64, 64)
+    blob[..., 24:33, 22:34, 25:30] = torch.rand(9, 12, 5)
+    net = network(stride=2, channels=(4, 6))
+    here, there = (net.probabilities(x) for x in (blob, blob.roll((4, -4, 8), (2, 3, 4))))
+    middle = (..., *[slice(10, 22)] * 3)
+    torch.testing.assert_close(here.roll((2, -2, 4), (2, 3, 4))[middle], there[middle], atol=1e-3, rtol=0)
+
+
+def test_its_configuration_survives_json():
+    config = ClassNetConfig(classes=3, channels=(2, 3), stride=2)
+    assert ClassNetConfig(**config.as_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"classes": 1}, "2 to 256 classes"),
+        ({"stride": 3}, "stride is 1"),
+        ({"channels": (4,)}, "2 to 6 levels"),
+        ({"channels": (4, 0)}, "1 to 1024 channels"),
+        ({"classes": 2.0}, "whole numbers"),
+        ({"stride": True}, "whole numbers"),
+    ],
+)
+def test_a_configuration_that_cannot_be_says_why(values, said):
+    with pytest.raises(ValueError, match=said):
+        ClassNetConfig(**{"classes": 4} | values)

@@ -1,0 +1,1 @@
+"""Cohorts, pairs of images for training, and the programs that prepare them."""

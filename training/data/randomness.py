@@ -1,0 +1,35 @@
+"""Random numbers of training data.
+
+All random numbers of a pair come from one generator, so the pairs of a step depend only on the seed and the number of the
+step. An interrupted training therefore resumes with the same pairs.
+"""
+
+import torch
+from torch import Tensor
+
+
+class Random:
+    """Draws random numbers from one generator on one device."""
+
+    def __init__(self, seed: int, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, device=self.device)
+
+    def uniform(self, low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(shape, generator=self.generator, device=self.device)
+
+    def number(self, low: float, high: float) -> float:
+        return self.uniform(low, high, 1).item()
+
+    def chance(self, probability: float) -> bool:
+        return self.number(0, 1) < probability
+
+    def index(self, count: int) -> int:
+        """An integer from 0 to ``count - 1``."""
+        return min(int(self.number(0, count - 1e-6)), count - 1)  # float32 may round the largest up
+
+    def choice(self, options):
+        return options[self.index(len(options))]

@@ -1,0 +1,1 @@
+"""The experiments of arXiv 1908.08767 and a study of training signals."""

@@ -1,0 +1,176 @@
+"""What knowing the anatomy is worth: hippocampus crops registered with and without what a class network sees.
+
+    python training/experiments/classes.py --data DIR --model NAME [--output training/results]
+    python training/experiments/classes.py --data DIR --cases 5 20 60 168 --steps 2000 --output build/classes
+
+DIR holds ``hippocampus``. The first command registers 30 pairs of the last twenty crops by name, which no training may have
+seen, and writes a table; the second trains a class network on so few labeled cases first (with ``--resume`` it goes on
+where it was interrupted), as ``training/train.py --labels`` does with all of them. Dice is that of the anterior and the
+posterior part, on the grid of the fixed image.
+"""
+
+import argparse
+import csv
+import statistics
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import SimpleITK as sitk
+from tqdm import tqdm
+
+from DivRegNetLib import models
+from DivRegNetLib.core.device import pick_device
+from DivRegNetLib.core.grid import Grid, affine_transform
+from DivRegNetLib.errors import DivRegNetError
+from DivRegNetLib.io.images import read_image, read_labels
+from DivRegNetLib.quality import metrics
+from DivRegNetLib.registration.pipeline import register
+from training import layers
+from training.classes import subjects
+from training.classes.config import CONFIGS, ClassTraining
+from training.classes.export import export
+from training.classes.trainer import fit
+from training.data import layouts, prepare
+
+HELD_OUT = 20
+VALIDATION = 12
+NAME = "hippocampus-classes"
+
+
+def names(data: Path) -> list[str]:
+    """File names of the crops, in order; the last HELD_OUT are for tests alone."""
+    return sorted(path.name for path in (data / "hippocampus/labels").glob("*.nii.gz"))
+
+
+def pairs(data: Path) -> list[tuple[str, str]]:
+    """The 30 pairs (fixed, moving) that are registered: each held-out crop with the next one, and ten with the tenth next."""
+    held = names(data)[-HELD_OUT:]
+    near = [(held[i], held[(i + 1) % HELD_OUT]) for i in range(HELD_OUT)]
+    return near + [(held[i], held[i + HELD_OUT // 2]) for i in range(HELD_OUT // 2)]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Mean Dice of a pair: aligned, registered without and with classes; folded voxels of the last in %; seconds of both."""
+
+    fixed: str
+    moving: str
+    affine: float
+    without: float
+    classes: float
+    folded: float
+    seconds_without: float
+    seconds: float
+
+
+def registered(data: Path, fixed: str, moving: str, model: models.Model, device: str) -> Row:
+    """Registers a pair with and without the class network of a model, from one alignment."""
+    images = [read_image(data / "hippocampus/images" / name) for name in (fixed, moving)]
+    labels = [read_labels(data / "hippocampus/labels" / name) for name in (fixed, moving)]
+    without = register(*images, model=replace(model, classnet=None), device=device)
+    start = affine_transform(without.initial)
+    found = register(*images, model=model, device=device, align=start)
+    dice = [_dice(labels, transform) for transform in (start, without.transform, found.transform)]
+    seconds = [result.timings["sample"] + result.timings["deform"] for result in (without, found)]
+    return Row(fixed, moving, *dice, found.quality["folded_percent"], *seconds)
+
+
+def _dice(labels: list[sitk.Image], transform: sitk.Transform) -> float:
+    fixed, moving = labels
+    warped = sitk.Resample(moving, Grid.of(fixed).empty_image(), transform, sitk.sitkNearestNeighbor, 0)
+    overlap = metrics.label_overlap(fixed, sitk.Cast(warped, fixed.GetPixelID()))["labels"]
+    return statistics.mean(scores["dice"] for scores in overlap.values())
+
+
+def evaluate(data: Path, model: models.Model, device: str, count: int) -> list[Row]:
+    return [registered(data, *pair, model, device) for pair in tqdm(pairs(data)[:count], desc=model.card.name)]
+
+
+def line(name: str, rows: list[Row]) -> list[str]:
+    """A line of the table: means over the pairs, and the standard error of what classes add."""
+    gains = [row.classes - row.without for row in rows]
+    error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
+    means = [statistics.mean(getattr(row, key) for row in rows) for key in ("affine", "without", "classes")]
+    seconds = [statistics.mean(getattr(row, key) for row in rows) for key in ("seconds_without", "seconds")]
+    return [
+        name,
+        str(len(rows)),
+        *(f"{value:.3f}" for value in means),
+        f"{statistics.mean(gains):+.3f} ± {error:.3f}",
+        f"{sum(gain > 0 for gain in gains)} of {len(gains)}",
+        f"{max(row.folded for row in rows):.2g}",
+        *(f"{value:.2f}" for value in seconds),
+    ]
+
+
+def trained(data: Path, count: int, args: argparse.Namespace) -> models.Model:
+    """A model whose class network has learned from the first ``count`` cases alone."""
+    cohort = args.output / "cohort"
+    learned = names(data)[:-HELD_OUT]
+    held = learned[-VALIDATION:]
+    rows = [
+        layouts.Source(
+            name.removesuffix(".nii.gz"), name, (data / "hippocampus/images" / name,), ("MR",),
+            data / "hippocampus/labels" / name, split="validation" if name in held else "train",
+        )
+        for name in learned
+    ]  # fmt: skip
+    prepare.prepare_cohort(rows, cohort, prepare.Preparation(spacing_mm=1.0, workers=args.workers))
+    run, steps = args.output / f"cases-{count}", {"steps": args.steps} if args.steps else {}
+    source = {"cohort": str(cohort), "cases": count, "classes": {1: "anterior", 2: "posterior"}}
+    file, name = CONFIGS / "cohort.yaml", f"{NAME}-{count}"
+    config = layers.load(ClassTraining, file, overrides=args.overrides, name=name, sources=[source], **steps)
+    fit(config, subjects.load(config, pick_device(args.device)), run, resume=True)
+    return models.load(str(export(run, config.name, args.output / "models", {"license": "CC-BY-SA-4.0"})))
+
+
+def write(lines: list[list[str]], rows: dict[str, list[Row]], output: Path) -> None:
+    """``classes.md`` and, pair by pair, ``classes.csv``."""
+    output.mkdir(parents=True, exist_ok=True)
+    head = ["model", "pairs", "affine", "without classes", "with classes", "gain", "better", "folded %, most",
+            "s without", "s with"]  # fmt: skip
+    table = [head, ["---"] * len(head), *lines]
+    (output / "classes.md").write_text(
+        "# Hippocampus with and without a class network\n\nMean Dice of the anterior and posterior part.\n\n"
+        + "".join("| " + " | ".join(cells) + " |\n" for cells in table)
+    )
+    with (output / "classes.csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["model", *Row.__dataclass_fields__])
+        for name, found in rows.items():
+            for row in found:
+                cells = vars(row).values()
+                writer.writerow([name, *(f"{v:.4f}" if isinstance(v, float) else v for v in cells)])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--model", nargs="*", default=[], help="names or cards of models with a class network")
+    parser.add_argument("--cases", nargs="*", type=int, default=[], help="numbers of labeled cases to train on")
+    parser.add_argument("--steps", type=int, help="of these trainings (default: those of the configuration)")
+    parser.add_argument("--pairs", type=int, default=30, help="that are registered; default: %(default)s")
+    parser.add_argument("--output", type=Path, default=Path("build/classes"))
+    parser.add_argument("--workers", type=int, default=0, help="processes of the preparation (default: one per CPU)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of training/configs/classes/cohort.yaml")
+    args = parser.parse_intermixed_args()
+    try:
+        lines, rows = [], {}
+        for name, load in [
+            *((name, lambda name=name: models.load(name)) for name in args.model),
+            *((f"{count} cases", lambda count=count: trained(args.data, count, args)) for count in args.cases),
+        ]:
+            rows[name] = evaluate(args.data, load(), args.device, args.pairs)
+            lines.append(line(name, rows[name]))
+            write(lines, rows, args.output)
+            print(" | ".join(lines[-1]))
+    except (ValueError, OSError, FloatingPointError, DivRegNetError) as error:
+        print(f"classes.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
