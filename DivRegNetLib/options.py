@@ -30,7 +30,7 @@ Progress = Callable[[str, float], bool | None]
 class Option:
     """One row of the table.
 
-    kind: ``str``, ``int``, ``float``, or ``object`` for what has checks of its own.
+    kind: ``str``, ``int``, ``float``, ``bool``, or ``object`` for what has checks of its own.
     default: None where the value is worked out from the images; ``default_help`` then says how.
     choices: the values that are possible; empty: any.
     low, high: smallest and largest number, both included.
@@ -63,6 +63,9 @@ class Option:
         elif self.kind is str:
             if not isinstance(value, str) or not value:
                 raise InputError(f"{self.name} is {self.help[0].lower()}{self.help[1:].rstrip('.')}, got {value!r}")
+        elif self.kind is bool:
+            if not isinstance(value, bool):
+                raise InputError(f"{self.name} is true or false, got {value!r}")
         elif not _is_number(value, self.kind) or not self.low <= value <= self.high:
             what = "a whole number" if self.kind is int else "a number"
             raise InputError(f"{self.name} is {what}{self._limits()}, got {value!r}")
@@ -137,6 +140,10 @@ class Options:
             "unit": "GB",
             "default_help": "what the computer has",
         },
+    )
+    error_map: bool = field(
+        default=False,
+        metadata={"help": "Also make a map of the expected error in mm."},
     )
 
     def __post_init__(self) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from DivRegNetLib.models.card import Card
+from DivRegNetLib.quality.verdict import Verdict, judge
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Result:
     settings: the options, with the values that ``auto`` and None stood for.
     warnings: sentences the user should read.
     card: of the model.
+    error_map: expected error (mm) at every voxel of the working grid, float32, 0 where nothing is known; None unless it was
+        asked for. :func:`DivRegNetLib.quality.expected_error.on_grid` brings it to another grid.
     """
 
     warped: sitk.Image
@@ -35,3 +38,9 @@ class Result:
     settings: dict
     warnings: tuple[str, ...]
     card: Card
+    error_map: sitk.Image | None = None
+
+    @property
+    def verdict(self) -> Verdict:
+        """What the quality card means: a level, the expected error in mm, and reasons."""
+        return judge(self.quality)

@@ -5,6 +5,7 @@ Sentences are made by :mod:`DivRegNetLib.words`, so that the Slicer module can t
 
 from dataclasses import dataclass
 
+from DivRegNetLib.quality.expected_error import calibration, expected_error_mm
 from DivRegNetLib.words import Text, marker
 
 _ = marker("quality.verdict")
@@ -20,6 +21,10 @@ INVERSE_AMBER_MM, INVERSE_RED_MM = 0.5, 3.0  # mean of |inverse(forward(x)) - x|
 DISPLACEMENT_AMBER_MM = 40.0  # beyond the initial alignment
 SIMILARITY_NOISE = 1e-3  # smaller differences of NMI mean nothing
 SMALL_DISPLACEMENT_MM = 0.5
+# Of the evidence, from which on it is mentioned.
+MOVED = 0.3  # fraction of the cells
+FEW_EDGES = 0.6  # mean squared cosine
+PARTLY_COVERED, HARDLY_COVERED = 0.5, 0.15  # fraction of the fixed foreground
 
 
 @dataclass(frozen=True)
@@ -29,15 +34,23 @@ class Verdict:
     level: ``green``, ``amber`` or ``red``.
     headline: what to do, a sentence.
     reasons: sentences, the gravest first.
+    expected_error_mm: expected mean distance to the truth over the fixed foreground; None where there is no evidence.
     """
 
     level: str
     headline: Text
     reasons: tuple[Text, ...]
+    expected_error_mm: float | None = None
 
     def as_dict(self) -> dict:
         """Plain values, for JSON and tables."""
-        return {"level": self.level, "headline": str(self.headline), "reasons": [str(r) for r in self.reasons]}
+        error = self.expected_error_mm
+        return {
+            "level": self.level,
+            "expected_error_mm": None if error is None else float(f"{error:.3g}"),
+            "headline": str(self.headline),
+            "reasons": [str(r) for r in self.reasons],
+        }
 
 
 HEADLINES = {
@@ -53,16 +66,19 @@ def judge(quality: dict) -> Verdict:
     """What a quality card means.
 
     Args:
-        quality: see :func:`DivRegNetLib.quality.metrics.quality`. ``dice`` and ``landmark_error_mm``, each ``{"before",
+        quality: see :func:`DivRegNetLib.quality.metrics.quality`. ``evidence`` holds the numbers of an
+            :class:`~DivRegNetLib.quality.evidence.Evidence`, None where there was nothing to compare; without it, the
+            similarity decides. ``dice`` and ``landmark_error_mm``, each ``{"before",
             "after"}``, count where the card has them, as do ``labels`` and ``landmarks_mm`` of ``quality.json``. A
             number that is missing or None does not count.
     """
     quality = with_references(quality)
-    reasons = [*_similarity(quality), *_folding(quality), *_size(quality), *_inverse(quality), *_reference(quality)]
+    expected, reasons = _expected(quality)
+    reasons += [*_similarity(quality), *_folding(quality), *_size(quality), *_inverse(quality), *_reference(quality)]
     level = max((level for level, sentence in reasons), key=LEVELS.index, default=AMBER)
     reasons.sort(key=lambda reason: -LEVELS.index(reason[0]))
     sentences = tuple(sentence for _level, sentence in reasons) or (_("The quality card is empty."),)
-    return Verdict(level, HEADLINES[level], sentences)
+    return Verdict(level, HEADLINES[level], sentences, expected)
 
 
 def with_references(quality: dict) -> dict:
@@ -75,12 +91,42 @@ def with_references(quality: dict) -> dict:
     return summary
 
 
+def _expected(quality: dict) -> tuple[float | None, Reasons]:
+    """The expected error (mm), or None, and what the evidence says in words."""
+    if "evidence" not in quality:
+        return None, []
+    numbers = quality["evidence"]
+    if not numbers:
+        return None, [(RED, _("The images have next to nothing in common where the fixed image shows something."))]
+    known, error = calibration(), expected_error_mm(numbers)
+    green, red = known.limits(numbers)
+    level = GREEN if error <= green else RED if error >= red else AMBER
+    text = _("The expected error is {mm:.2g} mm on average (nine times in ten from {low:.2g} to {high:.2g} mm).")
+    reasons: Reasons = [(level, text.format(mm=error, low=error / known.factor, high=error * known.factor))]
+    moved, edges, covered = (numbers.get(name) for name in ("moved 1", "fixed edges 1", "covered"))
+    if level != GREEN and moved is not None and moved > MOVED:
+        text = _("At {percent:.0f} % of all places the images would fit better if one was shifted.")
+        reasons.append((level, text.format(percent=100 * moved)))
+    if level != GREEN and edges is not None and edges < FEW_EDGES:
+        text = _("Edges hardly have the same directions (mean squared cosine {cosine:.2f}; 0.33 by chance, 1 at best).")
+        reasons.append((level, text.format(cosine=edges)))
+    if covered is not None and covered < PARTLY_COVERED:
+        text = _(
+            "Only {percent:.0f} % of what the fixed image shows lies in the moving image; the rest is extrapolated."
+        )
+        reasons.append((AMBER if covered < HARDLY_COVERED else GREEN, text.format(percent=100 * covered)))
+    return error, reasons
+
+
 def _similarity(quality: dict) -> Reasons:
+    """What the similarity says, which the registration maximizes; where there is evidence, it does not decide."""
     nmi = quality.get("nmi") or {}
     before, aligned, after = (nmi.get(stage) for stage in ("before", "aligned", "after"))
     if before is None or after is None:
         return []
     aligned = before if aligned is None else aligned
+    if quality.get("evidence") and after <= max(before, aligned) + SIMILARITY_NOISE:
+        return []
     if after < before - SIMILARITY_NOISE:
         text = _("The images resemble each other less than before (NMI {before:.3f} to {after:.3f}).")
         return [(RED, text.format(before=before, after=after))]
@@ -106,7 +152,7 @@ def _folding(quality: dict) -> Reasons:
         level = RED if folded > FOLDED_RED_PERCENT else AMBER if folded > FOLDED_AMBER_PERCENT else GREEN
         text = _("The deformation tears or folds tissue in {percent:.2g} % of the voxels.")
         reasons.append((level, text.format(percent=folded)))
-    if spread is not None and spread > LOG_JACOBIAN_SD_AMBER:
+    if spread is not None and spread > LOG_JACOBIAN_SD_AMBER and not quality.get("evidence"):
         text = _("Volumes change strongly from place to place (SD of log Jacobian {spread:.2f}).")
         reasons.append((AMBER, text.format(spread=spread)))
     return reasons

@@ -25,6 +25,7 @@ class Images:
     fixed, moving: (N, 1, D, H, W) in [0, 1], normalized; the moving image initially aligned.
     fixed_mask, moving_mask: (N, 1, D, H, W) bool, or None: everything.
     valid: where the fixed and the moving image were measured, two (N, 1, D, H, W) bool; None: everywhere.
+    measured: number of voxels that were measured in both, of the pair that has the fewest; None: not counted yet.
     classes: how probable each anatomical class is in both images, which the variational method brings together beside the
         intensities, see :func:`with_classes`; its weight is that of the settings. None: not known.
     """
@@ -34,6 +35,7 @@ class Images:
     fixed_mask: Tensor | None = None
     moving_mask: Tensor | None = None
     valid: Valid | None = None
+    measured: int | None = None
     classes: Features | None = None
 
     def multiplied(self) -> tuple[Tensor, Tensor]:
@@ -141,13 +143,17 @@ def variational_steps(
 
     Arguments and result as of :func:`DivRegNetLib.registration.variational.method.register`.
     """
+    measured = images.measured
     if settings.masks == "exclude":
         fixed, moving, valid = images.fixed, images.moving, images.measured_in_masks()
+        measured = measured if valid is images.valid else None
     else:
         (fixed, moving), valid = images.multiplied(), images.valid
     known = images.classes is not None and settings.class_weight
     features = (replace(images.classes, weight=settings.class_weight),) if known else ()
-    return register(fixed, moving, settings, start=start, valid=valid, features=features, progress=progress)
+    return register(
+        fixed, moving, settings, start=start, valid=valid, measured=measured, features=features, progress=progress
+    )
 
 
 def _output_grid(name: str, variational: VariationalSettings, regnet: RegNet | None) -> tuple[int, int]:

@@ -26,7 +26,8 @@ from DivRegNetLib.core.intensity import AIR_HU, normalize
 from DivRegNetLib.core.torch_state import default_state
 from DivRegNetLib.errors import Cancelled, DivRegNetError, InputError, is_out_of_memory
 from DivRegNetLib.options import INTERPOLATIONS, STAGES, Options, Progress
-from DivRegNetLib.quality import metrics
+from DivRegNetLib.quality import evidence, expected_error, metrics
+from DivRegNetLib.quality.evidence import Evidence
 from DivRegNetLib.registration import alignment, memory, methods
 from DivRegNetLib.registration.check import check_default, check_image, check_mask
 from DivRegNetLib.registration.methods import Images
@@ -140,7 +141,7 @@ def _deform_and_warp(
     both = stages.run("fields", to_physical, displacement, sampled.grid, matrix, resources, progress=True)
     default = default_value(options, inputs.moving)
     warped = stages.run("outputs", warp, inputs, both.transform, options, default)
-    quality = stages.run("outputs", measure, sampled, both, resources.model, progress=True)
+    quality, known = stages.run("outputs", measure, sampled, both, resources.model, progress=True)
     stages.finish()
     return Result(
         warped=warped,
@@ -152,6 +153,7 @@ def _deform_and_warp(
         settings=options.as_dict() | resources.settings() | {"default_value": default},
         warnings=tuple(resources.compromises()),
         card=resources.model.card,
+        error_map=map_error(known, sampled.grid) if options.error_map else None,
     )
 
 
@@ -217,7 +219,8 @@ def sample(inputs: Inputs, matrix: np.ndarray, resources: Resources, *, progress
     moving_mask = mask_on_grid(inputs.moving_mask, matrix)
     _check_sampled("fixed", fixed, fixed_mask, grid, model)
     _check_sampled("moving", moving, moving_mask, grid, model)
-    images = Images(fixed, moving, fixed_mask, moving_mask, (fixed_valid, moving_valid))
+    valid, measured = (fixed_valid, moving_valid), int((fixed_valid & moving_valid).sum())
+    images = Images(fixed, moving, fixed_mask, moving_mask, valid, measured)
     if model.classnet is not None:
         images = methods.with_classes(images, model.classnet)
     return Sampled(grid, images, unaligned)
@@ -288,11 +291,13 @@ def warp(inputs: Inputs, transform: sitk.Transform, options: Options, default: f
     return warped
 
 
-def measure(sampled: Sampled, both: Fields, model: models.Model, *, progress: Callable[[float], None]) -> dict:
-    """The quality card, see :func:`DivRegNetLib.quality.metrics.quality`."""
+def measure(
+    sampled: Sampled, both: Fields, model: models.Model, *, progress: Callable[[float], None]
+) -> tuple[dict, Evidence | None]:
+    """The quality card, see :func:`DivRegNetLib.quality.metrics.quality`, with the numbers of the evidence."""
     progress(0.5)
     images = sampled.images
-    return metrics.quality(
+    quality = metrics.quality(
         images.fixed,
         sampled.unaligned,
         images.moving,
@@ -302,6 +307,26 @@ def measure(sampled: Sampled, both: Fields, model: models.Model, *, progress: Ca
         model.kldivnet,
         mask=images.fixed_mask,
     )
+    progress(0.8)
+    known = gather_evidence(sampled, both.displacement)
+    return quality | {"evidence": None if known is None else known.numbers}, known
+
+
+def gather_evidence(sampled: Sampled, displacement: Tensor) -> Evidence | None:
+    """The evidence of how well a displacement (1, 3, D, H, W), in voxels of the working grid, aligns the images; None where
+    they have next to nothing in common after it."""
+    images = sampled.images
+    fixed_valid, moving_valid = images.measured_in_masks() or (torch.ones_like(images.fixed, dtype=torch.bool),) * 2
+    both = fields.warp(torch.cat((images.moving, moving_valid.to(images.moving.dtype)), 1), displacement)
+    valid = fixed_valid & (both[:, 1:] > evidence.MEASURED)
+    return evidence.measure(images.fixed, both[:, :1], sampled.grid, valid=valid, displacement=displacement)
+
+
+def map_error(known: Evidence | None, grid: Grid) -> sitk.Image:
+    """The expected error (mm) on a grid, float32; 0 where nothing is known."""
+    if known is None:
+        return grid.empty_image()
+    return expected_error.error_map(known.numbers, known.cells, known.grid, grid)
 
 
 # --- sampling

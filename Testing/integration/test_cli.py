@@ -50,6 +50,33 @@ def test_register_writes_every_file_and_scores_before_and_after(pair, references
     assert "landmark error mm" in capsys.readouterr().out
 
 
+def test_the_verdict_is_printed_and_kept_and_can_be_an_exit_code(pair, tmp_path, capsys):
+    fixed = images.read_image(Path(pair[0]))
+    noise = np.random.default_rng(0).integers(0, 1000, fixed.GetSize()[::-1]).astype(np.int16)
+    image = sitk.GetImageFromArray(noise)
+    image.CopyInformation(fixed)
+    images.write_image(image, tmp_path / "noise.nii.gz")
+    command = ["register", pair[0], str(tmp_path / "noise.nii.gz"), *QUICK, "--output", str(tmp_path / "out")]
+    assert main([*command, "--fail-on", "red", "--error-map"]) == 3
+    report = json.loads((tmp_path / "out" / "quality.json").read_text())
+    assert report["verdict"]["level"] == "red"
+    printed = capsys.readouterr().out
+    assert f"verdict: RED. {report['verdict']['headline']}" in printed and report["verdict"]["reasons"][0] in printed
+    error = images.read_image(tmp_path / "out" / "error_map.nii.gz")
+    assert error.GetSize() == fixed.GetSize()
+    values = sitk.GetArrayViewFromImage(error)
+    assert values[values > 0].mean() == pytest.approx(report["verdict"]["expected_error_mm"], rel=0.3)
+    assert main([*command, "--overwrite"]) == 0
+    assert not (tmp_path / "out" / "error_map.nii.gz").exists()
+    table = tmp_path / "pairs.csv"
+    table.write_text(f"name,fixed,moving\nbad,{pair[0]},noise.nii.gz\n")
+    assert (
+        main(["register", "--pairs", str(table), *QUICK, "--output", str(tmp_path / "all"), "--fail-on", "amber"]) == 3
+    )
+    (row,) = csv.DictReader((tmp_path / "all" / "results.csv").open())
+    assert (row["verdict"], float(row["expected_error_mm"]) > 4) == ("red", True)
+
+
 def test_results_are_kept_unless_told_to_overwrite(pair, tmp_path, capsys):
     command = ["register", *pair, *QUICK, "--output", str(tmp_path / "out")]
     assert main(command) == 0

@@ -81,8 +81,8 @@ def is_alive(pid: int) -> bool:
 
 def test_a_worker_gives_what_the_pipeline_gives(pair, tiny_model, folders, grid):
     mask = grid.image(np.ones(grid.shape, np.uint8))
-    expected = register(*pair, fixed_mask=mask, **OPTIONS, default_value=-7.0)
-    worker = Worker(*pair, fixed_mask=mask, **OPTIONS, default_value=-7.0).start()
+    expected = register(*pair, fixed_mask=mask, **OPTIONS, default_value=-7.0, error_map=True)
+    worker = Worker(*pair, fixed_mask=mask, **OPTIONS, default_value=-7.0, error_map=True).start()
     events = finish(worker)
     assert not any(e.kind == "error" for e in events)
     found = worker.result()
@@ -95,7 +95,9 @@ def test_a_worker_gives_what_the_pipeline_gives(pair, tiny_model, folders, grid)
         assert sitk.GetArrayFromImage(ours) == pytest.approx(sitk.GetArrayFromImage(theirs), abs=1e-4)
     assert np.array_equal(found.initial, expected.initial)
     assert (found.quality, found.settings, found.warnings) == (expected.quality, expected.settings, expected.warnings)
-    assert found.card == expected.card
+    assert (found.card, found.verdict) == (expected.card, expected.verdict)
+    maps = (sitk.GetArrayFromImage(r.error_map) for r in (found, expected))
+    assert np.array_equal(*maps) and Grid.of(found.error_map) == Grid.of(expected.error_map)
     assert set(found.timings) == set(expected.timings)
     assert folders() == []
 

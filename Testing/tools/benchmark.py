@@ -2,12 +2,17 @@
 
     python Testing/tools/benchmark.py [--device cpu] [--refine N]
     python Testing/tools/benchmark.py --memory [SIZE@MM ...]
+    python Testing/tools/benchmark.py --operations [--device cpu]
 
 Two pairs: the bundled one, and the same on 256 x 256 x 180 voxels of 1 mm. Each runs in a process of its own, twice; the
 second run is timed (the first loads libraries), memory is the process's peak, libraries included.
 
 With ``--memory`` the peak of ``divregnet register``, libraries and writing included, is compared with the estimate that
 registrations are planned by, for volumes of as many voxels of as many millimeters: 96x96x96@2.
+
+With ``--operations`` the operations of a forward pass (the methods of the bundled model, after alignment and sampling) are
+counted: those that compute (each starts a kernel on a GPU), all calls that torch.profiler sees, with views and the parts of
+composite ones, and those at which a GPU would be waited for; and its milliseconds are measured.
 """
 
 import argparse
@@ -75,6 +80,52 @@ def compare_memory(cases: list[str], refine: int) -> None:
         print(f"{case:18}{peak / 1e6:10.0f}{estimated / 1e6:11.0f}{estimated / peak:17.2f}", flush=True)
 
 
+def count_operations(device: str) -> None:
+    import time
+
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    from DivRegNetLib import models
+    from DivRegNetLib.core.device import pick_device
+    from DivRegNetLib.registration import methods
+
+    sys.path.insert(0, str(ROOT / "Testing" / "helpers"))
+    from operators import operators
+    from textures import deformed
+
+    device = pick_device(device)
+    model = models.load(models.DEFAULT, device)
+    print(f"{torch.get_num_threads()} threads, device {device}, model {model.card.name} {model.card.version}")
+    print(f"{'grid':16}{'methods':22}{'compute':>9}{'of which matrix products':>26}{'calls':>8}{'waits':>7}{'ms':>8}")
+    for shape in ((96, 112, 96), (160, 192, 160)):
+        moving, fixed, _ = (x.to(device) for x in deformed(shape, 2.0, seed=0))
+        valid = (torch.ones_like(fixed, dtype=torch.bool),) * 2
+        images = methods.Images(fixed, moving, valid=valid, measured=fixed.numel())
+        for names in (("variational",), ("variational", "regnet")):
+
+            def run(images=images, names=names) -> None:
+                methods.deform(images, names, model.card.variational_settings, model.regnet)
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+
+            milliseconds = []
+            with torch.inference_mode():
+                for _ in range(4):  # the first is slower
+                    started = time.perf_counter()
+                    run()
+                    milliseconds.append(1e3 * (time.perf_counter() - started))
+            counted = operators(run)
+            with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU]) as profiled:
+                run()
+            calls = sum(event.name.startswith("aten::") for event in profiled.events())
+            products = sum(counted.kernels[name] for name in ("addmm", "baddbmm", "bmm", "mm"))
+            print(
+                f"{'x'.join(map(str, shape)):16}{' + '.join(names):22}{sum(counted.kernels.values()):9}{products:26}"
+                f"{calls:8}{sum(counted.waits.values()):7}{min(milliseconds):8.0f}"
+            )
+
+
 def measure(case: str, device: str, refine: int) -> dict:
     """Runs one case in this process."""
     import SimpleITK as sitk
@@ -117,6 +168,7 @@ def main() -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--refine", type=int, default=0)
     parser.add_argument("--memory", nargs="*", metavar="SIZE@MM", help="compare peaks with the estimate")
+    parser.add_argument("--operations", action="store_true", help="count those of a forward pass")
     parser.add_argument("--case", choices=("demo", "large"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
@@ -124,6 +176,9 @@ def main() -> int:
         return 0
     if args.memory is not None:
         compare_memory(args.memory, args.refine)
+        return 0
+    if args.operations:
+        count_operations(args.device)
         return 0
     rows = []
     for case in ("demo", "large"):

@@ -88,7 +88,7 @@ def _options() -> str:
 
     lines = ["| option | values | default | meaning |", "|---|---|---|---|"]
     for option in table().values():
-        default = option.default_help or f"`{option.default}`"
+        default = option.default_help or ("off" if option.kind is bool else f"`{option.default}`")
         lines.append(f"| `{option.flag}` | {_values(option)} | {default} | {option.help} |")
     return "\n".join(lines) + "\n"
 
@@ -97,6 +97,8 @@ def _values(option) -> str:
     """The values that an option can have."""
     from DivRegNetLib.options import ALIGNMENTS
 
+    if option.kind is bool:
+        return "without a value"
     if option.choices:
         return ", ".join(f"`{choice}`" for choice in option.choices)
     if option.name == "align":

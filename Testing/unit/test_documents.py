@@ -132,7 +132,7 @@ def written(paint, grid, moving_grid, other_contrast, tiny_model, landmarks, tmp
         for side in ("fixed", "moving")
     )
     files = (at("fixed.nii.gz"), at("moving.nii.gz"))
-    how = ("--model", tiny_model, "--align", "none", "--device", "cpu", "--output", at("out"))
+    how = ("--model", tiny_model, "--align", "none", "--device", "cpu", "--error-map", "--output", at("out"))
     assert main(["register", *files, *references, *how]) == 0
     return tmp_path / "out"
 

@@ -49,7 +49,8 @@ def test_what_was_not_measured_in_both_images_says_nothing():
     fixed, moving = smooth(1, 2, 8, 8, 8), smooth(1, 2, 8, 8, 8, seed=1)
     here, there = (torch.ones(1, 1, 8, 8, 8, dtype=torch.bool) for _ in range(2))
     here[..., :3], there[:, :, 6:] = False, False
-    normal, energy = FeatureEquations(Features(fixed, moving, 5.0), (8, 8, 8), (here, there))(None)
+    terms = FeatureEquations(Features(fixed, moving, 5.0), (8, 8, 8), (here, there))
+    normal, energy = terms(None), terms.energy(None)
     both = (here & there)[:, 0]
     assert (normal[0, :, ~both[0]] == 0).all() and normal[0, :, both[0]].abs().sum() > 0
     expected = 2.5 * (fixed - moving).square().sum(1)[both].mean()

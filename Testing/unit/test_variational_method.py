@@ -253,8 +253,8 @@ def test_guidance_is_the_next_step_at_two_smoothnesses():
     """For each smoothness a step and how much is known."""
     moving, fixed, _ = deformed((24, 32, 16), 1.0, seed=3)
     step, forward, backward = guidance(fixed, moving, DEFAULT)
-    normal, _ = Equations(fixed, moving, DEFAULT, DEFAULT.levels[-1])(None)
-    first, last = (solver.step(normal, smoothness, DEFAULT)[0] for smoothness in (FIRST, LAST))
+    normal = Equations(fixed, moving, DEFAULT, DEFAULT.levels[-1])(None)
+    first, last = (solver.step(normal, smoothness, DEFAULT) for smoothness in (FIRST, LAST))
     torch.testing.assert_close(step, last)
     torch.testing.assert_close(forward[:, [0, 1, 2, 4, 5, 6]], torch.cat((first, last), 1))
     torch.testing.assert_close(backward[:, [0, 1, 2, 4, 5, 6]], -torch.cat((first, last), 1))
@@ -276,7 +276,7 @@ def test_the_guidance_of_the_swapped_pair_is_its_second_half(seed):
 def objective(fixed, moving, displacement) -> float:
     """What refinement maximizes."""
     coarse = fields.coarsen(displacement, 2, 2)
-    _, information = Equations(fixed, moving, REFINEMENT, REFINEMENT.levels[-1])(coarse)
+    information = Equations(fixed, moving, REFINEMENT, REFINEMENT.levels[-1]).objective(coarse)
     squared = sum(gradient.square().sum() / gradient[0, 0].numel() for gradient in fields.gradients(coarse))
     return information.item() - REFINEMENT.last_smoothness.elastic / 2 * squared.item()
 

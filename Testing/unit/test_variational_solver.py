@@ -16,7 +16,8 @@ XX, YY, ZZ, XY, XZ, YZ, X, Y, Z = range(9)
 
 
 def solve(normal, displacement, fluid, elastic: float, iterations: int) -> torch.Tensor:
-    return solver.solve(normal, displacement, fluid, elastic, iterations, DEFAULT.frequencies)
+    settings = replace(DEFAULT, cg_iterations=iterations, tikhonov=0.0)
+    return solver.solve(normal, displacement, fluid + elastic, elastic, settings)
 
 
 def equations(seed: int, shape=SHAPE, pairs: int = 1) -> torch.Tensor:
@@ -45,7 +46,9 @@ def laplacian(field: torch.Tensor) -> torch.Tensor:
 def dense(normal: torch.Tensor, displacement: torch.Tensor, fluid: float, elastic: float) -> torch.Tensor:
     """The same by a dense matrix among the cosines of low frequency (Galerkin's method)."""
     waves = low_frequencies(displacement.shape[2:])
-    left = solver._times(normal[:, :6], waves) + (fluid + elastic) * laplacian(waves)
+    xx, yy, zz, xy, xz, yz = normal[:, :6].unbind(1)
+    matrix = torch.stack((xx, xy, xz, xy, yy, yz, xz, yz, zz), 1).unflatten(1, (3, 3))
+    left = (matrix * waves[:, None]).sum(2) + (fluid + elastic) * laplacian(waves)
     right = normal[:, 6:] - elastic * laplacian(displacement)
     shares = torch.linalg.solve(waves.flatten(1) @ left.flatten(1).T, waves.flatten(1) @ right.flatten())
     return (shares @ waves.flatten(1)).view(displacement.shape)
@@ -109,7 +112,7 @@ def test_without_force_nothing_moves_and_without_information_nothing_breaks():
 
 
 def step_of(normal: torch.Tensor, smoothness: Smoothness, stride: int) -> torch.Tensor:
-    return solver.step(normal, smoothness, replace(DEFAULT, stride=stride))[0]
+    return solver.step(normal, smoothness, replace(DEFAULT, stride=stride))
 
 
 def constant(values: dict[int, float], shape=(6, 7, 8)) -> torch.Tensor:

@@ -54,6 +54,45 @@ def test_the_verdict_has_the_gravest_level_and_gives_the_reasons(changes, level,
     assert json.loads(json.dumps(verdict.as_dict())) == verdict.as_dict()
 
 
+RIGHT = {
+    "motion 1": 0.1, "soft motion 1": 1.0, "moved 1": 0.0, "motion 2": 0.02, "soft motion 2": 0.7, "moved 2": 0.0,
+    "fixed edges 1": 0.92, "bend": 0.4, "slope": 0.1, "covered": 1.0, "overlap": 0.98, "voxel_mm": 2.0, "diagonal_mm": 280.0,
+}  # fmt: skip
+WRONG = RIGHT | {
+    "motion 1": 2.4, "soft motion 1": 2.3, "moved 1": 0.8, "motion 2": 1.7, "soft motion 2": 2.0, "moved 2": 0.5,
+    "fixed edges 1": 0.5, "bend": 2.2,
+}  # fmt: skip
+
+
+def test_evidence_decides_whether_the_similarity_rose_or_not():
+    fell = {"nmi": {"before": 1.10, "aligned": 1.20, "after": 1.05}}
+    for nmi in ({}, fell):
+        right, wrong = (judge(GOOD | nmi | {"evidence": numbers}) for numbers in (RIGHT, WRONG))
+        assert (right.level, wrong.level) == ("green", "red")
+        assert right.expected_error_mm < 2 < 10 < wrong.expected_error_mm
+        assert "expected error" in wrong.reasons[0]
+    assert "80 % of all places" in " ".join(wrong.reasons) and "cosine 0.50" in " ".join(wrong.reasons)
+    assert wrong.as_dict()["expected_error_mm"] == pytest.approx(wrong.expected_error_mm, rel=0.01)
+    assert judge(GOOD).expected_error_mm is None
+
+
+def test_images_without_anything_in_common_are_red():
+    verdict = judge(GOOD | {"evidence": None})
+    assert verdict.level == "red" and "next to nothing in common" in verdict.reasons[0]
+
+
+@pytest.mark.parametrize(("covered", "level"), [(1.0, "green"), (0.3, "green"), (0.1, "amber")])
+def test_what_is_extrapolated_is_told(covered, level):
+    verdict = judge(GOOD | {"evidence": RIGHT | {"covered": covered}})
+    assert verdict.level == level
+    assert any("extrapolated" in reason for reason in verdict.reasons) == (covered < 0.5)
+
+
+def test_what_a_person_has_drawn_comes_before_the_evidence():
+    verdict = judge(GOOD | {"evidence": RIGHT, "dice": {"before": 0.8, "after": 0.6}})
+    assert verdict.level == "red" and "overlap less" in verdict.reasons[0]
+
+
 def test_an_empty_quality_card_is_no_green():
     assert judge({}).level == "amber"
     assert judge(dict.fromkeys(GOOD)).level == "amber"

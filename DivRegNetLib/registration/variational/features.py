@@ -87,22 +87,29 @@ class FeatureEquations:
         self.fixed, self.moving = (resized(x, shape) for x in (features.fixed, features.moving))
         self.valid = None if valid is None else tuple(resized(v.to(self.fixed.dtype), shape) for v in valid)
 
-    def __call__(self, displacement: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Information and force at each voxel, and the mean energy.
+    def __call__(self, displacement: Tensor | None) -> Tensor:
+        """Information and force at each voxel, (N, 9, d, h, w), see :func:`normal_equations`.
 
         Args:
             displacement: (N, 3, d, h, w) in voxels of the level's grid; None: the identity.
-        Returns:
-            (N, 9, d, h, w), see :func:`normal_equations`; and (N,) nats per voxel that counts.
         """
+        warped, counted = self._warped(displacement)
+        return normal_equations(self.fixed, warped, self.weight, counted)
+
+    def energy(self, displacement: Tensor | None) -> Tensor:
+        """(N,): mean energy of the voxels that count, in nats."""
+        warped, counted = self._warped(displacement)
+        return _mean(self.weight / 2 * (self.fixed - warped).square().sum(1, keepdim=True), counted)
+
+    def _warped(self, displacement: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The warped moving features, and the voxels that count (N, 1, d, h, w), or None."""
         channels = self.moving if self.valid is None else torch.cat((self.moving, self.valid[1]), 1)
         if displacement is not None:
             channels = fields.warp(channels, displacement)
-        warped, counted = channels[:, : self.moving.shape[1]], None
-        if self.valid is not None:
-            counted = (self.valid[0] > self.threshold) & (channels[:, -1:] > self.threshold)
-        energy = self.weight / 2 * (self.fixed - warped).square().sum(1, keepdim=True)
-        return normal_equations(self.fixed, warped, self.weight, counted), _mean(energy, counted)
+        if self.valid is None:
+            return channels, None
+        counted = (self.valid[0] > self.threshold) & (channels[:, -1:] > self.threshold)
+        return channels[:, :-1], counted
 
 
 def _mean(energy: Tensor, counted: Tensor | None) -> Tensor:

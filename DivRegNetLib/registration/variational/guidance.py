@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from DivRegNetLib.registration.variational import solver
-from DivRegNetLib.registration.variational.equations import Equations
+from DivRegNetLib.registration.variational.equations import Equations, eroded
 from DivRegNetLib.registration.variational.settings import VariationalSettings
 
 CHANNELS = 8  # for each of two smoothnesses a step (3) and the information (1)
@@ -26,13 +26,15 @@ def guidance(
         (N, CHANNELS, d, h, w): the same for the swapped pair, whose steps are the opposite.
     """
     with torch.autocast(fixed.device.type, enabled=False):
-        valid = None if counted is None else (counted, counted)
-        normal, _ = Equations(fixed, warped, settings, settings.levels[-1], valid)(None)
-        smoothnesses = settings.first_smoothness, settings.last_smoothness
-        steps, known = zip(*(solver.step(normal, s, settings) for s in smoothnesses), strict=True)
-        unit = solver.mean_information(normal, settings)
-        known = [k / (k + unit) for k in known]
-    forward, backward = (
-        torch.cat([x for s, k in zip(steps, known, strict=True) for x in (sign * s, k)], 1) for sign in (1, -1)
-    )
-    return steps[-1], forward, backward
+        valid = None if counted is None else eroded(counted) * 2
+        normal = Equations(fixed, warped, settings, settings.levels[-1], valid)(None)
+        both = settings.first_smoothness, settings.last_smoothness
+        smoothed = torch.cat([solver.smoothed(normal, s, settings) for s in both])
+        weight = torch.cat([solver.total_weight(normal, s, settings) for s in both])
+        steps = solver.bounded(solver.solve(smoothed, None, weight, 0.0, settings), settings)
+        # Information at each voxel, the mean over the axes, relative to the mean of the image.
+        known = smoothed[:, :3].mean(1, keepdim=True) + settings.tikhonov
+        unit = (solver.mean_information(normal) + settings.information_floor).repeat(2, 1, 1, 1, 1)
+        known = known / (known + unit)
+    forward, backward = (torch.cat(torch.cat((s, known), 1).chunk(2), 1) for s in (steps, -steps))
+    return steps.chunk(2)[1], forward, backward

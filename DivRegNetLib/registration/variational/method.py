@@ -12,8 +12,8 @@ from torch import Tensor
 
 from DivRegNetLib.core import fields
 from DivRegNetLib.registration.variational import solver
-from DivRegNetLib.registration.variational.equations import Equations, Valid
-from DivRegNetLib.registration.variational.features import Features
+from DivRegNetLib.registration.variational.equations import Equations, Valid, eroded
+from DivRegNetLib.registration.variational.features import FeatureEquations, Features
 from DivRegNetLib.registration.variational.schedule import Stage, schedule
 from DivRegNetLib.registration.variational.settings import Smoothness, VariationalSettings
 
@@ -28,6 +28,7 @@ def register(
     *,
     start: Tensor | None = None,
     valid: Valid | None = None,
+    measured: int | None = None,
     features: Sequence[Features] = (),
     progress: Progress = lambda fraction: None,
 ) -> Tensor:
@@ -37,6 +38,8 @@ def register(
         fixed, moving: (N, 1, D, H, W) in [0, 1] on one grid, any sides; padded inside to multiples of ``settings.multiple``.
         start: displacement as it is returned; None: the identity.
         valid: where the images were measured; None: everywhere.
+        measured: voxels that were measured in both images, where that is known; None: they are counted, for which a GPU is
+            waited for.
         features: of both images, whose equations are added to those of mutual information.
         progress: called after every step with the fraction of the steps that are done, up to 1; what it raises ends the
             registration.
@@ -53,12 +56,15 @@ def register(
         start = fixed.new_zeros(len(fixed), 3, *(n // settings.stride for n in shape))
     displacement = start
     with torch.autocast(fixed.device.type, enabled=False):  # counting voxels needs more than 16 bits
-        stages = schedule(settings, _measured(fixed, valid, settings.validity_threshold))
+        stages = schedule(settings, _measured(fixed, valid, settings) if measured is None else measured)
+        inner = None if valid is None else eroded(*valid)
         total, done = sum(len(stage.smoothness) for stage in stages), 0
         for stage in stages:
             coarser = settings.stride * stage.level.shrink
             before = None if displacement is None else fields.resize(displacement, tuple(n // coarser for n in shape))
-            equations = Equations(fixed, moving, settings, stage.level, valid, features)
+            grid = tuple(n // coarser for n in shape)
+            terms = [FeatureEquations(f, grid, valid, settings.validity_threshold) for f in features]
+            equations = Equations(fixed, moving, settings, stage.level, inner, terms)
             after = _level(equations, stage, before, lambda steps, done=done: progress((done + steps) / total))
             done += len(stage.smoothness)
             if after is not before:
@@ -104,9 +110,8 @@ def next_step(
         The displacement after the step, and the step.
     """
     settings = equations.settings
-    normal, _ = equations(displacement, number)
-    step, _ = solver.step(normal, smoothness, settings, displacement)
-    if previous is not None:
+    step = solver.step(equations(displacement, number), smoothness, settings, displacement)
+    if previous is not None and equations.level.momentum:
         step = solver.bounded(step.add_(previous, alpha=equations.level.momentum), settings)
     return step if displacement is None else fields.compose(displacement, step), step
 
@@ -116,11 +121,12 @@ def _objective(equations: Equations, displacement: Tensor) -> float:
     are sampled each time, so that values can be compared."""
     # fields.diffusion is a mean over the three components, of which the energy is the sum.
     elastic = equations.settings.last_smoothness.elastic / 2 * 3 * fields.diffusion(displacement).item()
-    return equations(displacement)[1].mean().item() - elastic
+    return equations.objective(displacement).mean().item() - elastic
 
 
-def _measured(fixed: Tensor, valid: Valid | None, threshold: float) -> int:
+def _measured(fixed: Tensor, valid: Valid | None, settings: VariationalSettings) -> int:
     """Voxels that were measured in both images, of the pair that has the fewest."""
-    if valid is None:
+    if valid is None or len(settings.levels) == 1:
         return fixed[0].numel()
+    threshold = settings.validity_threshold
     return ((valid[0] > threshold) & (valid[1] > threshold)).flatten(1).sum(1).min().item()

@@ -19,63 +19,64 @@ from torch import Tensor
 from DivRegNetLib.core import fields
 from DivRegNetLib.registration.variational.settings import Smoothness, VariationalSettings
 
-COMPONENTS = (
-    (0, 0),
-    (1, 1),
-    (2, 2),
-    (0, 1),
-    (0, 2),
-    (1, 2),
-)  # of a symmetric matrix, in the order in which they are kept
+# Components of a symmetric matrix, in the order in which they are kept.
+COMPONENTS = ((0, 0), (1, 1), (2, 2), (0, 1), (0, 2), (1, 2))
 TINY = 1e-30  # keeps divisions by 0 finite
 
 
 def step(
     normal: Tensor, smoothness: Smoothness, settings: VariationalSettings, displacement: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """The regularized Gauss-Newton step.
 
     Args:
         normal: (N, 9, D, H, W), see :class:`~DivRegNetLib.registration.variational.equations.Equations`.
         displacement: (N, 3, D, H, W) before the step; None: the identity.
     Returns:
-        (N, 3, D, H, W) in voxels of this grid, within ``max_step`` and ``max_gradient``; and (N, 1, D, H, W), the smoothed
-        information that it is based on, averaged over the axes.
+        (N, 3, D, H, W) in voxels of this grid, within ``max_step`` and ``max_gradient``.
     """
-    unit = mean_information(normal, settings)
-    normal = fields.smooth(normal, smoothness.window / settings.stride) if smoothness.window else normal.clone()
-    normal[:, :3] += settings.tikhonov
-    solution = solve(
-        normal, displacement, smoothness.fluid * unit, smoothness.elastic, settings.cg_iterations, settings.frequencies
+    weight = total_weight(normal, smoothness, settings)
+    return bounded(
+        solve(smoothed(normal, smoothness, settings), displacement, weight, smoothness.elastic, settings), settings
     )
-    return bounded(solution, settings), information(normal)
+
+
+def smoothed(normal: Tensor, smoothness: Smoothness, settings: VariationalSettings) -> Tensor:
+    """(N, 9, D, H, W) equations, averaged by a Gaussian."""
+    return fields.smooth(normal, smoothness.window / settings.stride)
+
+
+def total_weight(normal: Tensor, smoothness: Smoothness, settings: VariationalSettings) -> Tensor:
+    """``fluid * (mean information + information_floor) + elastic``, (N, 1, 1, 1, 1)."""
+    constant = fields.constants(smoothness.fluid * settings.information_floor + smoothness.elastic, like=normal)
+    return torch.add(constant, mean_information(normal), alpha=smoothness.fluid)
 
 
 def bounded(step: Tensor, settings: VariationalSettings) -> Tensor:
-    """A step (N, 3, D, H, W), its vectors cut to ``max_step``, then scaled as a whole to ``max_gradient``."""
-    step = step / (fields.length(step) / settings.max_step).clamp_min(1)
-    return step.div_((_largest_gradient(step) / settings.max_gradient).clamp_min(1))
+    """A step (N, 3, D, H, W), its vectors cut to ``max_step``, then scaled as a whole to ``max_gradient``.
+
+    Where the largest absolute difference of neighbors along any axis, summed over the components, is below 1,
+    ``x -> x + u(x)`` is one-to-one.
+    """
+    longest, steepest = settings.max_step, settings.max_gradient
+    step = step / step.square().sum(1, keepdim=True).sqrt_().clamp_min_(longest)  # in units of the longest
+    differences = step.new_zeros(len(step), 3, *step.shape[1:])
+    for axis, dim in enumerate((4, 3, 2)):
+        inner = step.shape[dim] - 1
+        out = differences[:, axis].narrow(dim, 0, inner)
+        torch.sub(step.narrow(dim, 1, inner), step.narrow(dim, 0, inner), out=out)
+    largest = differences.abs_().sum(2).amax((1, 2, 3, 4), keepdim=True)
+    factor = fields.constants(steepest, like=step) / largest.clamp_min_(steepest / longest)
+    return step.mul_(factor)
 
 
-def _largest_gradient(field: Tensor) -> Tensor:
-    """Largest absolute difference of neighbors along any axis, summed over the components, (N, 1, 1, 1, 1). Where it is
-    below 1, ``x -> x + u(x)`` is one-to-one."""
-    along = [slope.abs_().sum(1).flatten(1).amax(1) for slope in fields.gradients(field)]
-    return torch.stack(along).amax(0).view(-1, 1, 1, 1, 1)
-
-
-def mean_information(normal: Tensor, settings: VariationalSettings) -> Tensor:
-    """Mean of the information over voxels and axes plus ``information_floor``, (N, 1, 1, 1, 1)."""
-    return information(normal).mean((1, 2, 3, 4), keepdim=True) + settings.information_floor
-
-
-def information(normal: Tensor) -> Tensor:
-    """(N, 1, D, H, W): the information of (N, 9, D, H, W) equations, averaged over the axes."""
-    return normal[:, :3].mean(1, keepdim=True)
+def mean_information(normal: Tensor) -> Tensor:
+    """Mean of the information over voxels and axes, (N, 1, 1, 1, 1)."""
+    return normal[:, :3].mean((1, 2, 3, 4), keepdim=True)
 
 
 def solve(
-    normal: Tensor, displacement: Tensor | None, fluid: Tensor, elastic: float, iterations: int, frequencies: float
+    normal: Tensor, displacement: Tensor | None, weight: Tensor, elastic: float, settings: VariationalSettings
 ) -> Tensor:
     """The solution s of the linear system above, by preconditioned conjugate gradients.
 
@@ -83,53 +84,61 @@ def solve(
     diagonal, and so is the preconditioner, the exact inverse for an A that equals its mean everywhere.
 
     Args:
-        normal: (N, 9, D, H, W): xx, yy, zz, xy, xz, yz of A and x, y, z of b.
+        normal: (N, 9, D, H, W): xx, yy, zz, xy, xz, yz of A, to whose diagonal ``tikhonov`` is added, and x, y, z of b.
         displacement: u, (N, 3, D, H, W); None: 0.
-        fluid: (N, 1, 1, 1, 1), in units of A, as is ``elastic``.
-        iterations: of conjugate gradients.
-        frequencies: fraction of the cosine frequencies along each axis that are kept.
+        weight: (N, 1, 1, 1, 1), ``fluid + elastic`` in units of A, as is ``elastic``.
     Returns:
         (N, 3, D, H, W).
     """
-    matrix, force = normal[:, :6], normal[:, 6:]
-    transforms = [_cosines(n, frequencies, like=normal) for n in normal.shape[:1:-1]]
+    n, shape, kept = len(normal), normal.shape[:1:-1], settings.frequencies
+    transforms = [_cosines(side, kept, like=normal) for side in shape]
     back = [t.T for t in transforms]
-    x, y, z = (_eigenvalues(n, frequencies, like=normal) for n in normal.shape[:1:-1])
-    laplace = z[:, None, None] + y[:, None] + x  # minus the Laplacian
-    mean, stiffness = matrix[:, :3].mean((1, 2, 3, 4), keepdim=True), (fluid + elastic) * laplace
-    preconditioner = 1 / (mean + stiffness).clamp_min(TINY)
+    laplace = _laplace(*shape, kept, like=normal)
+    # Added to the diagonal at every voxel, tikhonov is the same for every frequency.
+    stiffness = torch.addcmul(fields.constants(settings.tikhonov + TINY, like=normal), laplace, weight)
+    preconditioner = (stiffness + mean_information(normal)).reciprocal_()
+    columns = normal.index_select(1, _columns(like=normal)).split(3, 1)
 
-    residual = fields.along_axes(force, *transforms)
-    if displacement is not None:
-        residual = residual.addcmul_(elastic * laplace, fields.along_axes(displacement, *transforms), value=-1)
-    solution = torch.zeros_like(residual)
-    direction = preconditioned = preconditioner * residual
-    power = _dot(residual, preconditioned)
-    for _ in range(iterations):
-        product = fields.along_axes(_times(matrix, fields.along_axes(direction, *back)), *transforms)
-        product.addcmul_(stiffness, direction)
-        length = power / _dot(direction, product).clamp_min(TINY)
-        solution.addcmul_(length, direction)
-        residual.addcmul_(length, product, value=-1)
-        preconditioned, previous = preconditioner * residual, power
-        power = _dot(residual, preconditioned)
-        direction = torch.addcmul(preconditioned, power / previous.clamp_min(TINY), direction)
-    return fields.along_axes(solution, *back)
+    def dot(a: Tensor, b: Tensor) -> Tensor:
+        """Scalar product of each item of the batch, (N, 1, 1, 1, 1), plus TINY, so that it can be divided by."""
+        tiny = fields.constants(TINY, like=normal).view(1, 1, 1)
+        return torch.baddbmm(tiny, a.view(n, 1, -1), b.view(n, -1, 1)).view(n, 1, 1, 1, 1)
+
+    if displacement is None:
+        residual = fields.along_axes(normal[:, 6:], *transforms)
+    else:
+        residual, smooth = fields.along_axes(torch.cat((normal[:, 6:], displacement), 1), *transforms).split(3, 1)
+        residual = torch.addcmul(residual, laplace, smooth, value=-elastic)
+    direction = preconditioner * residual
+    power, solution = dot(residual, direction), None
+    for i in range(settings.cg_iterations):
+        spatial = fields.along_axes(direction, *back)
+        product = torch.mul(columns[0], spatial[:, :1])
+        product.addcmul_(columns[1], spatial[:, 1:2]).addcmul_(columns[2], spatial[:, 2:])
+        product = fields.along_axes(product, *transforms).addcmul_(stiffness, direction)
+        length = power / dot(direction, product)
+        solution = spatial * length if solution is None else solution.addcmul_(length, spatial)
+        if i + 1 < settings.cg_iterations:
+            residual.addcmul_(length, product, value=-1)
+            preconditioned, previous = preconditioner * residual, power
+            power = dot(residual, preconditioned)
+            direction = torch.addcmul(preconditioned, power / previous, direction)
+    return solution
 
 
-def _times(matrix: Tensor, field: Tensor) -> Tensor:
-    """A symmetric (N, 6, D, H, W) matrix at every voxel times a field."""
-    xx, yy, zz, xy, xz, yz = matrix.unbind(1)
-    x, y, z = field.unbind(1)
-    product = torch.empty_like(field)
-    for row, out in zip(((xx, xy, xz), (xy, yy, yz), (xz, yz, zz)), product.unbind(1), strict=True):
-        torch.mul(row[0], x, out=out).addcmul_(row[1], y).addcmul_(row[2], z)
-    return product
+@fields.cached
+def _columns(*, like: Tensor) -> Tensor:
+    """Where the three columns of a symmetric matrix lie among its six components."""
+    return torch.tensor([0, 3, 4, 3, 1, 5, 4, 5, 2], device=like.device)
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Scalar product of each item of the batch, (N, 1, 1, 1, 1)."""
-    return (a * b).sum((1, 2, 3, 4), keepdim=True)
+def _laplace(width: int, height: int, depth: int, kept: float, *, like: Tensor) -> Tensor:
+    """(k, k, k): minus the Laplacian of each frequency along D, H, W that is kept."""
+    x, y, z = (_eigenvalues(n, kept, like=like) for n in (width, height, depth))
+    return z[:, None, None] + y[:, None] + x
+
+
+_laplace = fields.cached(_laplace, size=fields.CACHED_GRIDS)
 
 
 @fields.cached
@@ -142,7 +151,6 @@ def _cosines(n: int, kept: float, *, like: Tensor) -> Tensor:
     return rows.to(like.dtype)
 
 
-@fields.cached
 def _eigenvalues(n: int, kept: float, *, like: Tensor) -> Tensor:
     """(k,) of minus the second difference, for the rows of :func:`_cosines`."""
     return (2 - 2 * torch.cos(_angles(n, kept, like=like))).to(like.dtype)

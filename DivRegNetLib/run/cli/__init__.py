@@ -21,8 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     prepare_threads()
     args = _parser().parse_args(arguments)
     try:
-        args.run(args)
-        return 0
+        return args.run(args) or 0
     except KeyboardInterrupt:
         return _report(args, "interrupted", INTERRUPTED)
     except DivRegNetError as error:

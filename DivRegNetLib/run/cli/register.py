@@ -7,12 +7,14 @@ from pathlib import Path
 from DivRegNetLib.errors import InputError
 from DivRegNetLib.options import ALIGNMENTS, Option, Options, table
 from DivRegNetLib.presets import PRESETS, preset
+from DivRegNetLib.quality.verdict import AMBER, LEVELS, RED
 from DivRegNetLib.registration.landmark_alignment import KINDS, align_landmarks
 from DivRegNetLib.run.cli.evaluate import add_comparison_arguments
 from DivRegNetLib.run.cli.output import ProgressBar, show
 from DivRegNetLib.run.cohort import TABLE, Pair, frames, read_pairs, register_pairs
 
 DESCRIPTION = "Register the moving to the fixed volume."
+FAILED_VERDICT = 3  # exit code
 BY_LANDMARKS = {"landmarks": "rigid"} | {f"landmarks-{kind}": kind for kind in KINDS}
 """Value of ``--align`` -> kind of the transform that is fitted to the landmarks."""
 
@@ -47,11 +49,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"volume that is not 0 where the {side} volume is compared",
         )
     parser.add_argument("--overwrite", action="store_true", help="replace results in the folder")
+    parser.add_argument(
+        "--fail-on",
+        choices=(RED, AMBER),
+        help="exit with code 3 where the verdict is red, or with amber where it is not green; in a cohort, of any pair",
+    )
     add_comparison_arguments(parser)
 
 
 def add_option(parser: argparse.ArgumentParser, option: Option) -> None:
     """Adds a row of the table of options as an argument. It is None where it is not given."""
+    if option.kind is bool:
+        parser.add_argument(option.flag, action="store_true", default=None, help=option.help)
+        return
     metavar = (
         None if option.choices else (option.unit or {int: "N", float: "VALUE"}.get(option.kind, option.name)).upper()
     )
@@ -66,7 +76,7 @@ def add_option(parser: argparse.ArgumentParser, option: Option) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
     if (args.pairs is None) == (args.fixed is None or args.moving is None):
         raise InputError("give FIXED and MOVING, or --pairs and a table")
     if args.dask is not None and args.pairs is None:
@@ -81,24 +91,24 @@ def run(args: argparse.Namespace) -> None:
         names = (f"{side}{what}" for what in ("", "_mask", "_labels", "_landmarks") for side in ("fixed", "moving"))
         pair = Pair(**{name: getattr(args, name) for name in names})
         if frames.is_4d(pair.moving):
-            _register_frames(args, pair, options)
-            return
+            return _register_frames(args, pair, options)
         with ProgressBar(quiet=args.json) as progress:
             report = register_files(pair, args.output, options, overwrite=args.overwrite, progress=progress)
         show(args, report, _summary(report, args.output))
-        return
-    _register_all(args, read_pairs(args.pairs), options)
+        return _exit_code(args, [report["verdict"]["level"]])
+    return _register_all(args, read_pairs(args.pairs), options)
 
 
-def _register_frames(args: argparse.Namespace, pair: Pair, options: Options) -> None:
-    """Registers each frame of a moving 4D file, and joins the warped frames."""
+def _register_frames(args: argparse.Namespace, pair: Pair, options: Options) -> int:
+    """Registers each frame of a moving 4D file, and joins the warped frames. Returns the exit code."""
     pairs = frames.split(pair, args.output)
-    _register_all(args, pairs, options)
+    code = _register_all(args, pairs, options)
     frames.join_warped(list(pairs), args.output)
+    return code
 
 
-def _register_all(args: argparse.Namespace, pairs: dict[str, Pair], options: Options) -> None:
-    """Registers pairs into folders of their names, and a table.
+def _register_all(args: argparse.Namespace, pairs: dict[str, Pair], options: Options) -> int:
+    """Registers pairs into folders of their names, and a table. Returns the exit code.
 
     Raises:
         InputError: some of them failed.
@@ -114,6 +124,13 @@ def _register_all(args: argparse.Namespace, pairs: dict[str, Pair], options: Opt
     show(args, rows, f"{len(rows) - len(failed)} of {len(rows)} pairs registered: {results}")
     if failed:
         raise InputError(f"{len(failed)} of {len(rows)} pairs failed, see {results}; the first: {failed[0]['message']}")
+    return _exit_code(args, [row["verdict"] for row in rows])
+
+
+def _exit_code(args: argparse.Namespace, verdicts: list[str]) -> int:
+    """What ``--fail-on`` makes of some verdicts; an empty one is of a pair that an earlier version registered."""
+    limit = LEVELS.index(args.fail_on) if args.fail_on else len(LEVELS)
+    return FAILED_VERDICT if any(LEVELS.index(level) >= limit for level in verdicts if level) else 0
 
 
 def _alignment(args: argparse.Namespace):
@@ -150,7 +167,10 @@ def _summary(report: dict, output: Path) -> str:
     row("NMI", quality["nmi"])
     if quality["similarity"]:
         row("S (nats)", quality["similarity"])
+    verdict = report["verdict"]
     lines += [
+        f"verdict: {verdict['level'].upper()}. {verdict['headline']}",
+        *(f"  {reason}" for reason in verdict["reasons"]),
         f"folded voxels {quality['folded_percent']:.4f} %, largest displacement "
         f"{quality['largest_displacement_mm']:.1f} mm, inverse consistency "
         f"{quality['inverse_consistency_mm']['mean']:.3f} mm",

@@ -19,8 +19,10 @@ from DivRegNetLib.io.segmentations import read_mask, write_segmentation
 from DivRegNetLib.io.transforms import write_transform
 from DivRegNetLib.models import Model
 from DivRegNetLib.options import Options, Progress
+from DivRegNetLib.quality.expected_error import on_grid
 from DivRegNetLib.quality.figures import default_style
 from DivRegNetLib.quality.preview import write_preview
+from DivRegNetLib.quality.verdict import judge
 from DivRegNetLib.registration.check import check_image
 from DivRegNetLib.registration.pipeline import register
 from DivRegNetLib.result import Result
@@ -30,10 +32,10 @@ from DivRegNetLib.run.cohort.results import QUALITY
 from DivRegNetLib.run.comparison import LabelMaps, LandmarkLists, not_inverted
 
 WARPED_LABELS = ("warped_labels.nii.gz", "warped_labels.seg.nrrd")  # of label maps, and of segmentations with names
-PREVIEW = "preview.png"
+PREVIEW, ERROR_MAP = "preview.png", "error_map.nii.gz"
 POSSIBLE_FILES = (
     "warped.nii.gz", "transform.h5", "inverse.h5", "displacement.nii.gz", PREVIEW, *WARPED_LABELS,
-    "warped_landmarks.mrk.json",
+    "warped_landmarks.mrk.json", ERROR_MAP,
 )  # fmt: skip
 
 
@@ -50,7 +52,8 @@ def register_files(
 
     Writes ``warped.nii.gz``, ``transform.h5``, ``inverse.h5``, ``displacement.nii.gz`` (3-vectors, LPS mm, on the fixed
     grid), ``preview.png``, ``quality.json`` and, where labels or landmarks are given, ``warped_labels.nii.gz`` (of a
-    segmentation ``warped_labels.seg.nrrd``) and ``warped_landmarks.mrk.json`` (the moving landmarks in fixed space).
+    segmentation ``warped_labels.seg.nrrd``) and ``warped_landmarks.mrk.json`` (the moving landmarks in fixed space), and where
+    it is asked for ``error_map.nii.gz`` (the expected error, mm, on the fixed grid).
 
     Args:
         model: already loaded; None: ``options.model`` is loaded.
@@ -88,6 +91,8 @@ def _register_files(pair: Pair, output: Path, options: Options, model: Model | N
             displacement_on(result.transform, Grid.of(result.warped), sitk.sitkVectorFloat32), path
         ),
     }
+    if result.error_map is not None:
+        writers[ERROR_MAP] = lambda path: write_image(on_grid(result.error_map, fixed), path)
     report, notes = {"quality": dict(result.quality)}, list(result.warnings)
     stages = {"before": sitk.Transform(), "aligned": affine_transform(result.initial), "after": result.transform}
     if labels:
@@ -103,6 +108,7 @@ def _register_files(pair: Pair, output: Path, options: Options, model: Model | N
         in_fixed = Landmarks(inverted.points, landmarks.moving.labels)
         writers["warped_landmarks.mrk.json"] = lambda path: write_landmarks(in_fixed, path)
     report |= {
+        "verdict": judge(report["quality"]).as_dict(),
         "inputs": {name: utf8_name(path) for name, path in pair.paths().items()},
         "origin": origin,
         "settings": result.settings,

@@ -7,18 +7,20 @@ QUALITY = "quality.json"
 
 TABLE = "results.csv"
 TABLE_COLUMNS = (
-    "name", "status", "dice_before", "dice_after", "tre_mm_before", "tre_mm_after", "nmi_before", "nmi_after",
-    "folded_percent", "seconds", "message",
+    "name", "status", "verdict", "expected_error_mm", "dice_before", "dice_after", "tre_mm_before", "tre_mm_after",
+    "nmi_before", "nmi_after", "folded_percent", "seconds", "message",
 )  # fmt: skip
 
 
 def row_of(name: str, report: dict) -> dict:
     """The row of a pair with these contents of ``quality.json``."""
-    quality = report["quality"]
+    quality, verdict = report["quality"], report.get("verdict", {})
     labels, landmarks = quality.get("labels"), quality.get("landmarks_mm")
     return {
         "name": name,
         "status": "ok",
+        "verdict": verdict.get("level", ""),
+        "expected_error_mm": _number(verdict.get("expected_error_mm")),
         "dice_before": _number(labels and labels["before"]["mean"]["dice"]),
         "dice_after": _number(labels and labels["after"]["mean"]["dice"]),
         "tre_mm_before": _number(landmarks and landmarks["before"]["mean"]),

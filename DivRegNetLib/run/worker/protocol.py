@@ -14,7 +14,7 @@ The child writes one JSON object per line to standard output:
 
 * ``{"divregnet": "progress", "stage": NAME, "fraction": 0 to 1}``
 * ``{"divregnet": "done"}``, once the result is in FOLDER: ``result.json``, and ``warped.npy``, ``transform.npy`` and
-  ``inverse.npy`` (displacements in mm, LPS, single precision)
+  ``inverse.npy`` (displacements in mm, LPS, single precision), and ``error_map.npy`` where it was asked for
 * ``{"divregnet": "error", "kind": NAME OF AN EXCEPTION, "message": TEXT}``
 
 Any other line, and all of standard error, is log. In the child, whatever torch, ITK or a ``print`` write to standard
@@ -159,6 +159,8 @@ def write_result(folder: Path, result: Result, inverse: bool = True) -> None:
     images = {"warped": result.warped, "transform": _whole_displacement(result.transform)}
     if inverse:
         images["inverse"] = _whole_displacement(result.inverse)
+    if result.error_map is not None:
+        images["error_map"] = result.error_map
     for name, image in images.items():
         record["images"][name] = _geometry(image)
         values = sitk.GetArrayViewFromImage(image)
@@ -232,9 +234,13 @@ class ResultFiles:
         transforms = (
             _composite(matrix, self._whole(name), self._whole_grid(name)) for name, matrix in matrices.items()
         )
-        return Result(
-            warped, *transforms, self.initial, self.quality, self.timings, self.settings, self.warnings, self.card
-        )
+        values = self.initial, self.quality, self.timings, self.settings, self.warnings, self.card
+        return Result(warped, *transforms, *values, self.error_map())
+
+    def error_map(self) -> sitk.Image | None:
+        """The map of the expected error; None where it was not asked for."""
+        geometry = self._geometry.get("error_map")
+        return None if geometry is None else _load_image(self._folder, "error_map", geometry)
 
 
 def _whole_displacement(transform: sitk.Transform) -> sitk.Image:

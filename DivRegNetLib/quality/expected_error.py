@@ -1,0 +1,137 @@
+"""From evidence to millimeters: how far a registration is expected to be off, as a mean and as a map. Without torch.
+
+The coefficients in ``calibration.json`` are made by ``training/experiments/calibration.py``: a linear regression of the
+logarithm of the error, in voxels of the evidence's box, on registrations whose truth is known.
+"""
+
+import functools
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+
+from DivRegNetLib.core.grid import Grid
+
+FILE = Path(__file__).with_name("calibration.json")
+FORMAT = 1
+HALF_CELL = 0.4  # share of a cell that counts, from which on the map says something
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand of a regression: ``weight * clip(f(value), low, high)``, where f is ``log(value + offset)`` or the value.
+
+    name: of the number or of the cells' array.
+    offset: None: f is the value itself.
+    low, high: the range in which the regression was fitted; beyond it the summand stays as it is.
+    missing: stands for f where the value could not be measured.
+    """
+
+    name: str
+    offset: float | None
+    low: float
+    high: float
+    missing: float
+    weight: float
+
+    def of(self, value: "float | np.ndarray | None") -> "float | np.ndarray":
+        """The summand, of a number or of each of an array."""
+        if value is None:
+            return self.weight * self.missing
+        value = transformed(value, self.offset)
+        return self.weight * np.clip(np.where(np.isfinite(value), value, self.missing), self.low, self.high)
+
+
+def transformed(value: "float | np.ndarray", offset: float | None) -> np.ndarray:
+    """What a regression is linear in: ``log(value + offset)``, or the value itself where the offset is None."""
+    value = np.asarray(value, float)
+    return value if offset is None else np.log(np.maximum(value, 0) + offset)
+
+
+@dataclass(frozen=True)
+class Regression:
+    """``exp(constant + sum of the terms)``."""
+
+    constant: float
+    terms: tuple[Term, ...]
+
+    def of(self, values: dict) -> "float | np.ndarray":
+        """The regression at numbers, or at arrays of one shape, by name."""
+        return np.exp(self.constant + sum(term.of(values.get(term.name)) for term in self.terms))
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Regression":
+        return cls(values["constant"], tuple(Term(**term) for term in values["terms"]))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The content of ``calibration.json``.
+
+    mean: mean error, in voxels of the box, from the numbers of an :class:`~DivRegNetLib.quality.evidence.Evidence`.
+    cell: error of a cell, in any unit, from its cells.
+    factor: within which the stated error is of the true one in nine of ten registrations of held-out subjects.
+    green_mm, red_mm: largest expected error of a green, smallest of a red verdict, of an image whose diagonal is at
+        least ``diagonal_mm``; less in proportion for smaller ones.
+    """
+
+    mean: Regression
+    cell: Regression
+    factor: float
+    green_mm: float
+    red_mm: float
+    diagonal_mm: float
+
+    def limits(self, numbers: dict) -> tuple[float, float]:
+        """The largest expected error (mm) of a green and the smallest of a red verdict, for an image."""
+        scale = min(numbers["diagonal_mm"] / self.diagonal_mm, 1.0)
+        return self.green_mm * scale, self.red_mm * scale
+
+
+@functools.cache
+def calibration(file: Path = FILE) -> Calibration:
+    """The calibration in a file.
+
+    Raises:
+        ValueError: the file has another format.
+    """
+    values = json.loads(file.read_text(encoding="utf-8"))
+    if values.get("format") != FORMAT:
+        raise ValueError(f"{file}: format {FORMAT} is expected, got {values.get('format')!r}")
+    names = ("factor", "green_mm", "red_mm", "diagonal_mm")
+    regressions = (Regression.from_dict(values[name]) for name in ("mean", "cell"))
+    return Calibration(*regressions, *(values[name] for name in names))
+
+
+def expected_error_mm(numbers: dict) -> float:
+    """The expected mean distance (mm) to the truth over the fixed foreground, from the numbers of the evidence."""
+    error = float(calibration().mean.of(numbers)) * numbers["voxel_mm"]
+    return error if math.isfinite(error) else numbers["diagonal_mm"]
+
+
+def error_map(numbers: dict, cells: dict[str, np.ndarray], cell_grid: Grid, grid: Grid) -> sitk.Image:
+    """The expected error (mm) at every voxel of a grid, float32; 0 where nothing is known: in air, and outside of either
+    field of view. Its mean over the rest is about :func:`expected_error_mm`.
+
+    Args:
+        numbers, cells, cell_grid: of an :class:`~DivRegNetLib.quality.evidence.Evidence`.
+    """
+    inside = cells["inside"]
+    relative = calibration().cell.of(cells) * np.ones_like(inside)
+    error = relative * expected_error_mm(numbers) * inside.sum() / max((relative * inside).sum(), 1e-9)
+    # Interpolated with the cells' shares as weights, so that the error does not fade towards the air.
+    total, weight = (
+        sitk.GetArrayFromImage(
+            sitk.Resample(cell_grid.image(x.astype(np.float32)), grid.empty_image(), sitk.Transform())
+        )
+        for x in (error * inside, inside)
+    )
+    return grid.image(np.where(weight > HALF_CELL, total / np.maximum(weight, HALF_CELL), 0).astype(np.float32))
+
+
+def on_grid(error_map: sitk.Image, reference: sitk.Image) -> sitk.Image:
+    """A map of the expected error on the grid of another image; 0 beyond the map."""
+    return sitk.Resample(error_map, reference, sitk.Transform(), sitk.sitkLinear, 0.0)

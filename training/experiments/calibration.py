@@ -1,0 +1,465 @@
+"""Calibration of the verdict: what evidence says of the error, on registrations whose truth is known.
+
+    python training/experiments/calibration.py --data DIR
+
+Registers the cases of :mod:`training.experiments.registrations`, puts known smooth deformations into those that went right,
+gathers the evidence (:mod:`DivRegNetLib.quality.evidence`), and fits the error to it on two thirds of the subjects. Writes
+``DivRegNetLib/quality/calibration.json``, and ``calibration.md``, ``.csv``, ``.json`` and ``.png`` with how it does on the
+other third and on families of anatomy that were left out of the fit. What a case came to is kept in the work folder: run again,
+the command continues where it was interrupted; ``--fit`` fits to what is there.
+"""
+
+import argparse
+import json
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from tqdm import tqdm
+
+from DivRegNetLib import models
+from DivRegNetLib.core import fields, resampling
+from DivRegNetLib.core.grid import Grid, affine_transform, apply_matrix
+from DivRegNetLib.errors import DivRegNetError
+from DivRegNetLib.io import atomic
+from DivRegNetLib.options import Options
+from DivRegNetLib.quality import evidence, expected_error, metrics
+from DivRegNetLib.quality.evidence import Evidence
+from DivRegNetLib.quality.expected_error import FORMAT, Calibration, Regression, Term, transformed
+from DivRegNetLib.registration import pipeline
+from DivRegNetLib.registration.resources import Resources
+from training import report
+from training.data.free_form import ffd
+from training.data.randomness import Random
+from training.experiments.registrations import Case, cases, rotation
+
+NUMBERS = {
+    "motion 1": 0.1, "soft motion 1": 0.1, "moved 1": None, "motion 2": 0.05, "soft motion 2": 0.1, "moved 2": None,
+    "bend": 0.1,
+}  # fmt: skip
+"""Numbers that the mean error is fitted to -> offset of their logarithm; None: as they are."""
+
+CELLS = {"motion 1": 0.1, "soft motion 1": 0.1, "bend": 0.1, "slope": 0.02}
+"""The same of the error in a cell."""
+
+RIDGE = 3.0  # weight of the squared coefficients, of standardized terms
+UNRELATED = 12.0  # voxels of error that stand for images that do not belong together
+LEAST, MOST = 0.25, 30.0  # voxels, to which errors are clipped
+GOOD = 1.3  # voxels of mean error, up to which known deformations are put into a registration
+PUT = (("local", 1.0), ("local", 3.0), ("any", 0.0))
+REGISTERED, DEFORMED = 2.0, 1.0  # weight of what a registration came to, and of what a deformation was put into
+RIGHT_MM, WRONG_MM = 2.0, 5.0
+
+
+@dataclass(frozen=True)
+class Observation:
+    """An alignment: its evidence and how far it is off.
+
+    put: what was put into it; empty: nothing; ``undeformed``: the initial alignment alone.
+    error_mm: mean over the fixed foreground that both images show; None: the images do not belong together.
+    errors: (n,) mean error of each cell whose truth is known, voxels of the box; cells: the evidence there.
+    """
+
+    case: str
+    family: str
+    kind: str
+    held_out: bool
+    put: str
+    numbers: dict[str, float]
+    error_mm: float | None
+    errors: np.ndarray
+    cells: dict[str, np.ndarray]
+
+    @property
+    def voxels(self) -> float:
+        """The error in voxels of the box."""
+        return UNRELATED if self.error_mm is None else self.error_mm / self.numbers["voxel_mm"]
+
+
+# --- observations
+
+
+def observe(case: Case, model: models.Model) -> Iterator[Observation]:
+    """What the registration of a case came to; what its alignment alone did; and what the registration is after known
+    deformations were put into it."""
+    options = Options.of(align=case.align, device="cpu")
+    inputs = pipeline.check(case.fixed, case.moving, None, None, options)
+    resources = Resources.choose(options, inputs.fixed, inputs.moving, model)
+    matrix = pipeline.align(inputs, options, resources.device, progress=_nothing)
+    with torch.inference_mode():
+        sampled = pipeline.sample(inputs, matrix, resources, progress=_nothing)
+        displacement = pipeline.deform(sampled, resources, options, progress=_nothing)
+        error = _error(case, sampled, displacement, matrix)
+        first = _observation(case, "", sampled, displacement, displacement, error)
+        if first is None:
+            return
+        if case.labels is not None:
+            first = replace(first, error_mm=_error_by_labels(case, sampled, displacement, matrix))
+        yield first
+        if case.truth is None:
+            return
+        still = torch.zeros_like(displacement)
+        undeformed = _observation(case, "undeformed", sampled, still, still, _error(case, sampled, still, matrix))
+        if undeformed is not None:
+            yield undeformed
+        if first.voxels > GOOD:
+            return
+        seed = zlib.crc32(case.name.encode())
+        for number, (kind, voxels) in enumerate(PUT):
+            change = _deformation(kind, voxels, displacement.shape[2:], seed + number)
+            changed = fields.compose(displacement, change)
+            linear = torch.tensor(matrix[:3, :3] @ sampled.grid.matrix[:3, :3], dtype=torch.float32)
+            more = torch.einsum("ij,njdhw->nidhw", linear, changed - displacement)
+            found = _observation(case, kind, sampled, changed, displacement, error + more)
+            if found is not None:
+                yield found
+
+
+def _observation(
+    case: Case, put: str, sampled: pipeline.Sampled, displacement: Tensor, of_registration: Tensor, error: Tensor | None
+) -> Observation | None:
+    """
+    Args:
+        displacement: what the moving image is deformed by.
+        of_registration: without what was put in, which the evidence is not to see.
+        error: (1, 3, D, H, W) mm; None: not known.
+    """
+    images = sampled.images
+    both = fields.warp(torch.cat((images.moving, images.valid[1].float()), 1), displacement)
+    valid = images.valid[0] & (both[:, 1:] > evidence.MEASURED)
+    known = evidence.measure(images.fixed, both[:, :1], sampled.grid, valid=valid, displacement=of_registration)
+    if known is None:
+        return None
+    mean, errors, cells = None, np.zeros(0), {}
+    if error is not None:
+        length = fields.length(error)
+        counts = valid & evidence.foreground(images.fixed)
+        mean = length[counts].mean().item()
+        errors, cells = _by_cell(known, length / known.numbers["voxel_mm"], counts, sampled.grid)
+    return Observation(case.name, case.family, case.kind, case.held_out, put, known.numbers, mean, errors, cells)
+
+
+def _by_cell(known: Evidence, error: Tensor, counts: Tensor, grid: Grid) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Mean error of the cells of which half counts, and the evidence there."""
+    sums = [
+        sitk.GetArrayFromImage(
+            resampling.resample_smooth(grid.image(x[0, 0].float().numpy()), known.grid, np.eye(4))[0]
+        )
+        for x in (error * counts, counts)
+    ]
+    use = (sums[1] > 0.5) & (known.cells["inside"] > 0.5)
+    return (sums[0] / np.maximum(sums[1], 1e-6))[use], {name: values[use] for name, values in known.cells.items()}
+
+
+def _error(case: Case, sampled: pipeline.Sampled, displacement: Tensor, matrix: np.ndarray) -> Tensor | None:
+    """Estimated less true position of every voxel in the moving image, (1, 3, D, H, W) LPS mm; None where it is not known."""
+    grid = sampled.grid
+    if case.truth is None:
+        return None
+    found = sitk.TransformToDisplacementField(
+        case.truth, sitk.sitkVectorFloat64, grid.size, grid.origin, grid.spacing, grid.direction
+    )
+    true = np.moveaxis(sitk.GetArrayFromImage(found), -1, 0)
+    points = fields.identity(grid.shape, like=displacement)[0]
+    start, end = (grid.to_physical(p.flatten(1).T.double().numpy()) for p in (points, points + displacement[0]))
+    moved = (apply_matrix(matrix, end) - start).T.reshape(true.shape)
+    return torch.from_numpy(moved - true)[None].float()
+
+
+def _error_by_labels(case: Case, sampled: pipeline.Sampled, displacement: Tensor, matrix: np.ndarray) -> float:
+    """Mean error (mm) told by label maps: twice the mean distance between their surfaces, which does not see what goes along
+    them."""
+    fixed, moving, groups = case.labels
+    grid, nearest = sampled.grid, sitk.sitkNearestNeighbor
+    one = sitk.GetArrayFromImage(sitk.Resample(fixed, grid.empty_image(), sitk.Transform(), nearest, 0))
+    other = sitk.GetArrayFromImage(sitk.Resample(moving, grid.empty_image(), affine_transform(matrix), nearest, 0))
+    other = torch.from_numpy(other.astype(np.float32))[None, None]
+    other = fields.warp(other, displacement, mode="nearest", padding="zeros")[0, 0].numpy()
+    masks = ((np.isin(x, [*group]) for x in (one, other)) for group in groups)
+    return 2 * float(np.nanmean([metrics.surface_distances(*pair, grid)["asd"] for pair in masks]))
+
+
+def _deformation(kind: str, voxels: float, shape: torch.Size, seed: int) -> Tensor:
+    """A smooth displacement (1, 3, D, H, W) in voxels. A ``local`` one has the mean length that is given, and differs from
+    place to place; of another one the length is drawn."""
+    random, numbers = Random(seed), np.random.default_rng(seed)
+    size = float(np.prod(shape) ** (1 / 3))
+    if kind != "local":
+        voxels = float(np.exp(numbers.uniform(np.log(0.4), np.log(12))))
+    if kind != "local" and numbers.random() < 0.3:
+        points = fields.identity(tuple(shape), like=torch.zeros(1))
+        turn = torch.tensor(rotation(numbers, numbers.uniform(0, 115 * voxels / size)), dtype=torch.float32)
+        center = points.amax((2, 3, 4), keepdim=True) / 2
+        found = torch.einsum("ij,njdhw->nidhw", turn - torch.eye(3), points - center)
+        found = found + torch.tensor(numbers.normal(0, 1, 3), dtype=torch.float32).view(1, 3, 1, 1, 1)
+        return found * (voxels / fields.length(found).mean())
+    found = ffd(tuple(shape), size * float(numbers.choice((0.12, 0.2, 0.3))), 1.0, random)
+    size = ffd(tuple(shape), size * float(numbers.choice((0.2, 0.3))), 1.0, random)[:, :1]
+    found = found * torch.exp((0.8 if kind == "local" else 0.2) * size / size.std())
+    found = found * (voxels / fields.length(found).mean())
+    return found * (4 * voxels / fields.length(found).clamp_min(4 * voxels))
+
+
+def gather(data: Path, work: Path, turns: int) -> None:
+    """Observes all cases that are not in the work folder yet."""
+    work.mkdir(parents=True, exist_ok=True)
+    model = models.load("general", torch.device("cpu"))
+    todo = [(name, make) for name, make in cases(data, turns) if not (work / f"{name}.npz").exists()]
+    for name, make in tqdm(todo, unit="case", mininterval=10):
+        try:
+            found = list(observe(make(), model))
+        except DivRegNetError as error:  # two images that are refused have no verdict
+            tqdm.write(f"{name}: {error}")
+            found = []
+        save(found, work / f"{name}.npz")
+
+
+def save(observations: list[Observation], path: Path) -> None:
+    """Writes observations of one case."""
+    records, arrays = [], {}
+    for i, found in enumerate(observations):
+        records.append({k: v for k, v in vars(found).items() if k not in ("errors", "cells")})
+        arrays |= {f"{i} errors": found.errors} | {f"{i} {name}": values for name, values in found.cells.items()}
+    small = {name: values.astype(np.float16) for name, values in arrays.items()}
+
+    def write(part: Path) -> None:
+        with part.open("wb") as file:
+            np.savez_compressed(file, about=json.dumps(records), **small)
+
+    atomic.write_atomically(path, write)
+
+
+def load(path: Path) -> list[Observation]:
+    """The inverse of :func:`save`."""
+    with np.load(path) as file:
+        records = json.loads(str(file["about"]))
+        arrays = {name: file[name].astype(np.float32) for name in file.files if name != "about"}
+    found = []
+    for i, record in enumerate(records):
+        of_it = {name.split(" ", 1)[1]: values for name, values in arrays.items() if name.split(" ", 1)[0] == str(i)}
+        found.append(Observation(**record, errors=of_it.pop("errors"), cells=of_it))
+    return found
+
+
+# --- fit
+
+
+def fit_mean(observations: list[Observation]) -> Regression:
+    """Regression of the mean error; each family of anatomy has the same weight in all."""
+    values = {name: np.array([o.numbers.get(name, np.nan) for o in observations]) for name in NUMBERS}
+    weights = np.array([DEFORMED if o.put else REGISTERED for o in observations])
+    families = np.array([o.family for o in observations])
+    weights = weights / np.array([weights[families == f].sum() for f in families]) ** 0.5
+    errors = np.array([o.voxels for o in observations])
+    return _ridge(values, NUMBERS, np.log(errors.clip(LEAST, MOST)), weights / weights.mean())
+
+
+def fit_cells(observations: list[Observation]) -> Regression:
+    """Regression of the error in a cell, relative to that in the other cells of the image."""
+    some = [o for o in observations if len(o.errors) > 50 and o.voxels < 6]
+    targets, rows, weights = [], {name: [] for name in CELLS}, []
+    for o in some:
+        target = np.log(o.errors + 0.1)
+        targets.append(target - target.mean())
+        for name, offset in CELLS.items():
+            row = transformed(o.cells[name], offset)
+            rows[name].append(row - row.mean())
+        weights.append(np.full(len(target), 1 / len(target)))
+    matrix = np.stack([np.concatenate(rows[name]) for name in CELLS], 1)
+    target, weight = np.concatenate(targets), np.concatenate(weights)
+    solved = np.linalg.solve((matrix * weight[:, None]).T @ matrix, (matrix * weight[:, None]).T @ target)
+    terms = []
+    for (name, offset), factor in zip(CELLS.items(), solved, strict=True):
+        values = np.concatenate([transformed(o.cells[name], offset) for o in some])
+        low, high = np.percentile(values, [0.1, 99.9])
+        terms.append(Term(name, offset, float(low), float(high), float(np.median(values)), float(factor)))
+    return Regression(0.0, tuple(terms))
+
+
+def _ridge(values: dict[str, np.ndarray], offsets: dict, target: np.ndarray, weights: np.ndarray) -> Regression:
+    """Ridge regression of the target on transformed values, each clipped to the range seen and standardized."""
+    columns, terms = [], []
+    for name, offset in offsets.items():
+        column = transformed(values[name], offset)
+        measured = column[np.isfinite(column)]
+        low, high, missing = float(measured.min()), float(measured.max()), float(np.median(measured))
+        columns.append(np.where(np.isfinite(column), column, missing))
+        terms.append((name, offset, low, high, missing))
+    matrix = np.stack(columns, 1)
+    mean = np.average(matrix, axis=0, weights=weights)
+    scale = np.sqrt(np.average((matrix - mean) ** 2, axis=0, weights=weights))
+    standard, middle = (matrix - mean) / scale, np.average(target, weights=weights)
+    normal = (standard * weights[:, None]).T @ standard + RIDGE * np.eye(len(terms))
+    factors = np.linalg.solve(normal, (standard * weights[:, None]).T @ (target - middle)) / scale
+    return Regression(
+        float(middle - factors @ mean), tuple(Term(*t, float(f)) for t, f in zip(terms, factors, strict=True))
+    )
+
+
+def predict(regression: Regression, observations: list[Observation]) -> np.ndarray:
+    """Expected errors in mm."""
+    return np.array([float(regression.of(o.numbers)) * o.numbers["voxel_mm"] for o in observations])
+
+
+def left_out(observations: list[Observation]) -> np.ndarray:
+    """Expected error (mm) of each observation by a fit without its family of anatomy."""
+    expected = np.zeros(len(observations))
+    for family in sorted({o.family for o in observations}):
+        others = [o for o in observations if o.family != family]
+        here = [i for i, o in enumerate(observations) if o.family == family]
+        expected[here] = predict(fit_mean(others), [observations[i] for i in here])
+    return expected
+
+
+# --- how good it is
+
+
+def scores(observations: list[Observation], expected: np.ndarray, green: float, red: float) -> dict[str, float]:
+    """The figures that a verdict is judged by; ``expected`` and limits in mm."""
+    related = np.array([o.error_mm is not None for o in observations])
+    true = np.array([np.inf if o.error_mm is None else o.error_mm for o in observations])
+    scale = np.array([min(o.numbers["diagonal_mm"] / DIAGONAL_MM, 1.0) for o in observations])
+    is_green, is_red = expected <= green * scale, expected >= red * scale
+    right, wrong = true <= RIGHT_MM * scale, true > WRONG_MM * scale
+    voxel = np.array([o.numbers["voxel_mm"] for o in observations])  # less than a quarter of it is not told apart
+    shown, known = (np.maximum(x / voxel, LEAST)[related] for x in (expected, true))
+    percent = {
+        "wrong, green %": is_green[wrong].mean() if wrong.any() else np.nan,
+        "wrong, red %": is_red[wrong].mean() if wrong.any() else np.nan,
+        "right, red %": is_red[right].mean() if right.any() else np.nan,
+        "right, green %": is_green[right].mean() if right.any() else np.nan,
+        "within a factor of 2 %": (np.abs(np.log(shown / known)) <= np.log(2)).mean(),
+    }
+    return {
+        "alignments": len(observations), "right": int(right.sum()), "wrong": int(wrong.sum()),
+        **{name: 100 * float(value) for name, value in percent.items()},
+        "Spearman": spearman(expected[related], true[related]),
+    }  # fmt: skip
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Rank correlation; ties have the mean of their ranks."""
+
+    def ranks(values: np.ndarray) -> np.ndarray:
+        _, index, count = np.unique(values, return_inverse=True, return_counts=True)
+        return (np.cumsum(count) - (count - 1) / 2)[index]
+
+    return float(np.corrcoef(ranks(a), ranks(b))[0, 1]) if len(a) > 2 else float("nan")
+
+
+def map_scores(observations: list[Observation], regression: Regression) -> np.ndarray:
+    """Rank correlation of expected and true error over the cells of each image."""
+    return np.array([spearman(regression.of(o.cells), o.errors) for o in observations])
+
+
+GREEN_MM, RED_MM, DIAGONAL_MM = 3.0, 4.0, 65.0
+
+
+def _nothing(fraction: float) -> None:
+    pass
+
+
+def draw(observations: list[Observation], expected: np.ndarray, path: Path) -> None:
+    """Expected against true error of held-out subjects, by family."""
+    figure = Figure((7, 6), layout="constrained")
+    axes = figure.add_subplot()
+    for family in sorted({o.family for o in observations}):
+        for put, marker in ((False, "o"), (True, ".")):
+            here = [i for i, o in enumerate(observations) if o.family == family and bool(o.put) == put and o.error_mm]
+            color = f"C{sorted({o.family for o in observations}).index(family)}"
+            axes.plot(
+                [observations[i].error_mm for i in here], expected[here], marker, color=color, ms=7 if not put else 4,
+                alpha=0.6, label=None if put else family,
+            )  # fmt: skip
+    ends = np.array([0.05, 200])
+    axes.plot(ends, ends, "k", lw=0.8)
+    for factor in (0.5, 2):
+        axes.plot(ends, factor * ends, "k:", lw=0.8)
+    axes.axhspan(GREEN_MM, RED_MM, color="orange", alpha=0.15)
+    axes.axhspan(RED_MM, 200, color="red", alpha=0.08)
+    axes.axhspan(0.05, GREEN_MM, color="green", alpha=0.08)
+    axes.set(
+        xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel="true mean error, mm", ylabel="expected error, mm"
+    )
+    axes.set_title("Subjects that were held out; small dots: a known deformation was put in")
+    axes.legend()
+    atomic.write_atomically(path, lambda part: figure.savefig(part, format="png", dpi=90))
+
+
+def finish(work: Path, output: Path, started: float, turns: int, file: Path = expected_error.FILE) -> None:
+    """Fits to what is in the work folder, and writes the calibration and the report."""
+    everything = [o for path in sorted(work.glob("*.npz")) for o in load(path)]
+    fitted, held_out = ([o for o in everything if o.held_out == side] for side in (False, True))
+    mean, cell = fit_mean(fitted), fit_cells(fitted)
+    expected, rows = predict(mean, held_out), []
+    ratio = np.array([abs(np.log(e / o.error_mm)) for e, o in zip(expected, held_out, strict=True) if o.error_mm])
+    found = Calibration(mean, cell, float(np.exp(np.percentile(ratio, 90))), GREEN_MM, RED_MM, DIAGONAL_MM)
+
+    def row(name: str, chosen: Callable[[Observation], bool], observations: list, values: np.ndarray) -> None:
+        use = [i for i, o in enumerate(observations) if chosen(o)]
+        some = [observations[i] for i in use]
+        if some:
+            maps = map_scores([o for o in some if len(o.errors) > 50 and o.voxels < 6], cell)
+            about = scores(some, values[use], GREEN_MM, RED_MM) | {"map, Spearman in an image": float(np.nanmean(maps))}
+            rows.append({"alignments of": name} | about)
+
+    row("held-out subjects", lambda o: True, held_out, expected)
+    row("the same, as registered", lambda o: not o.put, held_out, expected)
+    row("the same, deformation put in", lambda o: bool(o.put), held_out, expected)
+    row(
+        "the same, put in, of 1 or 3 voxels, differing from place to place",
+        lambda o: o.put == "local",
+        held_out,
+        expected,
+    )
+    others = left_out(everything)
+    row("families left out of the fit", lambda o: True, everything, others)
+    row("the same, as registered", lambda o: not o.put, everything, others)
+    for family in sorted({o.family for o in everything}):
+        row(f"{family}, left out", lambda o, f=family: o.family == f, everything, others)
+    values = {
+        "format": FORMAT, "command": "python training/experiments/calibration.py --data DIR",
+        "alignments": len(fitted), "subjects": len({o.case.split(",")[0] for o in fitted}),
+        **{k: {"constant": r.constant, "terms": [vars(t) for t in r.terms]} for k, r in (("mean", mean), ("cell", cell))},
+        "factor": found.factor, "green_mm": GREEN_MM, "red_mm": RED_MM, "diagonal_mm": DIAGONAL_MM,
+    }  # fmt: skip
+    atomic.write_json(values, file)
+    note = (
+        f"Expected error against the truth. Right: off by no more than {RIGHT_MM:g} mm; wrong: by more than {WRONG_MM:g} "
+        f"mm, or images that do not belong together; both less for images of a diagonal below {DIAGONAL_MM:g} mm. The fit "
+        f"is of {len(fitted)} alignments of other subjects."
+    )
+    about = {
+        "preset": f"{turns} turns",
+        "seeds": "the cases'",
+        "device": "cpu",
+        "seconds": round(time.time() - started),
+    }
+    report.write(output, "calibration", rows, about | {"note": note})
+    draw(held_out, expected, output / "calibration.png")
+    print(report.table(rows))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path("build/calibration"), help="folder of what is done already")
+    parser.add_argument("--output", type=Path, default=Path("training/results"))
+    parser.add_argument("--turns", type=int, default=6, help="cases of each kind of a subject")
+    parser.add_argument("--fit", action="store_true", help="fit to what is in the work folder; register nothing")
+    args = parser.parse_args()
+    started = time.time()
+    if not args.fit:
+        gather(args.data, args.work, args.turns)
+    finish(args.work, args.output, started, args.turns)
+
+
+if __name__ == "__main__":
+    main()
