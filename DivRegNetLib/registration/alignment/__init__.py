@@ -28,13 +28,9 @@ from DivRegNetLib.registration.alignment.search import (
     Candidates,
     Problem,
     distinct,
-    first_starts,
     merit,
-    moved_starts,
     refined,
-    scaled_starts,
-    stretched,
-    survivors,
+    searches,
 )
 from DivRegNetLib.registration.alignment.settings import AlignmentSettings
 
@@ -118,23 +114,28 @@ def find(
 def _searched(problem: Problem, mode: str, progress: Progress) -> Alignment:
     s, edges = problem.settings, problem.edges
     progress(0.1)
-    candidates = stretched(problem, survivors(problem, first_starts(problem)), mode)
-    progress(0.4)
-    if float(edges.agreement(candidates.maps).max()) < s.sure:
-        for starts in (moved_starts(problem), scaled_starts(problem) if mode != "rigid" else None):
-            if starts is not None:
-                more = stretched(problem, survivors(problem, starts), mode)
-                candidates = Candidates.joined([candidates, more])
-    progress(0.7)
-    candidates = candidates[distinct(candidates.maps, merit(problem, candidates), s.apart / 2, s.finalists)]
-    candidates = refined(problem, candidates, mode, "fine")
-    best = candidates[[int(merit(problem, candidates).argmax())]]
+    found = []
+    for number, candidates in enumerate(searches(problem, mode)):
+        found.append(candidates)
+        progress(0.7 - 0.6 * 0.5 ** (number + 1))
+        if len(candidates.maps) and float(edges.agreement(candidates.maps).max()) >= s.sure:
+            break
+    best = refined(problem, _finalists(problem, Candidates.joined(found)), mode, "fine")
+    progress(0.9)
+    # Maps that nothing was done to compete on the same terms: no result is worse than its start by this evidence.
     candidates = Candidates.joined([best, _centered(problem)])
-    agreement = edges.agreement(candidates.maps)
-    chosen = int(agreement.argmax())
-    matrix = problem.physical(candidates.maps[chosen][None])[0]
+    chosen = candidates[[int(merit(problem, candidates).argmax())]]
+    matrix = problem.physical(chosen.maps)[0]
+    remarks = tuple(words.remarks(matrix, s.large_degrees, s.large_scale))
     progress(1.0)
-    return Alignment(matrix, tuple(words.remarks(matrix, s.large_degrees, s.large_scale)), float(agreement[chosen]))
+    return Alignment(matrix, remarks, float(edges.agreement(chosen.maps)))
+
+
+def _finalists(problem: Problem, candidates: Candidates) -> Candidates:
+    """The best few."""
+    s, merits = problem.settings, merit(problem, candidates)
+    chosen = distinct(candidates.maps, merits, s.apart / 2, s.finalists)
+    return candidates[[i for i in chosen if merits[i] >= merits[chosen[0]] - s.rival]]
 
 
 def _centered(problem: Problem) -> Candidates:

@@ -1,10 +1,15 @@
-"""Evidence on which candidates are chosen: whether edges point the same way. Nothing here has been maximized."""
+"""Evidence by which candidates are compared: whether edges have the same directions, which nothing has maximized.
+
+It is the same as ``fixed edges`` and ``warped edges`` of :mod:`DivRegNetLib.quality.evidence`, but of many linear maps at
+once, at points on edges, without warping an image.
+"""
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from DivRegNetLib.core import fields
+from DivRegNetLib.quality.evidence import squared_cosine
 from DivRegNetLib.registration.alignment import transforms
 from DivRegNetLib.registration.alignment.pyramid import Look
 from DivRegNetLib.registration.alignment.settings import AlignmentSettings
@@ -28,23 +33,21 @@ class Edges:
     def agreement(self, maps: Tensor) -> Tensor:
         """(K,): mean squared cosine of the angle between the edges of both images, (K, 4, 4) maps.
 
-        On the strongest edges of the fixed image and on those of the moving one; the mean of both. Edges that meet none
-        stronger than the floor count as across; those outside the other image's field of view do not count, and where less
-        than a tenth lies inside there is no agreement.
+        On the strongest edges of the fixed image and on those of the moving one, of which each side counts as much as it has
+        edges inside the other image's field of view; where that is less than a tenth of either's there is no agreement.
+        Edges that meet none stronger than the floor count as across.
         """
-        both = []
+        total = shares = most = maps.new_zeros(len(maps))
         for own, there in ((0, maps), (1, transforms.inverse(maps))):
             side, other = self.sides[own], self.sides[1 - own]
             gradient, known = side.look_up(there)
             gradient = there[:, :3, :3].transpose(1, 2).to(torch.float32) @ gradient
             # A map that stretches an image by s has s times its gradients.
-            stretch = torch.linalg.det(there[:, :3, :3]).abs().pow(1 / 3).to(torch.float32)[:, None]
-            weak = (self.floor * other.strength * stretch).square()
-            cosine = (gradient * side.directions).sum(1).square() / (gradient.square().sum(1) + weak)
+            stretch = torch.linalg.det(there[:, :3, :3]).abs().pow(1 / 3).to(torch.float32)[:, None, None]
+            cosine = squared_cosine(side.directions[None], gradient, self.floor * other.strength * stretch)[:, 0]
             share = known.double().mean(1)
-            mean = (cosine * known).double().mean(1) / share.clamp_min(1e-9)
-            both.append(torch.where(share > 0.1, mean, mean.new_zeros(())))
-        return (both[0] + both[1]) / 2
+            total, shares, most = total + (cosine * known).double().mean(1), shares + share, torch.maximum(most, share)
+        return torch.where(most > 0.1, total / shares.clamp_min(1e-9), total.new_zeros(()))
 
 
 class _Side:
@@ -53,7 +56,9 @@ class _Side:
     points: (4, N) homogeneous. directions: (3, N) unit vectors. strength: length of the gradient at strong edges.
     """
 
-    def __init__(self, own: Look, own_gradient, own_frame: Frame, other: Look, gradient, frame: Frame, settings, device):
+    def __init__(
+        self, own: Look, own_gradient, own_frame: Frame, other: Look, gradient, frame: Frame, settings, device
+    ):
         points, directions, self.strength = _strongest(own, own_gradient, own_frame, settings)
         self.points = torch.tensor(np.c_[points, np.ones(len(points))].T, dtype=torch.float32, device=device)
         self.directions = torch.tensor(directions, dtype=torch.float32, device=device)
@@ -68,7 +73,9 @@ class _Side:
         """Gradients (K, 3, N) of the other image at the points under maps, and where it is known (K, N)."""
         index = (self.to_index @ maps)[:, :3].to(torch.float32) @ self.points
         grid = ((index.transpose(1, 2) * 2 + 1) / self.size - 1)[None, :, None]
-        found = torch.nn.functional.grid_sample(self.field, grid, padding_mode="border", align_corners=False)[0, :, :, 0]
+        found = torch.nn.functional.grid_sample(self.field, grid, padding_mode="border", align_corners=False)[
+            0, :, :, 0
+        ]
         return found[:3].transpose(0, 1), (found[3] > 0.99).to(torch.float32)
 
 

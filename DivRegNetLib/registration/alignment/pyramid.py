@@ -7,10 +7,12 @@ import numpy as np
 import SimpleITK as sitk
 
 from DivRegNetLib.core.grid import Grid
-from DivRegNetLib.core.intensity import without_padding
+from DivRegNetLib.core.intensity import percentile_window, without_padding
 from DivRegNetLib.registration.alignment.settings import AlignmentSettings
 
-PLASTIC = 1.2207440846057596  # root of x^4 = x + 1: its powers make the sequence of most even points in three dimensions
+PLASTIC = (
+    1.2207440846057596  # root of x^4 = x + 1: its powers make the sequence of most even points in three dimensions
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,13 @@ class Look:
         at = np.argwhere(self.content)[:, ::-1].mean(0)
         return np.stack([self.grid.center, self.grid.to_physical(self.box.mean(0)), self.grid.to_physical(at)])
 
+    @cached_property
+    def spread(self) -> np.ndarray:
+        """(3, 3): the symmetric square root of the covariance of the content's positions, LPS mm."""
+        positions = self.grid.to_physical(np.argwhere(self.content)[:, ::-1])
+        squares, axes = np.linalg.eigh(np.cov(positions.T))
+        return axes @ np.diag(np.sqrt(np.maximum(squares, (0.1 * min(self.grid.spacing)) ** 2))) @ axes.T
+
     @property
     def extent(self) -> float:
         """Side of a cube as large as the box of the content, mm."""
@@ -66,7 +75,9 @@ class Look:
 def prepare(image: sitk.Image, mask: sitk.Image | None) -> tuple[sitk.Image, sitk.Image | None]:
     """Float32 without the padding of a CT; the mask on the image's grid."""
     if mask is not None:
-        mask = sitk.Cast(sitk.Resample(mask, image, sitk.Transform(), sitk.sitkNearestNeighbor, 0) != 0, sitk.sitkFloat32)
+        mask = sitk.Cast(
+            sitk.Resample(mask, image, sitk.Transform(), sitk.sitkNearestNeighbor, 0) != 0, sitk.sitkFloat32
+        )
     return sitk.Cast(without_padding(image), sitk.sitkFloat32), mask
 
 
@@ -85,7 +96,7 @@ def look(image: sitk.Image, mask: sitk.Image | None, spacing: float, settings: A
     if mask is not None:
         whole = sitk.GetArrayFromImage(sitk.BinShrink(mask, factors)) > 0.99
         inside = whole if whole.any() else inside  # a mask thinner than a block says nothing at this resolution
-    low, high = np.percentile(array[inside], settings.window)
+    low, high = percentile_window(array[inside], *settings.window)
     if high <= low:
         low, high = float(array[inside].min()), float(array[inside].max())
     if high <= low:

@@ -1,5 +1,6 @@
 """The search: many starts at once, few of which are optimized."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import permutations, product
@@ -110,15 +111,42 @@ class Candidates:
         return Candidates(torch.cat([p.maps for p in parts]), torch.cat([p.references for p in parts]))
 
 
-def first_starts(problem: Problem) -> Candidates:
-    """All rotations about each pair of centers."""
-    turns = np.concatenate([cube_rotations(), transforms.rotations(problem.settings.rotations)])
-    maps = np.concatenate([transforms.about(turns, *pair) for pair in problem.centers])
-    return _candidates(problem, maps, 1.0)
+def searches(problem: Problem, mode: str) -> Iterator[Candidates]:
+    """The candidates of one search after the other, each wider than the one before."""
+    s = problem.settings
+    yield stretched(problem, survivors(problem, turned_starts(problem, s.rotations), s.rough, s.survivors), mode)
+    affine, whole = mode == "affine", all(look.known.all() for look in problem.coarse)
+    if affine:
+        yield stretched(problem, survivors(problem, alike_starts(problem), s.rough, s.survivors), mode)
+    if whole:
+        starts = turned_starts(problem, s.more_rotations)
+        yield stretched(problem, survivors(problem, starts, s.more_rough, s.more_survivors), mode)
+        return
+    for starts in (moved_starts, scaled_starts) if affine else (moved_starts,):
+        yield stretched(problem, survivors(problem, starts(problem), s.rough, s.survivors), mode)
+
+
+def turned_starts(problem: Problem, rotations: int) -> Candidates:
+    """Rotations about each pair of centers."""
+    turns = np.concatenate([cube_rotations(), transforms.rotations(rotations)])
+    return _candidates(problem, np.concatenate([transforms.about(turns, *pair) for pair in problem.centers]), 1.0)
+
+
+def alike_starts(problem: Problem) -> Candidates:
+    """Rotations of contents that are given the same spread along all axes, about their centers of mass."""
+    s = problem.settings
+    turns = np.concatenate([cube_rotations(), transforms.rotations(s.rotations)])
+    fixed, moving = (look.spread / frame.radius for look, frame in zip(problem.coarse, problem.frames, strict=True))
+    maps = moving @ turns @ np.linalg.inv(fixed)
+    stretches = np.linalg.svd(maps, compute_uv=False)
+    maps = maps[(stretches.min(1) > 1 / s.most_stretch) & (stretches.max(1) < s.most_stretch)]
+    scale = float(np.linalg.det(moving) / np.linalg.det(fixed)) ** (1 / 3)
+    reference = scale if abs(np.log(scale)) > np.log(s.large_scale) else 1.0
+    return _candidates(problem, transforms.about(maps, *problem.centers[2]), reference)
 
 
 def scaled_starts(problem: Problem) -> Candidates:
-    """The same at other scales."""
+    """Rotations about each pair of centers at other scales."""
     turns = np.concatenate([cube_rotations(), transforms.rotations(problem.settings.rotations)])
     return Candidates.joined([
         _candidates(problem, np.concatenate([transforms.about(scale * turns, *pair) for pair in problem.centers]), scale)
@@ -126,15 +154,13 @@ def scaled_starts(problem: Problem) -> Candidates:
     ])  # fmt: skip
 
 
-def moved_starts(problem: Problem) -> Candidates | None:
+def moved_starts(problem: Problem) -> Candidates:
     """Rotations with the content's center moved to either side, as far as one content has room in the other.
 
-    None where the two images end in air all around, so that their contents have the same center.
+    For images that are cut off: the contents of those that end in air all around have the same center.
     """
     s = problem.settings
-    if all(look.known.all() for look in problem.coarse):
-        return None
-    turns = np.concatenate([cube_rotations(), transforms.rotations(s.more_rotations)])
+    turns = np.concatenate([cube_rotations(), transforms.rotations(s.moved_rotations)])
     halves = [
         (look.box[1] - look.box[0] + 1) * look.grid.spacing / 2 / frame.radius
         for look, frame in zip(problem.coarse, problem.frames, strict=True)
@@ -148,24 +174,32 @@ def moved_starts(problem: Problem) -> Candidates | None:
         used = np.all((np.array(signs) == 0) | (room > least), 1) & bool(any(signs))
         shift = np.array(signs) * room[used] * s.offset @ axes[1].T
         found.append(transforms.about(turns[used], start, end + shift))
-    maps = np.concatenate(found)
-    return _candidates(problem, maps, 1.0) if len(maps) else None
+    return _candidates(problem, np.concatenate(found), 1.0)
 
 
-def survivors(problem: Problem, starts: Candidates) -> Candidates:
-    """The best of many starts, turned and shifted to where they fit best at the coarse level."""
+def survivors(problem: Problem, starts: Candidates, rough: int, most: int) -> Candidates:
+    """The best of many starts, turned and shifted to where they fit best at the coarse level.
+
+    Args:
+        rough: how many are optimized in a few steps.
+        most: how many of these are left.
+    """
     s, power = problem.settings, problem.settings.overlap_power
+    if not len(starts.maps):
+        return starts
     scores = problem.level("search", power).search(starts.maps)
-    chosen = starts[distinct(starts.maps, scores, s.apart, s.rough)]
+    chosen = starts[distinct(starts.maps, scores, s.apart, rough)]
     level = problem.level("rough", power)
     maps, scores = optimize(level, chosen.maps, "rigid", s.rough_steps, s.rough_reach * level.voxel, s)
-    kept = distinct(maps, scores, s.apart, s.survivors)
+    kept = distinct(maps, scores, s.apart, most)
     return refined(problem, Candidates(maps, chosen.references)[kept], "rigid", "coarse", power)
 
 
 def stretched(problem: Problem, candidates: Candidates, mode: str) -> Candidates:
     """The best of some, optimized at the coarse level as similarities and affine maps up to ``mode``, and as they were."""
     s = problem.settings
+    if not len(candidates.maps):
+        return candidates
     best = candidates[distinct(candidates.maps, merit(problem, candidates), s.apart / 2, s.stretched)]
     found = [best]
     for kind in STAGES[mode][1:]:
@@ -182,9 +216,9 @@ def refined(problem: Problem, candidates: Candidates, kind: str, stage: str, pow
 
 
 def merit(problem: Problem, candidates: Candidates) -> Tensor:
-    """(K,): what optimized maps are compared by: the agreement of edges and, next to it, the similarity."""
+    """(K,): what maps are compared by in the end: the agreement of edges and, next to it, the similarity."""
     s = problem.settings
-    similarity = problem.level("coarse", s.overlap_power).evaluate(candidates.maps)[0]
+    similarity = problem.level("fine").search(candidates.maps, s.overlap_power)
     return problem.edges.agreement(candidates.maps) + s.similarity_weight * similarity
 
 

@@ -27,17 +27,22 @@ class AlignmentSettings:
         overlap_power: in the search, NMI - 1 is multiplied by this power of the share that is inside, so that a small
             overlap is not taken for a good one.
     Search
-        rotations: spread evenly over all, beside the 24 that take axes to axes.
-        more_rotations: of the second search.
-        scales: isotropic scales tried in the second search, where scale is free.
-        offset: shares of the room that one content has inside the other by which centers are moved in the second search.
+        rotations: spread evenly over all, beside the 24 that take axes to axes, in the first search. The searches after it are
+            made where edges do not agree well enough after those before.
+        more_rotations: of a second search about the same centers, for images that end in air all around.
+        moved_rotations: of the search with centers moved inside each other, for images that do not.
+        most_stretch: of a start that gives both contents the same spread.
+        scales: isotropic scales of the last search, where scale is free.
+        offset: shares of the room that one content has inside the other by which centers are moved.
         least_room: room, in extents, below which centers are not moved.
         apart: mean distance at the radius, in radii, below which two starts are the same.
-        rough: starts that are optimized in a few steps; rough_steps: how many.
-        survivors: of these, the ones that are optimized further at the coarse level; coarse_steps: per kind of map.
+        rough, more_rough: starts that are optimized in a few steps, and of that second search; rough_steps: how many steps.
+        survivors, more_survivors: of these, the ones that are optimized further at the coarse level; coarse_steps: per kind of
+            map.
         stretched: of these, the ones that are optimized as similarities and as affine maps.
-        sure: agreement of edges from which on there is no second search.
-        finalists: optimized at the fine level; fine_steps: per kind of map.
+        sure: agreement of edges from which on there is no further search.
+        finalists: optimized at the fine level, at most; rival: what the merit of the best exceeds theirs by, at most;
+            fine_steps: per kind of map.
         reach, rough_reach: longest first step, in voxels of the level, and of the rough optimization.
         tolerance: length of a step, in radii, at which an optimization has converged.
         stretch_penalty: NMI that a log-scale or shear of 1 costs, squared.
@@ -46,7 +51,7 @@ class AlignmentSettings:
         edge_surroundings: standard deviation, voxels of the fine level, of the Gaussian that makes the surroundings.
         edge_points: of these, looked at in each image.
         edge_floor: share of the strength of strong edges below which a gradient has no direction.
-        similarity_weight: of NMI - 1 beside the agreement of edges in the choice between maps that were all optimized.
+        similarity_weight: of NMI - 1 at the fine level, times the share that is inside, beside the agreement of edges.
         mirror_margin: agreement of edges by which a mirror image must fit better to be mentioned.
     Words
         large_degrees, large_scale: rotation, and ratio of sizes, beyond which the user is told.
@@ -72,18 +77,23 @@ class AlignmentSettings:
     overlap_power: float = 1.0
 
     rotations: int = 500
-    more_rotations: int = 800
+    more_rotations: int = 1000
+    moved_rotations: int = 800
+    most_stretch: float = 2.2
     scales: tuple[float, ...] = (0.65, 0.8, 1.25, 1.55)
     offset: float = 0.6
     least_room: float = 0.15
     apart: float = 0.2
     rough: int = 200
-    rough_steps: int = 5
+    more_rough: int = 300
+    rough_steps: int = 6
     survivors: int = 16
+    more_survivors: int = 40
     coarse_steps: int = 10
     stretched: int = 8
     sure: float = 0.55
     finalists: int = 3
+    rival: float = 0.15
     fine_steps: int = 30
     reach: float = 1.5
     rough_reach: float = 2.5
@@ -93,7 +103,7 @@ class AlignmentSettings:
     edge_share: float = 0.3
     edge_surroundings: float = 4.0
     edge_points: int = 4000
-    similarity_weight: float = 1.0
+    similarity_weight: float = 1.5
     edge_floor: float = 0.25
     mirror_margin: float = 0.03
 

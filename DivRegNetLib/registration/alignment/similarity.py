@@ -80,13 +80,18 @@ class Level:
         self.backward = Side(moving, fixed, frames[::-1], count, bins, settings.margin, device)
         self.voxel = max(*fixed.grid.spacing, *moving.grid.spacing) / frames[0].radius
 
-    def search(self, maps: Tensor) -> Tensor:
-        """NMI (K,) of maps (K, 4, 4) with the nearest voxel of each point: cheap, for coarse searches."""
-        chunk = max(CHUNK // max(self.forward.count, self.backward.count), 1)
-        return torch.cat([self._search(part) for part in maps.split(chunk)])
+    def search(self, maps: Tensor, power: float | None = None) -> Tensor:
+        """The similarity (K,) of maps (K, 4, 4) with the nearest voxel of each point: cheap, for coarse searches.
 
-    def _search(self, maps: Tensor) -> Tensor:
-        joint = 0
+        Args:
+            power: of the overlap, instead of the level's.
+        """
+        chunk = max(CHUNK // max(self.forward.count, self.backward.count), 1)
+        power = self.power if power is None else power
+        return torch.cat([self._search(part, power) for part in maps.split(chunk)])
+
+    def _search(self, maps: Tensor, power: float) -> Tensor:
+        joint, most = 0, maps.new_zeros(len(maps))
         for side, there in ((self.forward, maps), (self.backward, transforms.inverse(maps))):
             i, j, k = (side.at(there) + 0.5).long().unbind()
             seen = side.nearest[k.mul_(side.strides[2]).add_(j.mul_(side.strides[1])).add_(i)]
@@ -96,9 +101,8 @@ class Level:
             counts.scatter_add_(0, cell.flatten(), torch.ones_like(cell).flatten())
             counts = counts.view(len(maps), self.bins, cells)[:, :, : self.bins].double()
             joint = joint + (counts if side is self.forward else counts.transpose(1, 2))
-            share = counts.sum((1, 2)) / side.count
-            most = share if side is self.forward else torch.maximum(most, share)
-        score = (_nmi(joint)[0] - 1) * most.pow(self.power)
+            most = torch.maximum(most, counts.sum((1, 2)) / side.count)
+        score = (_nmi(joint)[0] - 1) * most.pow(power)
         return torch.where(most >= self.settings.overlap, score, score.new_tensor(-1.0))
 
     def evaluate(self, maps: Tensor) -> tuple[Tensor, Tensor]:
