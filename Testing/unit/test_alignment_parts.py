@@ -140,6 +140,32 @@ def test_edges_agree_where_the_images_are_aligned_and_not_where_they_are_turned(
     assert aligned > apart + 0.02
 
 
+def test_a_small_crop_counts_by_its_own_edges_though_hardly_any_of_the_whole_image_lie_in_it(grid_about, paint):
+    whole, crop = (
+        pyramid.look(*pyramid.prepare(paint(grid_about(center, size, (2.5, 2.5, 2.5))), None), 2.5, SETTINGS)
+        for center, size in (((31, -47, 112), (56, 56, 56)), ((45, -30, 120), (14, 13, 12)))
+    )
+    frames = tuple(Frame(look.centers[1], 20.0) for look in (whole, crop))
+    header = torch.tensor(np.linalg.inv(frames[1].matrix) @ frames[0].matrix)[None]
+    edges = Edges(whole, crop, frames, SETTINGS, CPU)
+    assert float(edges.sides[0].look_up(header)[1].mean()) < 0.1
+    assert float(edges.agreement(header)) > 0.9
+
+
+def test_contents_of_equal_spread_include_the_true_stretch(grid_about, paint):
+    """An image and the same with slices half as far apart, turned by the header."""
+    image = paint(grid_about((31, -47, 112), (32, 28, 30), (5.0, 5.0, 5.0)))
+    grid = Grid.of(image)
+    truth = matrix_of(75, (1, 2, 0.5), (1.0, 1.0, 0.6))
+    moved = Grid(grid.size, truth @ grid.matrix).stamp(sitk.Image(image))
+    problem = search.Problem(pyramid.prepare(image, None), pyramid.prepare(moved, None), SETTINGS, CPU)
+    starts = problem.physical(search.alike_starts(problem).maps)
+    apart = np.linalg.norm(starts[:, :3, :3] - truth[:3, :3], axis=(1, 2))
+    assert apart.min() < 0.4
+    stretches = np.linalg.svd(starts[:, :3, :3], compute_uv=False)
+    assert (stretches.min() > 1 / SETTINGS.most_stretch) & (stretches.max() < SETTINGS.most_stretch)
+
+
 def test_an_image_that_ends_in_air_is_taken_to_go_on_and_one_that_is_cut_is_not(grid_about, paint):
     whole, cut = (
         pyramid.look(*pyramid.prepare(paint(grid_about(center, size, (5.0, 5.0, 5.0))), None), 5.0, SETTINGS)

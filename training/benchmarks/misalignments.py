@@ -8,7 +8,7 @@ count are those of ``held out`` ones.
 
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import permutations, product
 from pathlib import Path
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from DivRegNetLib.core.grid import Grid, affine_transform, apply_matrix
+from DivRegNetLib.core.grid import Grid, apply_matrix
 
 POINTS = 400  # of the fixed foreground, where errors are measured
 LIMIT_MM = 5.0  # that a result may be off on average, for a field of view of a head
@@ -159,7 +159,7 @@ def thick_slices(fixed, moving, truth, random):
     axis = random.integers(3)
     thick = random.uniform(6, 9) * min(_extent(moving) / 170, 1)
     factors = [1, 1, 1]
-    factors[axis] = max(int(round(thick / moving.GetSpacing()[axis])), 1)
+    factors[axis] = max(round(thick / moving.GetSpacing()[axis]), 1)
     moving = sitk.BinShrink(moving, factors)
     return _header(rotation(random.uniform(0, 45), random), fixed, moving, truth, random)
 
@@ -243,7 +243,7 @@ def _read(path: Path, mm: float | None = None) -> sitk.Image:
     """Float32, averaged in blocks to about ``mm``."""
     image = sitk.Cast(sitk.ReadImage(str(path)), sitk.sitkFloat32)
     if mm:
-        image = sitk.BinShrink(image, [max(int(round(mm / s)), 1) for s in image.GetSpacing()])
+        image = sitk.BinShrink(image, [max(round(mm / s), 1) for s in image.GetSpacing()])
     return image
 
 
@@ -264,7 +264,7 @@ def _map(data: Path, number: int) -> sitk.Image:
 
 @lru_cache(8)
 def painted(data: Path, number: int, look: int) -> sitk.Image:
-    """A label map as an image of a contrast of its own, 1.5 to 2.5 mm in a random order of axes: gray values, shading, noise."""
+    """A label map as an image: gray values of its own, shading, noise; voxels of 1.5 to 2.5 mm, axes in a random order."""
     random = np.random.default_rng([number, look])
     labels = _map(data, number)
     array = sitk.GetArrayFromImage(labels)
@@ -402,10 +402,15 @@ def scenes() -> Iterator[tuple[str, str, str, Callable, dict]]:
         load = partial(painted_subjects, pair=pair, looks=(4, 5))
         yield "two heads, painted", f"maps {pair[0]}-{pair[1]}", "held out", load, SUBJECT_KINDS
     yield "two heads, MR", "IXI012 to BrainWeb T1", "held out", ixi012, SUBJECT_KINDS
-    load = partial(one_frame, fixed="brain_t1t2pd/brainweb_T1.nii.gz", moving="brain_ct/scct.nii.gz", times=TWO_SUBJECTS)
+    load = partial(
+        one_frame, fixed="brain_t1t2pd/brainweb_T1.nii.gz", moving="brain_ct/scct.nii.gz", times=TWO_SUBJECTS
+    )
     yield "head CT to MR", "template to BrainWeb T1", "fitted", load, SUBJECT_KINDS
     load = partial(
-        one_frame, fixed="brain_multicontrast/ms07_T1.nii.gz", moving="brain_ct/scct_stripped.nii.gz", times=TWO_SUBJECTS
+        one_frame,
+        fixed="brain_multicontrast/ms07_T1.nii.gz",
+        moving="brain_ct/scct_stripped.nii.gz",
+        times=TWO_SUBJECTS,
     )
     yield "head CT to MR", "stripped template to MS07 T1", "held out", load, SUBJECT_KINDS
     for path, split in (("brain_ct/scct.nii.gz", "fitted"), ("brain_ct/ct_brain_atlas_1mm.nii.gz", "held out"),
@@ -423,7 +428,9 @@ def scenes() -> Iterator[tuple[str, str, str, Callable, dict]]:
             yield "two hippocampi", "-".join(n.split("_")[1] for n in pair), split, load, SUBJECT_KINDS
     for patient in ("001", "003", "005", "008", "012"):
         split = "fitted" if patient <= "003" else "held out"
-        files = {f"{r}": f"limb_ct_mr/STS_{patient}_{m}_image.nii.gz" for r, m in (("fixed", "MR_T1"), ("moving", "CT"))}
+        files = {
+            f"{r}": f"limb_ct_mr/STS_{patient}_{m}_image.nii.gz" for r, m in (("fixed", "MR_T1"), ("moving", "CT"))
+        }
         yield "limbs CT to MR", patient, split, partial(one_frame, **files, times=4), SUBJECT_KINDS
     yield "two bodies", "liver MR to CT", "held out", livers, SUBJECT_KINDS
 

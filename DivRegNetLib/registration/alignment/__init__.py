@@ -29,6 +29,7 @@ from DivRegNetLib.registration.alignment.search import (
     Problem,
     distinct,
     merit,
+    mirrored,
     refined,
     searches,
 )
@@ -120,15 +121,22 @@ def _searched(problem: Problem, mode: str, progress: Progress) -> Alignment:
         progress(0.7 - 0.6 * 0.5 ** (number + 1))
         if len(candidates.maps) and float(edges.agreement(candidates.maps).max()) >= s.sure:
             break
-    best = refined(problem, _finalists(problem, Candidates.joined(found)), mode, "fine")
+    finalists = _finalists(problem, Candidates.joined(found))
+    best = refined(problem, finalists, mode, "fine")
     progress(0.9)
     # Maps that nothing was done to compete on the same terms: no result is worse than its start by this evidence.
     candidates = Candidates.joined([best, _centered(problem)])
-    chosen = candidates[[int(merit(problem, candidates).argmax())]]
+    merits = merit(problem, candidates)
+    chosen = candidates[[int(merits.argmax())]]
+    agreement = float(edges.agreement(chosen.maps))
     matrix = problem.physical(chosen.maps)[0]
-    remarks = tuple(words.remarks(matrix, s.large_degrees, s.large_scale))
+    remarks = words.remarks(matrix, s.large_degrees, s.large_scale)
+    rival = float(merit(problem, finalists).max()) - s.mirror_margin
+    mirror = mirrored(problem, chosen, mode, rival, everywhere=agreement < s.sure)
+    if float(merit(problem, mirror)) > float(merits.max()) + s.mirror_margin:
+        remarks.append(words.MIRRORED)
     progress(1.0)
-    return Alignment(matrix, remarks, float(edges.agreement(chosen.maps)))
+    return Alignment(matrix, tuple(remarks), agreement)
 
 
 def _finalists(problem: Problem, candidates: Candidates) -> Candidates:

@@ -126,9 +126,10 @@ def searches(problem: Problem, mode: str) -> Iterator[Candidates]:
         yield stretched(problem, survivors(problem, starts(problem), s.rough, s.survivors), mode)
 
 
-def turned_starts(problem: Problem, rotations: int) -> Candidates:
-    """Rotations about each pair of centers."""
+def turned_starts(problem: Problem, rotations: int, mirror: bool = False) -> Candidates:
+    """Rotations about each pair of centers, or, after a mirror, all improper ones."""
     turns = np.concatenate([cube_rotations(), transforms.rotations(rotations)])
+    turns = turns @ np.diag([-1.0 if mirror else 1.0, 1.0, 1.0])
     return _candidates(problem, np.concatenate([transforms.about(turns, *pair) for pair in problem.centers]), 1.0)
 
 
@@ -175,6 +176,27 @@ def moved_starts(problem: Problem) -> Candidates:
         shift = np.array(signs) * room[used] * s.offset @ axes[1].T
         found.append(transforms.about(turns[used], start, end + shift))
     return _candidates(problem, np.concatenate(found), 1.0)
+
+
+def mirrored(problem: Problem, best: Candidates, mode: str, rival: float, *, everywhere: bool) -> Candidates:
+    """The best mirrored map, optimized at the fine level if its merit exceeds ``rival`` before.
+
+    Args:
+        best: one map; it is tried after mirrors at planes of many directions through the middle of the fixed content.
+        everywhere: tries all rotations after a mirror as well.
+    """
+    s = problem.settings
+    normals = transforms.rotations(s.mirrors)[:, :, 0]
+    planes = transforms.about(np.eye(3) - 2 * normals[:, :, None] * normals[:, None, :], *[problem.centers[0, 0]] * 2)
+    maps = best.maps @ torch.tensor(planes, device=problem.device)
+    starts = Candidates(maps, best.references.expand(len(maps)))
+    if everywhere:
+        starts = Candidates.joined([starts, turned_starts(problem, s.rotations, mirror=True)])
+    rough, most = (s.rough, s.survivors) if everywhere else (s.mirrors // 4, s.finalists)
+    found = stretched(problem, survivors(problem, starts, rough, most), mode)
+    merits = merit(problem, found)
+    found = found[[int(merits.argmax())]]
+    return refined(problem, found, mode, "fine") if float(merits.max()) > rival else found
 
 
 def survivors(problem: Problem, starts: Candidates, rough: int, most: int) -> Candidates:

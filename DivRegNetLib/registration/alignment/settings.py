@@ -52,7 +52,8 @@ class AlignmentSettings:
         edge_points: of these, looked at in each image.
         edge_floor: share of the strength of strong edges below which a gradient has no direction.
         similarity_weight: of NMI - 1 at the fine level, times the share that is inside, beside the agreement of edges.
-        mirror_margin: agreement of edges by which a mirror image must fit better to be mentioned.
+        mirrors: planes at which the moving image is mirrored in the end; mirror_margin: what the merit of a mirror image must
+            exceed that of the result by to be mentioned.
     Words
         large_degrees, large_scale: rotation, and ratio of sizes, beyond which the user is told.
     """
@@ -105,7 +106,8 @@ class AlignmentSettings:
     edge_points: int = 4000
     similarity_weight: float = 1.5
     edge_floor: float = 0.25
-    mirror_margin: float = 0.03
+    mirrors: int = 64
+    mirror_margin: float = 0.05
 
     large_degrees: float = 60.0
     large_scale: float = 1.2

@@ -3,6 +3,10 @@
 import numpy as np
 
 AXES = ("left-right", "front-back", "head-foot")
+MIRRORED = (
+    "a mirror image of the moving image fits better than the moving image itself; one of the two images may be mirrored, for "
+    "instance with left and right exchanged"
+)
 
 
 def remarks(matrix: np.ndarray, large_degrees: float, large_scale: float) -> list[str]:
