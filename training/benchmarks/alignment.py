@@ -318,8 +318,8 @@ def main() -> int:
     if "--worker" in sys.argv:
         work(sys.argv[sys.argv.index("--worker") + 1])
         return 0
+    from training import report
     from training.benchmarks import misalignments
-    from training.experiments import report
 
     everything = misalignments.cases()
     families = list(dict.fromkeys(c.family for c in everything))
