@@ -56,6 +56,12 @@ class Problem:
         return tuple(Frame(look.centers[1], self.settings.radius * self.extent) for look in self.coarse)
 
     @cached_property
+    def scale(self) -> float:
+        """How much larger the moving content is than the fixed one, by its spread."""
+        fixed, moving = (np.linalg.det(look.spread) for look in self.coarse)
+        return float(moving / fixed) ** (1 / 3)
+
+    @cached_property
     def edges(self) -> Edges:
         return Edges(*self.fine, self.frames, self.settings, self.device)
 
@@ -114,16 +120,26 @@ class Candidates:
 def searches(problem: Problem, mode: str) -> Iterator[Candidates]:
     """The candidates of one search after the other, each wider than the one before."""
     s = problem.settings
-    yield stretched(problem, survivors(problem, turned_starts(problem, s.rotations), s.rough, s.survivors), mode)
-    affine, whole = mode == "affine", all(look.known.all() for look in problem.coarse)
-    if affine:
-        yield stretched(problem, survivors(problem, alike_starts(problem), s.rough, s.survivors), mode)
+
+    def best(starts: Candidates, rough: int = s.rough, most: int = s.survivors) -> Candidates:
+        return stretched(problem, survivors(problem, starts, rough, most), mode)
+
+    affine = mode == "affine"
+    whole = all(look.known.all() for look in problem.coarse)
+    # Where an image is cut off, or ends in air on some sides, the spread of its content says nothing of its size.
+    sized = affine and (whole or all(look.content.mean() > s.filled for look in problem.coarse))
+    unlike = sized and abs(np.log(problem.scale)) > np.log(s.alike)
+    first = best(turned_starts(problem, s.rotations))
+    # What is of another size can be stretched until its edges agree, though it lies the wrong way.
+    yield Candidates.joined([first, best(alike_starts(problem))]) if unlike else first
+    if sized and not unlike:
+        yield best(alike_starts(problem))
     if whole:
-        starts = turned_starts(problem, s.more_rotations)
-        yield stretched(problem, survivors(problem, starts, s.more_rough, s.more_survivors), mode)
+        yield best(turned_starts(problem, s.more_rotations), s.more_rough, s.more_survivors)
         return
-    for starts in (moved_starts, scaled_starts) if affine else (moved_starts,):
-        yield stretched(problem, survivors(problem, starts(problem), s.rough, s.survivors), mode)
+    yield best(moved_starts(problem))
+    if affine:
+        yield best(scaled_starts(problem))
 
 
 def turned_starts(problem: Problem, rotations: int, mirror: bool = False) -> Candidates:
@@ -137,12 +153,11 @@ def alike_starts(problem: Problem) -> Candidates:
     """Rotations of contents that are given the same spread along all axes, about their centers of mass."""
     s = problem.settings
     turns = np.concatenate([cube_rotations(), transforms.rotations(s.rotations)])
-    fixed, moving = (look.spread / frame.radius for look, frame in zip(problem.coarse, problem.frames, strict=True))
+    fixed, moving = (look.spread for look in problem.coarse)
     maps = moving @ turns @ np.linalg.inv(fixed)
     stretches = np.linalg.svd(maps, compute_uv=False)
     maps = maps[(stretches.min(1) > 1 / s.most_stretch) & (stretches.max(1) < s.most_stretch)]
-    scale = float(np.linalg.det(moving) / np.linalg.det(fixed)) ** (1 / 3)
-    reference = scale if abs(np.log(scale)) > np.log(s.large_scale) else 1.0
+    reference = problem.scale if abs(np.log(problem.scale)) > np.log(s.alike) else 1.0
     return _candidates(problem, transforms.about(maps, *problem.centers[2]), reference)
 
 

@@ -31,7 +31,9 @@ class AlignmentSettings:
             made where edges do not agree well enough after those before.
         more_rotations: of a second search about the same centers, for images that end in air all around.
         moved_rotations: of the search with centers moved inside each other, for images that do not.
-        most_stretch: of a start that gives both contents the same spread.
+        most_stretch: of a start that gives both contents the same spread, which is done where both images end in air all around
+            or where the content of both makes up more than the share ``filled``.
+        alike: ratio of sizes of the contents up to which the scale is taken for 1 and held back to it.
         scales: isotropic scales of the last search, where scale is free.
         offset: shares of the room that one content has inside the other by which centers are moved.
         least_room: room, in extents, below which centers are not moved.
@@ -81,6 +83,8 @@ class AlignmentSettings:
     more_rotations: int = 1000
     moved_rotations: int = 800
     most_stretch: float = 2.2
+    filled: float = 0.95
+    alike: float = 1.1
     scales: tuple[float, ...] = (0.65, 0.8, 1.25, 1.55)
     offset: float = 0.6
     least_room: float = 0.15
@@ -107,7 +111,7 @@ class AlignmentSettings:
     similarity_weight: float = 1.5
     edge_floor: float = 0.25
     mirrors: int = 64
-    mirror_margin: float = 0.05
+    mirror_margin: float = 0.03
 
     large_degrees: float = 60.0
     large_scale: float = 1.2
