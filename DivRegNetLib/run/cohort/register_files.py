@@ -128,12 +128,11 @@ def _register_files(
     try:
         with staging_folder(output) as folder:
             with ThreadPoolExecutor(1) as thread:  # ITK writes while the preview is drawn
-                written = thread.submit(
-                    lambda: [_write(write, folder / name, output / name) for name, write in writers.items()]
-                )
+                written = [thread.submit(_write, w, folder / name, output / name) for name, w in writers.items()]
                 if preview:
                     notes += _write_preview(fixed, moving, result, folder / PREVIEW)
-                written.result()
+                for file in written:
+                    file.result()
             names = [name for name in POSSIBLE_FILES if (folder / name).exists()]
             write_json(report | {"files": sorted([*names, QUALITY]), "warnings": notes}, folder / QUALITY)
             (output / QUALITY).unlink(missing_ok=True)
