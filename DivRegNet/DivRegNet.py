@@ -255,6 +255,7 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             (self.ui.reportButton, self.onReport),
             (self.ui.displacementMapButton, self.onDisplacementMap),
             (self.ui.jacobianMapButton, self.onJacobianMap),
+            (self.ui.errorMapButton, self.onErrorMap),
             (self.ui.registerSequenceButton, self.onRegisterSequence),
             (self.ui.copyLogButton, self.onCopyLog),
         ):
@@ -748,6 +749,7 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.ui.resultCollapsibleButton.collapsed = False
         self.ui.qualityLabel.text = verdict.table(verdict.rows(outcome.quality, outcome.seconds, device))
         self.ui.qualityLabel.adjustSize()
+        self.ui.errorMapButton.enabled = outcome.error_map is not None
         self._fillLandmarks(landmarks.rows(outcome.pairs, outcome.quality))
         if p is not None:
             with slicer.util.NodeModify(p):  # what was made is overwritten next time, unless another output is chosen
@@ -795,13 +797,18 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         views.jump_to(self._landmarkRows[row][3])
 
     def _showSequence(self, outcome) -> None:
+        from DivRegNetModule import translated, verdict
+
         self._sequenceOutcome = outcome
         rows = []
         for frame in outcome.frames:
-            level = frame.verdict.level.upper() if frame.verdict else _("FAILED")
-            reason = str(frame.verdict.reasons[0]) if frame.verdict else frame.error
-            rows.append((frame.index, level, reason))
-        self._fillTable(self.ui.sequenceTable, [_("Frame"), _("Verdict"), _("Reason")], rows)
+            if frame.verdict is None:
+                rows.append((frame.index, _("FAILED"), "", frame.error))
+            else:
+                shown = verdict.word(frame.verdict), verdict.error_text(frame.verdict)
+                rows.append((frame.index, *shown, translated(frame.verdict.reasons[0])))
+        titles = [_("Frame"), _("Verdict"), _("Expected error"), _("Reason")]
+        self._fillTable(self.ui.sequenceTable, titles, rows)
         self.ui.sequenceCollapsibleButton.collapsed = False
         failed = sum(frame.verdict is None for frame in outcome.frames)
         text = _("{n} frames were registered, {failed} failed.")
@@ -893,6 +900,12 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
         self._addMap(maps.JACOBIAN)
 
+    @guarded
+    def onErrorMap(self, checked: bool = False) -> None:
+        from DivRegNetModule import maps
+
+        self._addMap(maps.ERROR)
+
     def _addMap(self, kind: str) -> None:
         from DivRegNetModule import maps, views
         from DivRegNetModule.comparison import OPACITY
@@ -903,7 +916,8 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             outcome.changes.added.append(node)  # Undo takes it back, too
             views.show_layers(outcome.fixed, node, OPACITY)
 
-        self._work(maps.map_steps(outcome.registration.transform_node, kind), done)
+        of_transform = outcome.registration.transform_node, kind
+        self._work(maps.error_map_steps(outcome) if kind == maps.ERROR else maps.map_steps(*of_transform), done)
 
     @guarded
     def onReport(self, checked: bool = False) -> None:

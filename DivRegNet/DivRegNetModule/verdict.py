@@ -8,12 +8,24 @@ from DivRegNetModule import _, translated
 BACKGROUND = {GREEN: "#2e7d32", AMBER: "#b35900", RED: "#c62828"}
 
 
+def word(verdict: Verdict) -> str:
+    """The level as a word."""
+    return {GREEN: _("GREEN"), AMBER: _("AMBER"), RED: _("RED")}[verdict.level]
+
+
+def error_text(verdict: Verdict) -> str:
+    """The expected error with its unit; empty where there is none."""
+    return "" if verdict.expected_error_mm is None else f"{verdict.expected_error_mm:.2g} mm"
+
+
 def as_html(verdict: Verdict) -> str:
-    """The verdict for a label: the level as a word on its color, the headline, and the reasons as a list."""
-    word = {GREEN: _("GREEN"), AMBER: _("AMBER"), RED: _("RED")}[verdict.level]
+    """The verdict for a label: the level as a word on its color, the expected error, the headline, and the reasons as a
+    list."""
     reasons = "".join(f"<li>{html.escape(translated(reason))}</li>" for reason in verdict.reasons)
+    error = _("expected error {mm}").format(mm=error_text(verdict)) if error_text(verdict) else ""
     return (
-        f"<p><span style='background-color:{BACKGROUND[verdict.level]}; color:white'><b>&nbsp;{word}&nbsp;</b></span> "
+        f"<p><span style='background-color:{BACKGROUND[verdict.level]}; color:white'>"
+        f"<b>&nbsp;{word(verdict)}&nbsp;</b></span> {html.escape(error)}<br>"
         f"<b>{html.escape(translated(verdict.headline))}</b></p>"
         f"<ul style='-qt-list-indent: 0; margin-left: 14px'>{reasons}</ul>"
     )

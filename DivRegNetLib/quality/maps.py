@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from DivRegNetLib.core.determinants import determinant
 from DivRegNetLib.core.grid import Grid
 
 
@@ -17,7 +18,7 @@ def displacement_length(field: np.ndarray) -> np.ndarray:
 
 
 def jacobian_determinant(field: np.ndarray, grid: Grid) -> np.ndarray:
-    """Determinant of the Jacobian of ``p -> p + u(p)``, (D, H, W): below 1 where the map shrinks
+    """Determinant of the Jacobian of ``p -> p + u(p)`` by central differences, (D, H, W): below 1 where the map shrinks
     volumes, above 1 where it enlarges them, not positive where the map folds.
 
     Args:
@@ -40,5 +41,4 @@ def jacobian_determinant_slabs(field: np.ndarray, grid: Grid, step: int) -> Iter
         jacobian = sum(d[..., :, None] * to_index[n].astype(np.float32) for n, d in enumerate(along))
         jacobian = jacobian[start - first : end - first]
         jacobian[..., [0, 1, 2], [0, 1, 2]] += 1
-        (a, b, c), (d, e, f), (g, h, i) = np.moveaxis(jacobian, (-2, -1), (0, 1))
-        yield a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g)
+        yield determinant(np.moveaxis(jacobian, (-2, -1), (0, 1)))

@@ -76,6 +76,7 @@ def as_html(registration: Registration) -> str:
     r = registration
     verdict = judge(r.quality)
     color = BACKGROUND[verdict.level]
+    error = "" if verdict.expected_error_mm is None else f"expected error {verdict.expected_error_mm:.2g} mm"
     reasons = "".join(f"<li>{html.escape(reason)}</li>" for reason in verdict.reasons)
     planes, spacing = cut_planes(r.fixed, r.moving, r.warped, r.displacement, r.initial)
     warnings = "".join(f"<li>{html.escape(warning)}</li>" for warning in r.warnings)
@@ -83,7 +84,7 @@ def as_html(registration: Registration) -> str:
     parts = [
         f"<h1>Registration of {html.escape(r.names[1])} to {html.escape(r.names[0])}</h1>",
         f"<div class='verdict' style='border-color: {color}'><p><span class='level' style='background: {color}'>"
-        f"{verdict.level.upper()}</span> <b>{html.escape(verdict.headline)}</b></p><ul>{reasons}</ul></div>",
+        f"{verdict.level.upper()}</span> {error}<br><b>{html.escape(verdict.headline)}</b></p><ul>{reasons}</ul></div>",
         f"<h2>Warnings</h2><ul>{warnings}</ul>" if warnings else "",
         "<h2>Pictures</h2>",
         _pictures(planes, max(round(GRID_MM / spacing), 2)),

@@ -101,7 +101,10 @@ def _expected(quality: dict) -> tuple[float | None, Reasons]:
     known, error = calibration(), expected_error_mm(numbers)
     green, red = known.limits(numbers)
     level = GREEN if error <= green else RED if error >= red else AMBER
-    text = _("The expected error is {mm:.2g} mm on average (nine times in ten from {low:.2g} to {high:.2g} mm).")
+    if known.is_told(error, numbers):
+        text = _("The expected error is {mm:.2g} mm on average (nine times in ten from {low:.2g} to {high:.2g} mm).")
+    else:
+        text = _("The expected error is {mm:.2g} mm on average; it may be far more, which the images cannot tell.")
     reasons: Reasons = [(level, text.format(mm=error, low=error / known.factor, high=error * known.factor))]
     moved, edges, covered = (numbers.get(name) for name in ("moved 1", "fixed edges 1", "covered"))
     if level != GREEN and moved is not None and moved > MOVED:

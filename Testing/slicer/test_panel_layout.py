@@ -14,6 +14,7 @@ NAMES = (
     "side by side",
     "displacement length",
     "Jacobian determinant",
+    "expected error",
     "DivRegNet contributors",
 )  # translated where shown
 NARROWEST, LOW = 400, 440  # px; of 1366 x 740, Slicer leaves its module panel about as much

@@ -26,6 +26,16 @@ def test_the_level_is_a_word_and_the_reasons_are_listed(folded, word):
     assert word in shown and "resemble each other more than before (NMI 1.050 to 1.150)" in shown
 
 
+def test_the_expected_error_is_beside_the_level_whatever_the_reasons_say():
+    numbers = {"motion 1": 0.2, "moved 1": 0.0, "voxel_mm": 2.0, "diagonal_mm": 250.0}
+    judgment = judge(QUALITY | {"evidence": numbers, "folded_percent": 3.0})
+    shown = verdict.as_html(judgment)
+    head, reasons = shown.split("<ul")
+    assert f"expected error {judgment.expected_error_mm:.2g} mm" in head and "RED" in head
+    assert "nine times in ten from" in reasons
+    assert "expected error" not in verdict.as_html(judge(QUALITY))
+
+
 def test_the_librarys_sentences_are_translated_before_their_values_are_filled_in(monkeypatch):
     dictionary = {
         "The deformation tears or folds tissue in {percent:.2g} % of the voxels.": "{percent:.2g} % der Voxel sind gefaltet.",

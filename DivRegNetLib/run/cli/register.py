@@ -168,8 +168,10 @@ def _summary(report: dict, output: Path) -> str:
     if quality["similarity"]:
         row("S (nats)", quality["similarity"])
     verdict = report["verdict"]
+    millimeters = verdict["expected_error_mm"]
+    error = "" if millimeters is None else f", expected error {millimeters:.2g} mm"
     lines += [
-        f"verdict: {verdict['level'].upper()}. {verdict['headline']}",
+        f"verdict: {verdict['level'].upper()}{error}. {verdict['headline']}",
         *(f"  {reason}" for reason in verdict["reasons"]),
         f"folded voxels {quality['folded_percent']:.4f} %, largest displacement "
         f"{quality['largest_displacement_mm']:.1f} mm, inverse consistency "
