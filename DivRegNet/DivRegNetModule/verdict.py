@@ -2,7 +2,7 @@
 
 import html
 
-from DivRegNetLib.quality.verdict import AMBER, GREEN, RED, Verdict
+from DivRegNetLib.quality.verdict import AMBER, GREEN, RED, Verdict, two_digits
 from DivRegNetModule import _, translated
 
 BACKGROUND = {GREEN: "#2e7d32", AMBER: "#b35900", RED: "#c62828"}
@@ -15,7 +15,7 @@ def word(verdict: Verdict) -> str:
 
 def error_text(verdict: Verdict) -> str:
     """The expected error with its unit; empty where there is none."""
-    return "" if verdict.expected_error_mm is None else f"{verdict.expected_error_mm:.2g} mm"
+    return "" if verdict.expected_error_mm is None else f"{two_digits(verdict.expected_error_mm)} mm"
 
 
 def as_html(verdict: Verdict) -> str:

@@ -7,7 +7,7 @@ pytest.importorskip("slicer")
 import DivRegNetModule
 from DivRegNetModule import verdict
 
-from DivRegNetLib.quality.verdict import judge
+from DivRegNetLib.quality.verdict import judge, two_digits
 
 QUALITY = {
     "nmi": {"before": 1.05, "aligned": 1.10, "after": 1.15},
@@ -31,7 +31,7 @@ def test_the_expected_error_is_beside_the_level_whatever_the_reasons_say():
     judgment = judge(QUALITY | {"evidence": numbers, "folded_percent": 3.0})
     shown = verdict.as_html(judgment)
     head, reasons = shown.split("<ul")
-    assert f"expected error {judgment.expected_error_mm:.2g} mm" in head and "RED" in head
+    assert f"expected error {two_digits(judgment.expected_error_mm)} mm" in head and "RED" in head
     assert "nine times in ten from" in reasons
     assert "expected error" not in verdict.as_html(judge(QUALITY))
 

@@ -52,7 +52,7 @@ CELLS = {"motion 1": 0.1, "soft motion 1": 0.1, "bend": 0.1, "slope": 0.02}
 RIDGE = 3.0  # weight of the squared coefficients, of standardized terms
 UNRELATED = 12.0  # voxels of error that stand for images that do not belong together
 LEAST, MOST = 0.25, 20.0  # voxels, to which errors are clipped
-LARGEST = 8.0  # voxels of expected error, from which on it is only known to be large
+LARGEST = 4.0  # voxels of expected error, from which on it is only known to be large
 FAR = 16.0  # voxels of error that no shift the evidence looks at undoes
 GOOD = 1.3  # voxels of mean error, up to which known deformations are put into a registration
 PUT = (("local", 1.0), ("local", 3.0), ("any", 0.0))
@@ -359,13 +359,13 @@ def log_ratios(observations: list[Observation], expected: np.ndarray) -> np.ndar
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Rank correlation; ties have the mean of their ranks."""
+    """Rank correlation; ties have the mean of their ranks. NaN where all values of a side are the same."""
 
     def ranks(values: np.ndarray) -> np.ndarray:
         _, index, count = np.unique(values, return_inverse=True, return_counts=True)
         return (np.cumsum(count) - (count - 1) / 2)[index]
 
-    return float(np.corrcoef(ranks(a), ranks(b))[0, 1]) if len(a) > 2 else float("nan")
+    return float(np.corrcoef(ranks(a), ranks(b))[0, 1]) if np.ptp(a) and np.ptp(b) else float("nan")
 
 
 def map_scores(observations: list[Observation], regression: Regression) -> np.ndarray:

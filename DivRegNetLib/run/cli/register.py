@@ -7,7 +7,7 @@ from pathlib import Path
 from DivRegNetLib.errors import InputError
 from DivRegNetLib.options import ALIGNMENTS, Option, Options, table
 from DivRegNetLib.presets import PRESETS, preset
-from DivRegNetLib.quality.verdict import AMBER, LEVELS, RED
+from DivRegNetLib.quality.verdict import AMBER, LEVELS, RED, two_digits
 from DivRegNetLib.registration.landmark_alignment import KINDS, align_landmarks
 from DivRegNetLib.run.cli.evaluate import add_comparison_arguments
 from DivRegNetLib.run.cli.output import ProgressBar, show
@@ -169,7 +169,7 @@ def _summary(report: dict, output: Path) -> str:
         row("S (nats)", quality["similarity"])
     verdict = report["verdict"]
     millimeters = verdict["expected_error_mm"]
-    error = "" if millimeters is None else f", expected error {millimeters:.2g} mm"
+    error = "" if millimeters is None else f", expected error {two_digits(millimeters)} mm"
     lines += [
         f"verdict: {verdict['level'].upper()}{error}. {verdict['headline']}",
         *(f"  {reason}" for reason in verdict["reasons"]),
