@@ -22,6 +22,7 @@ Axis order and units as in :mod:`DivRegNetLib.core.fields`.
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -216,16 +217,18 @@ def _opened(mask: np.ndarray) -> np.ndarray:
     """A boolean array (D, H, W) without what does not hold a voxel and its 18 neighbors by face or edge. As SimpleITK's
     BinaryMorphologicalOpening, in a fifteenth of the time."""
 
-    def along(values: np.ndarray, axis: int) -> np.ndarray:
-        width = [(1, 1) if a == axis else (0, 0) for a in range(3)]
-        padded = np.moveaxis(np.pad(values, width, constant_values=beyond), axis, 0)
-        return np.moveaxis(combine(combine(padded[:-2], padded[1:-1]), padded[2:]), 0, axis)
-
     for combine, beyond in ((np.logical_and, True), (np.logical_or, False)):
-        lines = [along(mask, axis) for axis in range(2)]
-        planes = along(lines[0], 1), along(lines[0], 2), along(lines[1], 2)
+        lines = [_combined(mask, axis, combine, beyond) for axis in range(2)]
+        planes = [_combined(lines[i], axis, combine, beyond) for i, axis in ((0, 1), (0, 2), (1, 2))]
         mask = combine(combine(planes[0], planes[1]), planes[2])
     return mask
+
+
+def _combined(mask: np.ndarray, axis: int, combine: Callable, beyond: bool) -> np.ndarray:
+    """Each voxel combined with the ones before and after it along an axis; beyond the border they are ``beyond``."""
+    padded = np.pad(mask, [(1, 1) if a == axis else (0, 0) for a in range(3)], constant_values=beyond)
+    padded = np.moveaxis(padded, axis, 0)
+    return np.moveaxis(combine(combine(padded[:-2], padded[1:-1]), padded[2:]), 0, axis)
 
 
 def _filled(mask: np.ndarray) -> np.ndarray:

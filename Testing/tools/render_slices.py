@@ -1,10 +1,12 @@
 """Renders slice views before and after a registration, as Slicer shows them, to a PNG.
 
     python Testing/tools/render_slices.py FIXED MOVING WARPED OUTPUT.png [--transform TRANSFORM.h5]
+        [--error-map ERROR_MAP.nii.gz] [--at R A S]
 
-Three rows (axial, coronal, sagittal, through the middle of the fixed volume) of: fixed with moving half-faded; fixed
-with warped half-faded; and, where a transform (fixed to moving points, as ITK writes it) is given, warped with the grid
-that Slicer draws of it. Layers are blended by Slicer's slice logic and the grid is drawn by its displayable manager, on
+Three rows (axial, coronal, sagittal, through the middle of the fixed volume or the point ``--at``) of: fixed with moving
+half-faded; fixed with warped half-faded; where a transform (fixed to moving points, as ITK writes it) is given, warped with
+the grid that Slicer draws of it; and where a map of the expected error is given, fixed with the map half-faded, in the colors
+of the panel (0 mm is black, RED_MM or the largest error is yellow). Layers are blended by Slicer's slice logic and the grid is drawn by its displayable manager, on
 real MRML nodes (``slicer-core``), off screen; on Linux without a display this takes the system's OSMesa (libosmesa6).
 """
 
@@ -21,12 +23,14 @@ import SimpleITK as sitk
 import slicer
 import slicer.util
 import vtk
+from matplotlib import colormaps
 from vtk.util.numpy_support import numpy_to_vtk, vtk_to_numpy
 
 from DivRegNetLib.core.intensity import percentile_window
 
 SIDE = 400  # pixels of a view
 ORIENTATIONS = ("Axial", "Coronal", "Sagittal")
+RED_MM = 4.0  # smallest expected error of a red verdict
 GRID_LINES = 20  # across the longest side of the fixed volume
 GRID_MANAGER = "vtkMRMLTransformsDisplayableManager2D"
 
@@ -46,6 +50,23 @@ def load_volume(scene, file: Path):
     display.AutoWindowLevelOff()
     low, high = percentile_window(sitk.GetArrayViewFromImage(image), 1, 99.5)
     display.SetWindowLevelMinMax(float(low), float(high))
+    return node
+
+
+def load_error_map(scene, file: Path):
+    """A map of the expected error, colored as DivRegNetModule.maps does."""
+    node = load_volume(scene, file)
+    largest = float(slicer.util.arrayFromVolume(node).max())
+    display = node.GetDisplayNode()
+    colors = scene.AddNewNodeByClass("vtkMRMLColorTableNode", "Inferno")  # slicer-core has no files of colors
+    colors.SetTypeToUser()
+    colors.SetNumberOfColors(256)
+    for i, (red, green, blue, _) in enumerate(colormaps["inferno"](np.arange(256))):
+        colors.SetColor(i, f"{i}", red, green, blue, 1.0)
+    display.SetAndObserveColorNodeID(colors.GetID())
+    display.SetWindowLevelMinMax(0.0, max(largest, RED_MM))
+    display.SetThreshold(1e-6, max(largest, 2e-6))
+    display.ApplyThresholdOn()
     return node
 
 
@@ -132,6 +153,10 @@ def main() -> None:
     for name in ("fixed", "moving", "warped", "output"):
         parser.add_argument(name, type=Path)
     parser.add_argument("--transform", type=Path)
+    parser.add_argument("--error-map", type=Path)
+    parser.add_argument(
+        "--at", type=float, nargs=3, metavar=("R", "A", "S"), help="point that the slices go through, mm"
+    )
     args = parser.parse_args()
 
     scene = slicer.vtkMRMLScene()
@@ -146,11 +171,14 @@ def main() -> None:
     fixed.GetRASBounds(bounds)
     extent = (bounds[1::2] - bounds[::2]).max()
     transform = load_transform(scene, args.transform, fixed, extent / GRID_LINES) if args.transform else None
+    error_map = load_error_map(scene, args.error_map) if args.error_map else None
     rows = []
     for orientation in ORIENTATIONS:
         view = View(scene, application, orientation)
         view.node.SetFieldOfView(extent * 1.02, extent * 1.02, 1.0)
         view.node.JumpSliceByCentering(*bounds.reshape(3, 2).mean(1))
+        if args.at:
+            view.node.JumpSliceByOffsetting(*args.at)
         row = [view.picture(fixed, moving), view.picture(fixed, warped)]
         if transform is not None:
             display = transform.GetDisplayNode()
@@ -158,6 +186,8 @@ def main() -> None:
             display.SetVisibility(True)
             row.append(view.picture(warped))
             display.SetVisibility(False)
+        if error_map is not None:
+            row.append(view.picture(fixed, error_map))
         rows.append(np.concatenate(row, 1))
     save(np.concatenate(rows, 0), args.output)
 

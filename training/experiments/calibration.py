@@ -407,9 +407,10 @@ def draw(observations: list[Observation], expected: np.ndarray, path: Path) -> N
     atomic.write_atomically(path, lambda part: figure.savefig(part, format="png", dpi=90))
 
 
-def finish(work: Path, output: Path, started: float, turns: int, file: Path = expected_error.FILE) -> None:
+def finish(work: Path, output: Path, started: float, file: Path = expected_error.FILE) -> None:
     """Fits to what is in the work folder, and writes the calibration and the report."""
-    everything = [o for path in sorted(work.glob("*.npz")) for o in load(path)]
+    kept = sorted(work.glob("*.npz"))
+    everything = [o for path in kept for o in load(path)]
     fitted, held_out = ([o for o in everything if o.held_out == side] for side in (False, True))
     mean, cell = fit_mean(fitted), fit_cells(fitted)
     expected, rows = predict(mean, held_out), []
@@ -431,13 +432,13 @@ def finish(work: Path, output: Path, started: float, turns: int, file: Path = ex
     }
     row("held-out subjects", lambda o: True, held_out, expected)
     for name, chosen in kinds.items():
-        row(f"the same, {name}", chosen, held_out, expected)
+        row(f"held-out subjects, {name}", chosen, held_out, expected)
     others = left_out(everything)
     row("families left out of the fit", lambda o: True, everything, others)
     for name, chosen in kinds.items():
-        row(f"the same, {name}", chosen, everything, others)
+        row(f"families left out, {name}", chosen, everything, others)
     for family in sorted({o.family for o in everything}):
-        row(f"{family}, left out", lambda o, f=family: o.family == f, everything, others)
+        row(f"family left out: {family}", lambda o, f=family: o.family == f, everything, others)
     values = {
         "format": FORMAT, "command": "python training/experiments/calibration.py --data DIR",
         "alignments": len(fitted), "subjects": len({o.case.split(",")[0] for o in fitted}),
@@ -451,7 +452,7 @@ def finish(work: Path, output: Path, started: float, turns: int, file: Path = ex
         f"is of {len(fitted)} alignments of other subjects."
     )
     about = {
-        "preset": f"{turns} turns",
+        "preset": f"{len(kept)} cases",
         "seeds": "the cases'",
         "device": "cpu",
         "seconds": round(time.time() - started),
@@ -472,7 +473,7 @@ def main() -> None:
     started = time.time()
     if not args.fit:
         gather(args.data, args.work, args.turns)
-    finish(args.work, args.output, started, args.turns)
+    finish(args.work, args.output, started)
 
 
 if __name__ == "__main__":
