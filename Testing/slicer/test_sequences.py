@@ -30,9 +30,11 @@ def worker_pid(widget) -> int:
     return widget._sequenceRun._worker.pid
 
 
-def test_every_frame_is_registered_and_has_a_verdict(ready, sequence, pair):
+def test_every_frame_is_registered_and_has_a_verdict(ready, sequence, pair, monkeypatch):
+    import DivRegNetModule
     import slicer
 
+    monkeypatch.setattr(DivRegNetModule, "translate", lambda context, text: f"translated: {text}")
     before = census()
     ready.ui.registerSequenceButton.click()
     assert ready._sequenceRun is not None, ready.ui.messageLabel.text
@@ -46,7 +48,7 @@ def test_every_frame_is_registered_and_has_a_verdict(ready, sequence, pair):
     assert {table.item(i, 1).text() for i in range(3)} <= {"GREEN", "AMBER", "RED"}
     errors = [table.item(i, 2).text() for i in range(3)]
     assert errors == [f"{two_digits(frame.verdict.expected_error_mm)} mm" for frame in outcome.frames]
-    assert all(table.item(i, 3).text() for i in range(3))
+    assert all(table.item(i, 3).text().startswith("translated: The ") for i in range(3))
     assert outcome.warped.GetNumberOfDataNodes() == outcome.transforms.GetNumberOfDataNodes() == 3
     assert (outcome.warped.GetName(), outcome.warped.GetIndexUnit()) == ("heart warped to fixed", "s")
     frames = [outcome.warped.GetNthDataNode(i) for i in range(3)]
@@ -58,6 +60,8 @@ def test_every_frame_is_registered_and_has_a_verdict(ready, sequence, pair):
     assert outcome.browser.GetName() == "browser" and outcome.browser.IsSynchronizedSequenceNode(outcome.warped, True)
     table.cellClicked.emit(2, 0)
     assert outcome.browser.GetSelectedItemNumber() == 2
+    table.cellActivated.emit(1, 0)  # by the keyboard
+    assert outcome.browser.GetSelectedItemNumber() == 1
     outcome.undo()
     assert census() >= before and not slicer.mrmlScene.IsNodePresent(outcome.warped)
 
