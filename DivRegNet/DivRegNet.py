@@ -258,6 +258,7 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             (self.ui.reportButton, self.onReport),
             (self.ui.displacementMapButton, self.onDisplacementMap),
             (self.ui.jacobianMapButton, self.onJacobianMap),
+            (self.ui.errorMapButton, self.onErrorMap),
             (self.ui.registerSequenceButton, self.onRegisterSequence),
             (self.ui.copyLogButton, self.onCopyLog),
         ):
@@ -791,6 +792,7 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.ui.resultCollapsibleButton.collapsed = False
         self.ui.qualityLabel.text = verdict.table(verdict.rows(outcome.quality, outcome.seconds, device))
         self.ui.qualityLabel.adjustSize()
+        self.ui.errorMapButton.enabled = outcome.error_map is not None
         self._fillLandmarks(landmarks.rows(outcome.pairs, outcome.quality))
         return judgment
 
@@ -853,10 +855,13 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self._sequenceOutcome = outcome
         rows = []
         for frame in outcome.frames:
-            level = verdict.word(frame.verdict) if frame.verdict else _("FAILED")
-            reason = translated(frame.verdict.reasons[0]) if frame.verdict else frame.error
-            rows.append((frame.index, level, reason))
-        self._fillTable(self.ui.sequenceTable, [_("Frame"), _("Verdict"), _("Reason")], rows, wide=2)
+            if frame.verdict is None:
+                rows.append((frame.index, _("FAILED"), "", frame.error))
+            else:
+                shown = verdict.word(frame.verdict), verdict.error_text(frame.verdict)
+                rows.append((frame.index, *shown, translated(frame.verdict.reasons[0])))
+        titles = [_("Frame"), _("Verdict"), _("Expected error"), _("Reason")]
+        self._fillTable(self.ui.sequenceTable, titles, rows, wide=3)
         self.ui.sequenceCollapsibleButton.collapsed = False
         failed = sum(frame.verdict is None for frame in outcome.frames)
         text = _("{n} frames were registered, {failed} failed.")
@@ -949,6 +954,12 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
         self._addMap(maps.JACOBIAN)
 
+    @guarded
+    def onErrorMap(self, checked: bool = False) -> None:
+        from DivRegNetModule import maps
+
+        self._addMap(maps.ERROR)
+
     def _addMap(self, kind: str) -> None:
         from DivRegNetModule import maps, views
         from DivRegNetModule.comparison import OPACITY
@@ -959,7 +970,8 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             outcome.changes.added.append(node)  # Undo takes it back, too
             views.show_layers(outcome.fixed, node, OPACITY)
 
-        self._work(maps.map_steps(outcome.registration.transform_node, kind), done)
+        of_transform = outcome.registration.transform_node, kind
+        self._work(maps.error_map_steps(outcome) if kind == maps.ERROR else maps.map_steps(*of_transform), done)
 
     @guarded
     def onReport(self, checked: bool = False) -> None:
