@@ -58,7 +58,7 @@ def with_classes(images: Images, classnet: ClassNet) -> Images:
     inside = images.measured_in_masks() or (None, None)
     pairs = zip((images.fixed, images.moving), inside, strict=True)
     probabilities = (classnet.probabilities(image, where) for image, where in pairs)
-    return replace(images, classes=Features(*probabilities, stride=classnet.config.stride))
+    return replace(images, classes=Features(*probabilities, stride=classnet.config.output_stride))
 
 
 def deform(
@@ -150,7 +150,7 @@ def variational_steps(
     else:
         (fixed, moving), valid = images.multiplied(), images.valid
     known = images.classes is not None and settings.class_weight
-    features = (replace(images.classes, weight=settings.class_weight),) if known else ()
+    features = (images.classes.of_classes(settings.class_weight, settings.class_temperature),) if known else ()
     return register(
         fixed, moving, settings, start=start, valid=valid, measured=measured, features=features, progress=progress
     )

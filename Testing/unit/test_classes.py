@@ -20,12 +20,12 @@ def test_probabilities_of_any_shape_add_up_to_one(stride):
     torch.testing.assert_close(probable.sum(1), torch.ones_like(probable[:, 0]))
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-def test_outside_the_field_of_view_is_background_whatever_the_image_holds_there(stride):
+@pytest.mark.parametrize(("stride", "subvoxel"), [(1, False), (2, False), (2, True)])
+def test_outside_the_field_of_view_is_background_whatever_the_image_holds_there(stride, subvoxel):
     inside = torch.ones(1, 1, 16, 16, 16, dtype=torch.bool)
     inside[..., :6] = False
-    image, net = torch.rand(1, 1, 16, 16, 16), network(stride=stride)
-    probable = net.probabilities(image, inside)
+    image, net = torch.rand(1, 1, 16, 16, 16), network(stride=stride, subvoxel=subvoxel)
+    probable, stride = net.probabilities(image, inside), net.config.output_stride
     assert (probable[:, 0, ..., : 6 // stride] == 1).all() and (probable[:, 1:, ..., : 6 // stride] == 0).all()
     assert torch.equal(probable, net.probabilities(torch.where(inside, image, 7.0), inside))
 
@@ -47,6 +47,22 @@ def test_the_network_moves_with_the_image():
     torch.testing.assert_close(here.roll((2, -2, 4), (2, 3, 4))[middle], there[middle], atol=1e-3, rtol=0)
 
 
+def test_with_subvoxels_the_class_of_every_voxel_is_told_where_it_lies():
+    """Of features at every second voxel: the outputs for the eight voxels of a cube lie as these do."""
+    net = network(stride=2, subvoxel=True)
+    image = torch.rand(2, 1, 13, 22, 9)
+    probable = net.probabilities(image)
+    assert probable.shape == (2, 4, 13, 22, 9)
+    torch.testing.assert_close(probable.sum(1), torch.ones_like(probable[:, 0]))
+    with torch.no_grad():
+        net.head.weight.zero_()
+        net.head.bias.copy_(torch.arange(32.0))
+        logits = net(torch.rand(1, 1, 32, 32, 32))
+    corner = torch.arange(8.0).view(2, 2, 2)
+    for number in range(4):
+        assert torch.equal(logits[0, number, 6:8, 10:12, 20:22], 8 * number + corner)
+
+
 def test_its_configuration_survives_json():
     config = ClassNetConfig(classes=3, channels=(2, 3), stride=2)
     assert ClassNetConfig(**config.as_dict()) == config
@@ -61,6 +77,7 @@ def test_its_configuration_survives_json():
         ({"channels": (4, 0)}, "1 to 1024 channels"),
         ({"classes": 2.0}, "whole numbers"),
         ({"stride": True}, "whole numbers"),
+        ({"subvoxel": 1}, "true or false"),
     ],
 )
 def test_a_configuration_that_cannot_be_says_why(values, said):

@@ -79,6 +79,8 @@ class VariationalSettings:
 
     class_weight: of the squared differences of the classes' probabilities at a voxel of the displacement's grid, in nats; 0
         leaves them out. Models without a class network have none.
+    class_temperature: softmax temperature of the probabilities, see
+        :meth:`DivRegNetLib.registration.variational.features.Features.of_classes`; 1 leaves them as they are.
 
     Linear system of a step (Modersitzki, "FAIR", SIAM 2009):
 
@@ -109,6 +111,7 @@ class VariationalSettings:
     independence_weight: float = 0.01
     epsilon: float = 1e-9
     class_weight: float = 300.0
+    class_temperature: float = 0.2
     information_floor: float = 0.05
     tikhonov: float = 1e-3
     cg_iterations: int = 4
@@ -172,7 +175,7 @@ _RANGES = (
     ("steps", 1, 100_000), ("stride", 1, 2), ("min_steps", 0, 100_000), ("min_voxels", 0, 10**9), ("bins", 4, 256),
     ("cg_iterations", 1, 1000), ("validity_threshold", 0.0, 1.0), ("parzen_sigma", 0.01, 100.0),
     ("block_sigma", 0.01, 100.0), ("global_weight", 0.0, math.inf), ("independence_weight", 0.0, 1.0),
-    ("epsilon", 1e-30, 1e-3), ("class_weight", 0.0, math.inf),
+    ("epsilon", 1e-30, 1e-3), ("class_weight", 0.0, math.inf), ("class_temperature", 0.01, 100.0),
     ("information_floor", 0.0, math.inf), ("tikhonov", 0.0, math.inf),
     ("frequencies", 0.01, 1.0), ("max_step", 0.0, math.inf), ("max_gradient", 0.0, math.inf),
 )  # fmt: skip
