@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 SLOPE = 0.01  # of the leaky ReLU below 0
+SHARED = 0.25  # smaller volume of a class over its larger one in a pair, below which the class counts less
 
 
 @dataclass(frozen=True)
@@ -145,3 +146,21 @@ def _interleaved(x: Tensor, channels: int) -> Tensor:
     n, _, d, h, w = x.shape
     cubes = x.view(n, channels, ratio, ratio, ratio, d, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4)
     return cubes.reshape(n, channels, d * ratio, h * ratio, w * ratio)
+
+
+def shared(fixed: Tensor, moving: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities of a pair's images without classes that one image alone has, which would be moved to nowhere.
+
+    A class whose volume in one image is less than ``SHARED`` of that in the other fades into the background, in both.
+
+    Args:
+        fixed, moving: (N, classes, d, h, w), background first.
+    """
+    volumes = [x.mean((2, 3, 4), keepdim=True) for x in (fixed, moving)]
+    ratio = torch.minimum(*volumes) / torch.maximum(*volumes).clamp_min(torch.finfo(fixed.dtype).tiny)
+    kept = (ratio / SHARED).clamp_max(1)[:, 1:]
+    both = []
+    for x in (fixed, moving):
+        known = x[:, 1:] * kept
+        both.append(torch.cat((x[:, :1] + (x[:, 1:] - known).sum(1, keepdim=True), known), 1))
+    return both[0], both[1]

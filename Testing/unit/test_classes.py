@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from DivRegNetLib.similarity.classes import ClassNet, ClassNetConfig
+from DivRegNetLib.similarity.classes import SHARED, ClassNet, ClassNetConfig, shared
 
 
 def network(**values) -> ClassNet:
@@ -61,6 +61,18 @@ def test_with_subvoxels_the_class_of_every_voxel_is_told_where_it_lies():
     corner = torch.arange(8.0).view(2, 2, 2)
     for number in range(4):
         assert torch.equal(logits[0, number, 6:8, 10:12, 20:22], 8 * number + corner)
+
+
+def test_classes_fade_where_one_image_has_next_to_none_of_them():
+    volumes = torch.tensor([[0.2, 0.3, 0.2], [0.1, 0.3 * SHARED / 2, 0.0]])
+    fixed, moving = (torch.cat((1 - v.sum()[None], v)).view(1, 4, 1, 1, 1).expand(1, 4, 6, 6, 6) for v in volumes)
+    now = shared(fixed, moving)
+    for before, after in zip((fixed, moving), now, strict=True):
+        torch.testing.assert_close(after.sum(1), torch.ones(1, 6, 6, 6))
+        expected = before[:, 1:] * torch.tensor([1.0, 0.5, 0.0]).view(1, 3, 1, 1, 1)
+        torch.testing.assert_close(after[:, 1:], expected)
+    nothing = torch.tensor([1.0, 0, 0, 0]).view(1, 4, 1, 1, 1).expand(1, 4, 6, 6, 6)
+    assert all(torch.equal(x, nothing) for x in shared(nothing, nothing))
 
 
 def test_its_configuration_survives_json():
