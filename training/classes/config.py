@@ -101,7 +101,8 @@ class ClassTraining:
     """A training of the class network. Lengths of time are in steps.
 
     steps: 0: there is no class network.
-    names: of the classes but background, in their order; empty: those that the sources name, in the order of their labels.
+    names: of the classes but background, in their order; empty: those that the sources name, in the order of their labels. A
+        source that has no ``classes`` has one label for each name, in ascending order.
     sources: what is learned from.
     shape: sides (D, H, W) of the images that are looked at, in voxels; empty: those of the source's cohort. Smaller ones are
         parts that may lie anywhere.
