@@ -347,6 +347,10 @@ def test_the_experiment_trains_on_few_cases_and_compares_on_pairs_it_never_saw(t
     assert [(row["fixed"], row["moving"]) for row in rows] == experiment.pairs(tmp_path)[:2]
     listed = json.loads((output / "cohort" / "cohort.json").read_text())["volumes"]
     assert {v["name"] for v in listed} == {"crop_0", "crop_1", "crop_2"}
+    monkeypatch.setattr(experiment, "HELD_OUT", 5)  # crop_2 is one of them now
+    monkeypatch.setattr("sys.argv", ["classes.py", *options, "--cohort", str(output / "cohort")])
+    assert experiment.main() == 2
+    assert "trains on crop_2" in capsys.readouterr().err
 
 
 SMALL = (
