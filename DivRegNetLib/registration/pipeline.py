@@ -21,6 +21,7 @@ from torch import Tensor
 
 from DivRegNetLib import models
 from DivRegNetLib.core import fields, physical_fields, resampling
+from DivRegNetLib.core.foreground import covered_region
 from DivRegNetLib.core.grid import Grid, affine_matrix
 from DivRegNetLib.core.intensity import AIR_HU, normalize
 from DivRegNetLib.core.torch_state import default_state
@@ -81,6 +82,7 @@ def register(
         try:
             if matrix is None:
                 matrix = stages.run("align", align, inputs, options, resources.device, progress=True)
+                resources = stages.run("align", cover, inputs, matrix, resources)
             return _deform_and_warp(inputs, matrix, resources, options, stages)
         except OutOfMemory as error:
             stage = error.stage
@@ -199,6 +201,12 @@ def align(inputs: Inputs, options: Options, device: torch.device, *, progress: C
         remedy = "; choose an initial alignment" if options.align == "none" else " after the initial alignment"
         raise InputError("fixed and moving image do not overlap in physical space" + remedy)
     return matrix
+
+
+def cover(inputs: Inputs, matrix: np.ndarray, resources: Resources) -> Resources:
+    """The resources with a working grid that covers what the fixed image shows, and not the air around it."""
+    masks = inputs.fixed_mask, inputs.moving_mask
+    return resources.covering(covered_region(inputs.fixed, inputs.moving, matrix, *masks))
 
 
 def sample(inputs: Inputs, matrix: np.ndarray, resources: Resources, *, progress: Callable[[float], None]) -> Sampled:
