@@ -63,7 +63,9 @@ def covered_region(
     return _cut(grid, low, high)
 
 
-def foreground_bounds(image: sitk.Image, mask: sitk.Image | None = None, to_space: np.ndarray | None = None) -> Bounds | None:
+def foreground_bounds(
+    image: sitk.Image, mask: sitk.Image | None = None, to_space: np.ndarray | None = None
+) -> Bounds | None:
     """The box around what an image shows; None: it shows something everywhere, or that cannot be told.
 
     Args:
@@ -71,14 +73,14 @@ def foreground_bounds(image: sitk.Image, mask: sitk.Image | None = None, to_spac
         mask: on any grid; where there is one, the box is that of its non-zero voxels.
         to_space: (4, 4) map from LPS points of the image to those of the box; None: the same.
     """
-    image = image if mask is None else mask
+    image = without_padding(image) if mask is None else mask
     grid = Grid.of(image)
     mm = max(n * s for n, s in zip(grid.size, grid.spacing, strict=True)) / COARSE_VOXELS
     blocks = [min(max(round(mm / s), 1), n) for n, s in zip(grid.size, grid.spacing, strict=True)]
     if mask is not None:
         shown = _averaged(sitk.GetArrayViewFromImage(mask) != 0, blocks) > 0  # no mask is empty
     else:
-        shown = _foreground(_averaged(sitk.GetArrayViewFromImage(without_padding(image)), blocks))
+        shown = _foreground(_averaged(sitk.GetArrayViewFromImage(image), blocks))
     if shown is None:
         return None
     index = np.argwhere(shown)[:, ::-1]
@@ -103,6 +105,7 @@ def _foreground(values: np.ndarray) -> np.ndarray | None:
     """What is brighter than air, (D, H, W) bool, without specks; None where air cannot be told."""
     if min(values.shape) < FEWEST_VOXELS:
         return None
+    values = sitk.GetArrayFromImage(sitk.BoxMean(sitk.GetImageFromArray(values), [1] * 3))  # noise becomes a level
     darkest, air = np.percentile(values, [DARKEST_PERCENT, AIR_PERCENT])
     contrast = float(np.median(values[values >= values.mean()])) - air
     limit = air + max(SPREAD * (air - darkest), LEAST_SPREAD * contrast)
@@ -118,9 +121,7 @@ def _foreground(values: np.ndarray) -> np.ndarray | None:
     shown = (sizes >= FEWEST_SHARE * sizes.sum())[parts] & (parts > 0)
     left_out = np.ones(values.shape, bool)
     left_out[tuple(slice(at.min(), at.max() + 1) for at in np.nonzero(shown))] = False
-    if not left_out.any() or (
-        not ct and np.percentile(values[left_out], PLAIN_PERCENT) > air + PLAIN * contrast
-    ):
+    if not left_out.any() or (not ct and np.percentile(values[left_out], PLAIN_PERCENT) > air + PLAIN * contrast):
         return None
     return shown
 

@@ -146,8 +146,8 @@ def plan(
 
 
 def working_grid(card: Card, region: Grid, spacing: float) -> Grid:
-    """The network's grid over a region at a resolution (mm). Its sides are multiples of what RegNet pads to (``RegNetConfig.multiple``, which
-    needs torch)."""
+    """The network's grid over a region at a resolution (mm). Its sides are multiples of what RegNet pads to
+    (``RegNetConfig.multiple``, which needs torch)."""
     return region.working_grid(spacing, multiple=_stride(card) * 4)
 
 

@@ -61,6 +61,24 @@ def with_classes(images: Images, classnet: ClassNet) -> Images:
     return replace(images, classes=Features(*probabilities, stride=classnet.config.stride))
 
 
+@dataclass(frozen=True, eq=False)
+class Coarse:
+    """A displacement as a method returns it, on its output grid.
+
+    displacement: (N, 3, d, h, w) in voxels of the output grid.
+    grid: stride of the output grid, and the multiple of voxels that the images were padded to.
+    shape: (D, H, W) of the working grid.
+    """
+
+    displacement: Tensor
+    grid: tuple[int, int]
+    shape: tuple[int, int, int]
+
+    def fine(self) -> Tensor:
+        """The displacement in voxels of the working grid, (N, 3, D, H, W)."""
+        return fields.upsample(self.displacement, self.grid[0], self.shape).contiguous()
+
+
 def deform(
     images: Images,
     names: tuple[str, ...],
@@ -68,6 +86,18 @@ def deform(
     regnet: RegNet | None,
     progress: Progress = lambda fraction: None,
 ) -> Tensor:
+    """The displacement of :func:`run`, (N, 3, D, H, W) in voxels of the working grid."""
+    return run(images, names, variational, regnet, progress).fine()
+
+
+def run(
+    images: Images,
+    names: tuple[str, ...],
+    variational: VariationalSettings,
+    regnet: RegNet | None,
+    progress: Progress = lambda fraction: None,
+    start: Coarse | None = None,
+) -> Coarse:
     """Runs methods in order, each from the displacement of the one before.
 
     RegNet gets the images multiplied by their masks, and knows of no masks beside that; so does the variational method
@@ -77,15 +107,15 @@ def deform(
         names: of METHODS, at least one.
         regnet: for the method "regnet"; not needed without it.
         progress: called with the fraction that is done; what it raises ends the registration.
-    Returns:
-        (N, 3, D, H, W) in voxels of the working grid.
+        start: displacement before the first method; None: the identity.
     Raises:
         ValueError: an unknown method, none, or "regnet" without a network.
     """
     check_methods(names)
     if "regnet" in names and regnet is None:
         raise ValueError("method 'regnet' needs a network")
-    displacement, grid, shape = None, None, images.fixed.shape[2:]
+    shape = tuple(images.fixed.shape[2:])
+    displacement, grid = (None, None) if start is None else (start.displacement, start.grid)
     for i, name in enumerate(names):
 
         def report(fraction: float, i: int = i) -> None:
@@ -100,7 +130,7 @@ def deform(
             report(0.0)
             displacement = regnet.register(*images.multiplied(), displacement, images.valid)
             report(1.0)
-    return fields.upsample(displacement, grid[0], shape).contiguous()
+    return Coarse(displacement, grid, shape)
 
 
 def refine(
