@@ -31,7 +31,7 @@ def scan(grid: Grid, inside: np.ndarray, noise: float = 0.0) -> sitk.Image:
 @pytest.fixture
 def wide(grid_about):
     """Around the body at a corner of the field of view, rotated and anisotropic, three different sides."""
-    return grid_about(CENTER + (35, 30, -40), (96, 78, 60), (2.2, 2.9, 3.6), (12, -8, 25))
+    return grid_about(CENTER + np.array([35, 30, -40]), (96, 78, 60), (2.2, 2.9, 3.6), (12, -8, 25))
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def straight():
     """The same along the axes, two of them flipped and exchanged."""
     direction = (0, -1, 0, 1, 0, 0, 0, 0, -1)
     grid = Grid.build((86, 94, 64), (2.2, 2.9, 3.4), (0, 0, 0), direction)
-    return Grid.build(grid.size, grid.spacing, CENTER + (20, -30, 25) - grid.center, direction)
+    return Grid.build(grid.size, grid.spacing, CENTER + np.array([20, -30, 25]) - grid.center, direction)
 
 
 @pytest.mark.parametrize("noise", [0.0, 8.0, 25.0])
@@ -66,7 +66,7 @@ def test_along_the_axes_its_voxels_are_voxels_of_the_image(straight):
 
 def test_a_mask_is_covered_instead_of_the_foreground(wide, moving_grid):
     image = scan(wide, ball(wide), 8.0)
-    part = ball(moving_grid, CENTER + (5, 10, 0), RADII / 3)
+    part = ball(moving_grid, CENTER + np.array([5, 10, 0]), RADII / 3)
     mask = moving_grid.image(part.astype(np.uint8))
     region = covered_region(image, image, UNMOVED, mask, mask)
     assert region.contains(points_of(moving_grid)[part]).all()

@@ -11,7 +11,7 @@ from DivRegNetLib.errors import Cancelled
 from DivRegNetLib.registration import methods, selection
 from DivRegNetLib.registration.methods import Images
 from DivRegNetLib.registration.regnet import RegNet, RegNetConfig
-from DivRegNetLib.registration.selection import Agreement, Candidate, choose, split, stiffened
+from DivRegNetLib.registration.selection import Agreement, Candidate, Score, best_of, split, stiffened
 from DivRegNetLib.registration.variational import DEFAULT, REFINEMENT
 from DivRegNetLib.registration.variational.schedule import schedule
 
@@ -36,11 +36,11 @@ def bent(mean: float = 1.5) -> tuple[Images, torch.Tensor]:
     return Images(noisy(fixed, 1), noisy(moving, 2)), truth
 
 
-def network() -> RegNet:
+def network(sd: float = 0.05) -> RegNet:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = RegNet(RegNetConfig(channels=(2, 2, 2, 2)))
-        torch.nn.init.normal_(net.head.weight, std=0.05)
+        torch.nn.init.normal_(net.head.weight, std=sd)
     return net.eval().requires_grad_(False)
 
 
@@ -53,11 +53,24 @@ def test_the_highest_score_is_chosen_and_of_equal_ones_the_first():
     def candidate(name: str, value: float) -> Candidate:
         return Candidate(name, lambda: made.append(name) or torch.full((1, 3, 2, 2, 2), value))
 
-    choice = choose([candidate("a", 1.0), candidate("b", 2.0), candidate("c", 2.0)], lambda u: u.mean().item())
+    def score(u: torch.Tensor) -> Score:
+        return Score(u.mean().item() / 10, 1.0)
+
+    choice = best_of([candidate("a", 1.0), candidate("b", 2.0), candidate("c", 2.0)], score)
     assert choice.candidate.name == "b" and (choice.displacement == 2).all()
-    assert made == ["a", "b", "c"] and choice.scores == {"a": 1.0, "b": 2.0, "c": 2.0}
+    assert made == ["a", "b", "c"] and list(choice.scores) == made
+    assert best_of([candidate("d", 2.5)], score, choice).candidate.name == "d"
+    later = best_of([candidate("e", 1.5)], score, choice)
+    assert later.displacement is choice.displacement and list(later.scores) == ["a", "b", "c", "e"]
+    assert choice.as_dict()["scores"]["b"] == {"edges": 0.2, "information": 1.0}
     with pytest.raises(ValueError, match="no candidate"):
-        choose([], lambda u: 0.0)
+        best_of([], score)
+
+
+def test_a_deformation_has_to_be_better_by_all_evidence():
+    none = Score(0.7, 1.0)
+    assert Score(0.75, 1.1).beats(none)
+    assert not Score(0.75, 0.99).beats(none) and not Score(0.701, 2.0).beats(none) and not none.beats(none)
 
 
 def test_images_agree_best_where_they_are_aligned():
@@ -66,7 +79,10 @@ def test_images_agree_best_where_they_are_aligned():
     noise = fields.smooth(torch.randn(truth.shape, generator=torch.Generator().manual_seed(0)), 2.0)
     noise = noise / fields.length(noise).mean()
     scores = [score(u) for u in (truth, truth + 0.5 * noise, truth + noise, torch.zeros_like(truth))]
-    assert scores == sorted(scores, reverse=True) and scores[0] > scores[-1] + 0.1
+    for part in ("edges", "information", "total"):
+        values = [getattr(s, part) for s in scores]
+        assert values == sorted(values, reverse=True), part
+    assert scores[0].beats(scores[-1]) and scores[0].edges > scores[-1].edges + 0.1
 
 
 def test_what_was_not_measured_does_not_count():
@@ -76,9 +92,10 @@ def test_what_was_not_measured_does_not_count():
     spoilt = replace(images, fixed=images.fixed * valid[0], moving=images.moving * valid[1], valid=tuple(valid))
     plain = replace(images, valid=tuple(valid))
     for u in (truth, torch.zeros_like(truth)):
-        assert Agreement(spoilt)(u) == pytest.approx(Agreement(plain)(u), abs=0.02)
+        scores = [vars(Agreement(pair)(u)) for pair in (spoilt, plain)]
+        assert scores[0] == pytest.approx(scores[1], rel=0.05)
     apart = replace(images, valid=(valid[0], torch.zeros_like(valid[1])))
-    assert Agreement(apart)(truth) == 0.0, "nothing in common"
+    assert Agreement(apart)(truth) == Score(0.0, 0.0), "nothing in common"
 
 
 # Stiffnesses
@@ -126,11 +143,11 @@ def test_a_known_deformation_is_recovered_as_well_as_by_the_best_fixed_stiffness
 
 def test_a_network_that_makes_it_worse_is_not_used():
     images, _ = bent()
-    chosen = selection.deform(images, BOTH, DEFAULT, network())
-    assert chosen.scores["regnet"] < max(chosen.scores.values())
+    chosen = selection.deform(images, BOTH, DEFAULT, network(0.5))
+    assert chosen.scores["regnet"].total < max(score.total for score in chosen.scores.values())
     assert torch.equal(chosen.displacement, selection.deform(images, ALONE, DEFAULT, None).displacement)
     alone = selection.deform(images, ("regnet",), DEFAULT, network())
-    assert set(alone.scores) == {"regnet", "none"} and alone.candidate.stiffness is None
+    assert alone.scores == {} and alone.candidate.stiffness is None, "a network alone is not judged"
 
 
 def test_the_same_images_give_the_same_choice_and_displacement():
