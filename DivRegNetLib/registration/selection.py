@@ -5,13 +5,14 @@ one head that are aligned already are moved apart by it, by a third of a voxel w
 pairs: two patients' organs need a loose deformation, small or smooth differences a stiff one. So there are several candidates,
 and evidence that none of them was made to maximize chooses between them.
 
-A :class:`Candidate` is a name and a function that makes a displacement. :class:`Agreement` gathers two pieces of evidence for a
-displacement, :func:`best_of` takes the candidate that they speak for. :func:`deform` makes candidates of several stiffnesses,
-which share all but the last steps, and keeps to no deformation unless the best of them is better by both.
+A :class:`Candidate` is a name and a function that makes a displacement. :class:`Agreement` gathers the evidence for a
+displacement, and :func:`best_of` takes the candidate that it speaks for. :func:`deform` makes candidates of several stiffnesses
+and keeps to no deformation unless the best of them is better by all evidence.
 
 Axis order and units as in :mod:`DivRegNetLib.core.fields`.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -26,22 +27,19 @@ from DivRegNetLib.registration import methods
 from DivRegNetLib.registration.methods import Coarse, Images
 from DivRegNetLib.registration.regnet import RegNet
 from DivRegNetLib.registration.variational.equations import gradient
-from DivRegNetLib.registration.variational.settings import Level, Smoothness, VariationalSettings
-from DivRegNetLib.similarity.descriptors import believable
+from DivRegNetLib.registration.variational.settings import VariationalSettings
+from DivRegNetLib.similarity.descriptors import VARIANCES, believable
 
 Progress = Callable[[float], None]
 
-STIFFNESSES = (1.0, 3.0, 0.3, 0.1)
+STIFFNESSES = (1.0, 0.2)
 """Factors of the elastic weight that are tried; the first is usual."""
 
-LAST_STEPS = 2  # of the last level, that each stiffness makes by itself
-PARTS_SHARED = 3  # of the progress, in units of a candidate
 NO_DEFORMATION = "none"
 LEAST_GAIN = 0.003  # of the edges' cosine, by which a deformation has to be better than none
-WEIGHT = 0.1  # of the information beside the edges: a deformation changes it by about ten times as much, relatively
-REACH = 3  # voxels that a gradient looks in each direction
+CUBE = 5  # voxels a side that a gradient and a descriptor look at
 BINS = 32  # of the joint histogram
-EVERY = 300_000  # voxels from which it is counted, at most
+COUNTED, COMPARED = 200_000, 10_000  # voxels of the histogram, and of the edges, at least
 
 
 @dataclass(frozen=True)
@@ -62,24 +60,30 @@ class Candidate:
 class Score:
     """The evidence for a displacement.
 
-    edges: mean squared cosine between the gradients of the two images where those of the fixed image are strongest, as in
+    distance: mean squared distance between the MIND-SSC descriptors (:mod:`DivRegNetLib.similarity.descriptors`) of the two
+        images, at strong edges of the fixed image. It tells deformations from each other.
+    edges: mean squared cosine between the gradients of the two images at these edges, as in
         :mod:`DivRegNetLib.quality.evidence`; a third by chance, 1 at best.
     information: mutual information of the foreground as a whole, in nats. The methods maximize that of small blocks; a wrong
         deformation raises it while that of the whole falls.
     """
 
+    distance: float
     edges: float
     information: float
 
-    @property
-    def total(self) -> float:
-        """Both in one number, to compare deformations with each other."""
-        return math.log(max(self.edges, 1e-6)) + WEIGHT * math.log(max(self.information, 1e-6))
-
     def beats(self, none: "Score") -> bool:
-        """Whether it is better by both than no deformation. Either one alone can be misled: edges where they are few, the
-        information where noise can be fitted."""
-        return self.edges > none.edges + LEAST_GAIN and self.information > none.information
+        """Whether it is better by all than no deformation. Each alone can be misled: edges where they are few, the others
+        where noise can be fitted."""
+        return (
+            self.distance < none.distance
+            and self.edges > none.edges + LEAST_GAIN
+            and self.information > none.information
+        )
+
+
+NOTHING = Score(math.inf, 0.0, 0.0)
+"""The score where too little is left to compare."""
 
 
 @dataclass(frozen=True)
@@ -96,14 +100,17 @@ class Choice:
 
     def as_dict(self) -> dict:
         """For the quality card."""
-        scores = {name: {k: float(f"{v:.5g}") for k, v in vars(score).items()} for name, score in self.scores.items()}
+        scores = {
+            name: {k: float(f"{v:.5g}") if math.isfinite(v) else None for k, v in vars(score).items()}
+            for name, score in self.scores.items()
+        }
         return {"chosen": self.candidate.name, "stiffness": self.candidate.stiffness, "scores": scores}
 
 
 def best_of(
     candidates: Iterable[Candidate], evidence: Callable[[Tensor], Score], before: Choice | None = None
 ) -> Choice:
-    """The candidate with the highest total score; of equal ones the first.
+    """The candidate whose descriptors have the least distance; of equal ones the first.
 
     Args:
         before: an earlier choice, which is among the candidates.
@@ -114,7 +121,7 @@ def best_of(
     for candidate in candidates:
         displacement = candidate.make()
         scores[candidate.name] = evidence(displacement)
-        if best is None or scores[candidate.name].total > scores[best.candidate.name].total:
+        if best is None or scores[candidate.name].distance < scores[best.candidate.name].distance:
             best = Choice(candidate, displacement, scores)
     if best is None:
         raise ValueError("there is no candidate to choose")
@@ -126,31 +133,82 @@ class Agreement:
 
     def __init__(self, images: Images) -> None:
         measured = images.measured_in_masks() or (torch.ones_like(images.fixed, dtype=torch.bool),) * 2
-        # Gradients do not reach across the border of what was measured.
-        inner, moving = (m if m.all() else believable(m, radius=REACH, dilation=0) for m in measured)
-        self.inside = evidence.foreground(images.fixed, measured[0]) & inner
-        self.gradient = _slopes(images.fixed)
-        self.strength = self.gradient.square().sum(1, keepdim=True)
-        values = self.strength[self.inside] if self.inside.any() else self.strength.flatten()
+        # Neither gradients nor descriptors reach across the border of what was measured.
+        inner, moving = (m if m.all() else believable(m, radius=CUBE // 2, dilation=0) for m in measured)
+        inside = evidence.foreground(images.fixed, measured[0]) & inner
+        self.foreground = _every(inside, COUNTED)
+        strength = gradient(fields.smooth(images.fixed, 1.0)).square().sum(1, keepdim=True)
+        values = strength[inside] if inside.any() else strength.flatten()
         strong = values.kthvalue(1 + int((1 - evidence.STRONG) * (len(values) - 1))).values
-        self.edges = self.inside & (self.strength >= strong)
-        self.fixed = _in_bins(images.fixed)
+        self.edges = _every(inside & (strength >= strong), COMPARED)
+        self.fixed = _in_bins(images.fixed).flatten()[self.foreground]
+        cubes = cubes_at(images.fixed, self.edges)
+        self.descriptors, self.slopes = descriptors_of(cubes), slopes_of(cubes)
         self.moving = torch.cat((images.moving, moving.to(images.moving.dtype)), 1)
 
     def __call__(self, displacement: Tensor) -> Score:
-        """The score of a displacement (1, 3, D, H, W); zeros where too little is left to compare."""
+        """The score of a displacement (1, 3, D, H, W)."""
         warped, measured = fields.warp(self.moving, displacement).split(1, 1)
-        measured = measured > evidence.MEASURED
-        edges, inside = self.edges & measured, self.inside & measured
-        if edges.sum() < evidence.MIN_VOXELS:
-            return Score(0.0, 0.0)
-        slopes = _slopes(warped)
-        product = (self.gradient * slopes).sum(1, keepdim=True).square_()
-        cosine = product / (self.strength * slopes.square().sum(1, keepdim=True)).clamp_min_(1e-12)
-        at = inside.flatten().nonzero()[:, 0]
-        at = at[:: max(len(at) // EVERY, 1)]
-        information = _information(self.fixed.flatten()[at], _in_bins(warped).flatten()[at])
-        return Score(cosine[edges].mean().item(), information)
+        measured = measured.flatten() > evidence.MEASURED
+        counted, inside = measured[self.edges], measured[self.foreground]
+        if min(counted.sum(), inside.sum()) < evidence.MIN_VOXELS:
+            return NOTHING
+        cubes = cubes_at(warped, self.edges)
+        distance = (descriptors_of(cubes) - self.descriptors).square().mean(1)
+        slopes = slopes_of(cubes)
+        product = (self.slopes * slopes).sum(1).square()
+        cosine = product / (self.slopes.square().sum(1) * slopes.square().sum(1)).clamp_min(1e-12)
+        information = _information(self.fixed[inside], _in_bins(warped).flatten()[self.foreground][inside])
+        return Score(distance[counted].mean().item(), cosine[counted].mean().item(), information)
+
+
+def _every(mask: Tensor, most: int) -> Tensor:
+    """(n,) indices into a flattened mask of at least ``most`` of its voxels, evenly spread, or of all."""
+    at = mask.flatten().nonzero()[:, 0]
+    return at[:: max(len(at) // most, 1)]
+
+
+def cubes_at(image: Tensor, at: Tensor) -> Tensor:
+    """The voxels around some voxels, (n, 5, 5, 5) along D, H, W; beyond the border, the border's.
+
+    Args:
+        image: (1, 1, D, H, W).
+        at: (n,) indices into the flattened image.
+    """
+    depth, height, width = image.shape[2:]
+    around = torch.arange(CUBE, device=image.device) - CUBE // 2
+    axes = zip((at // (height * width), at // width % height, at % width), (depth, height, width), strict=True)
+    k, j, i = ((a[:, None] + around).clamp_(0, n - 1) for a, n in axes)
+    return image.flatten()[((k[:, :, None] * height + j[:, None]) * width)[..., None] + i[:, None, None]]
+
+
+def slopes_of(cubes: Tensor) -> Tensor:
+    """Derivatives along D, H, W, (n, 3), in the middle of cubes (n, 5, 5, 5), by a Gaussian of one voxel."""
+    x = torch.arange(CUBE, dtype=cubes.dtype, device=cubes.device) - CUBE // 2
+    bell = torch.exp(-x.square() / 2)
+    bell, slope = bell / bell.sum(), bell * x / (bell * x.square()).sum()
+    weights = [torch.einsum("i,j,k->ijk", *(slope if d == axis else bell for d in range(3))) for axis in range(3)]
+    return cubes.flatten(1) @ torch.stack(weights).flatten(1).T
+
+
+def descriptors_of(cubes: Tensor) -> Tensor:
+    """The MIND-SSC descriptors, (n, 12), of the middle voxels of cubes (n, 5, 5, 5): as those of
+    :func:`~DivRegNetLib.similarity.descriptors.mind_ssc`, with the mean patch distance of these voxels for that of the image.
+    """
+
+    def patch(axis: int, side: int) -> Tensor:
+        start = [1 + side if d == axis else 1 for d in range(3)]
+        return cubes[(slice(None), *(slice(a, a + 3) for a in start))]
+
+    distances = torch.stack([
+        (patch(a, side) - patch(b, other)).square_().sum((1, 2, 3))
+        for a, b in itertools.combinations(range(3), 2)
+        for side, other in itertools.product((1, -1), repeat=2)
+    ], 1)  # fmt: skip
+    distances -= distances.amin(1, keepdim=True)
+    variance = distances.mean(1, keepdim=True)
+    usual = variance.mean().clamp_min(torch.finfo(cubes.dtype).tiny)
+    return distances.div_(variance.clamp(*(k * usual for k in VARIANCES))).neg_().exp_()
 
 
 def _in_bins(image: Tensor) -> Tensor:
@@ -163,11 +221,6 @@ def _information(rows: Tensor, columns: Tensor) -> float:
     joint = joint / joint.sum()
     product = joint.sum(1, keepdim=True) * joint.sum(0, keepdim=True)
     return (joint * (joint.clamp_min(1e-12) / product.clamp_min(1e-12)).log()).sum().item()
-
-
-def _slopes(image: Tensor) -> Tensor:
-    """Derivatives along x, y, z of an image smoothed by a Gaussian of one voxel, (N, 3, D, H, W)."""
-    return gradient(fields.smooth(image, 1.0))
 
 
 def deform(
@@ -193,32 +246,32 @@ def deform(
         made = methods.deform(images, names, settings, regnet, progress)
         return Choice(Candidate(name, lambda: made, stiffness), made, {})
     score = Agreement(images)
-    none = no_deformation(images)
     at = len(names) - names[::-1].index("variational")
     before, after = names[:at], names[at:]
-    shared, last = split(variational)
-    parts = PARTS_SHARED + len(STIFFNESSES) + len(after)
-    start = methods.run(images, before, shared, regnet, lambda f: progress(PARTS_SHARED * f / parts))
+    parts = len(STIFFNESSES) + bool(after)
     finished: dict[str, Coarse] = {}
 
     def report(fraction: float) -> None:
-        progress((PARTS_SHARED + len(finished) + fraction) / parts)
+        progress((len(finished) + fraction) / parts)
 
     def finish(factor: float) -> Tensor:
-        moved = methods.run(images, ("variational",), stiffened(last, factor), None, report, start)
+        moved = methods.run(images, before, stiffened(variational, factor), regnet, report)
         finished[_name(factor)] = moved
         return moved.fine()
 
     chosen = best_of((Candidate(_name(s), partial(finish, s), s) for s in STIFFNESSES), score)
+    none = no_deformation(images)
     undeformed = score(none.displacement)
     if not chosen.scores[chosen.candidate.name].beats(undeformed):
         chosen = replace(none, scores=chosen.scores)
     elif after:
-        moved = methods.run(images, after, variational, regnet, report, finished[chosen.candidate.name])
-        chosen = best_of([Candidate("+".join(after), moved.fine, chosen.candidate.stiffness)], score, chosen)
-    chosen = replace(chosen, scores={NO_DEFORMATION: undeformed, **chosen.scores})
+        stiffness = chosen.candidate.stiffness
+        moved = methods.run(
+            images, after, stiffened(variational, stiffness), regnet, report, finished[chosen.candidate.name]
+        )
+        chosen = best_of([Candidate("+".join(after), moved.fine, stiffness)], score, chosen)
     progress(1.0)
-    return chosen
+    return replace(chosen, scores={NO_DEFORMATION: undeformed, **chosen.scores})
 
 
 def no_deformation(images: Images) -> Choice:
@@ -233,36 +286,6 @@ def stiffened(settings: VariationalSettings, factor: float) -> VariationalSettin
         replace(s, elastic=s.elastic * factor) for s in (settings.first_smoothness, settings.last_smoothness)
     )
     return replace(settings, first_smoothness=first, last_smoothness=last)
-
-
-def split(settings: VariationalSettings) -> tuple[VariationalSettings, VariationalSettings]:
-    """Settings of the steps that all stiffnesses share, and of the last ones; one after the other they are what was given,
-    but for the momentum between them."""
-    *coarse, finest = settings.levels
-    counts = [round(level.share * settings.steps) if settings.steps >= settings.min_steps else 0 for level in coarse]
-    at_last = max(settings.steps - sum(counts), 1)
-    own = min(LAST_STEPS, max(at_last - 1, 1))
-    steps = max(settings.steps - own, 1)
-
-    def levels(shares: list[float]) -> tuple[Level, ...]:  # all of them, so that images are padded as before
-        return (*(replace(level, share=share) for level, share in zip(coarse, shares, strict=True)), finest)
-
-    def smoothness(number: int) -> Smoothness:
-        t = number / (at_last - 1) if at_last > 1 else 1.0
-        pairs = (
-            (getattr(s, n) for s in (settings.first_smoothness, settings.last_smoothness))
-            for n in ("window", "fluid", "elastic")
-        )
-        return Smoothness(*(a + (b - a) * t for a, b in pairs))
-
-    shared = replace(
-        settings,
-        steps=steps,
-        levels=levels([n / steps for n in counts]),
-        last_smoothness=smoothness(max(at_last - own - 1, 0)),
-    )
-    last = replace(settings, steps=own, levels=levels([0.0] * len(coarse)), first_smoothness=smoothness(at_last - own))
-    return shared, last
 
 
 def _name(stiffness: float) -> str:

@@ -11,12 +11,20 @@ from DivRegNetLib.errors import Cancelled
 from DivRegNetLib.registration import methods, selection
 from DivRegNetLib.registration.methods import Images
 from DivRegNetLib.registration.regnet import RegNet, RegNetConfig
-from DivRegNetLib.registration.selection import Agreement, Candidate, Score, best_of, split, stiffened
-from DivRegNetLib.registration.variational import DEFAULT, REFINEMENT
-from DivRegNetLib.registration.variational.schedule import schedule
+from DivRegNetLib.registration.selection import (
+    Agreement,
+    Candidate,
+    Score,
+    best_of,
+    cubes_at,
+    descriptors_of,
+    slopes_of,
+    stiffened,
+)
+from DivRegNetLib.registration.variational import DEFAULT
+from DivRegNetLib.similarity.descriptors import mind_ssc
 
 SHAPE = (32, 40, 24)
-MANY = 10**9
 ALONE, BOTH = ("variational",), ("variational", "regnet")
 
 
@@ -47,14 +55,14 @@ def network(sd: float = 0.05) -> RegNet:
 # Choosing
 
 
-def test_the_highest_score_is_chosen_and_of_equal_ones_the_first():
+def test_the_least_distance_is_chosen_and_of_equal_ones_the_first():
     made = []
 
     def candidate(name: str, value: float) -> Candidate:
         return Candidate(name, lambda: made.append(name) or torch.full((1, 3, 2, 2, 2), value))
 
     def score(u: torch.Tensor) -> Score:
-        return Score(u.mean().item() / 10, 1.0)
+        return Score(1 - u.mean().item() / 10, 0.5, 1.0)
 
     choice = best_of([candidate("a", 1.0), candidate("b", 2.0), candidate("c", 2.0)], score)
     assert choice.candidate.name == "b" and (choice.displacement == 2).all()
@@ -62,15 +70,28 @@ def test_the_highest_score_is_chosen_and_of_equal_ones_the_first():
     assert best_of([candidate("d", 2.5)], score, choice).candidate.name == "d"
     later = best_of([candidate("e", 1.5)], score, choice)
     assert later.displacement is choice.displacement and list(later.scores) == ["a", "b", "c", "e"]
-    assert choice.as_dict()["scores"]["b"] == {"edges": 0.2, "information": 1.0}
+    assert choice.as_dict()["scores"]["b"] == {"distance": 0.8, "edges": 0.5, "information": 1.0}
     with pytest.raises(ValueError, match="no candidate"):
         best_of([], score)
 
 
 def test_a_deformation_has_to_be_better_by_all_evidence():
-    none = Score(0.7, 1.0)
-    assert Score(0.75, 1.1).beats(none)
-    assert not Score(0.75, 0.99).beats(none) and not Score(0.701, 2.0).beats(none) and not none.beats(none)
+    none = Score(0.3, 0.7, 1.0)
+    assert Score(0.2, 0.75, 1.1).beats(none)
+    assert not any(s.beats(none) for s in (Score(0.2, 0.75, 0.99), Score(0.2, 0.701, 2.0), Score(0.31, 0.8, 2.0), none))
+
+
+def test_descriptors_and_slopes_of_some_voxels_are_those_of_the_image():
+    image = textured(SHAPE, 3)
+    whole = mind_ssc(image)[0].flatten(1).T
+    at = torch.arange(image.numel())
+    torch.testing.assert_close(descriptors_of(cubes_at(image, at)), whole, atol=1e-5, rtol=1e-4)
+    some = at[5000:20000:7]
+    assert (descriptors_of(cubes_at(image, some)) - whole[some]).abs().max() < 0.05
+    ramp = fields.identity(SHAPE, like=image)[0, :, None] * torch.tensor([1.0, 2.0, -3.0]).view(3, 1, 1, 1, 1)
+    middle = torch.tensor([(16 * SHAPE[1] + 20) * SHAPE[2] + 12])
+    slopes = slopes_of(cubes_at(ramp.sum(0)[None], middle))
+    torch.testing.assert_close(slopes, torch.tensor([[-3.0, 2.0, 1.0]]), atol=1e-4, rtol=1e-4)
 
 
 def test_images_agree_best_where_they_are_aligned():
@@ -79,8 +100,8 @@ def test_images_agree_best_where_they_are_aligned():
     noise = fields.smooth(torch.randn(truth.shape, generator=torch.Generator().manual_seed(0)), 2.0)
     noise = noise / fields.length(noise).mean()
     scores = [score(u) for u in (truth, truth + 0.5 * noise, truth + noise, torch.zeros_like(truth))]
-    for part in ("edges", "information", "total"):
-        values = [getattr(s, part) for s in scores]
+    for part, sign in (("distance", -1), ("edges", 1), ("information", 1)):
+        values = [sign * getattr(s, part) for s in scores]
         assert values == sorted(values, reverse=True), part
     assert scores[0].beats(scores[-1]) and scores[0].edges > scores[-1].edges + 0.1
 
@@ -95,22 +116,10 @@ def test_what_was_not_measured_does_not_count():
         scores = [vars(Agreement(pair)(u)) for pair in (spoilt, plain)]
         assert scores[0] == pytest.approx(scores[1], rel=0.05)
     apart = replace(images, valid=(valid[0], torch.zeros_like(valid[1])))
-    assert Agreement(apart)(truth) == Score(0.0, 0.0), "nothing in common"
+    assert Agreement(apart)(truth) == selection.NOTHING, "nothing in common"
 
 
 # Stiffnesses
-
-
-@pytest.mark.parametrize("settings", [DEFAULT, replace(DEFAULT, steps=60), REFINEMENT])
-def test_shared_and_last_steps_are_those_of_the_whole(settings):
-    def steps(*parts):
-        stages = [stage for part in parts for stage in schedule(part, MANY)]
-        return [(s.level.shrink, *vars(x).values()) for s in stages for x in s.smoothness]
-
-    whole, parts = steps(settings), steps(*split(settings))
-    assert len(whole) == len(parts) == settings.steps
-    assert torch.allclose(torch.tensor(whole), torch.tensor(parts))
-    assert all(part.multiple == settings.multiple for part in split(settings))
 
 
 def test_a_given_stiffness_is_that_of_the_settings(aligned):
@@ -144,7 +153,7 @@ def test_a_known_deformation_is_recovered_as_well_as_by_the_best_fixed_stiffness
 def test_a_network_that_makes_it_worse_is_not_used():
     images, _ = bent()
     chosen = selection.deform(images, BOTH, DEFAULT, network(0.5))
-    assert chosen.scores["regnet"].total < max(score.total for score in chosen.scores.values())
+    assert chosen.scores["regnet"].distance > min(score.distance for score in chosen.scores.values())
     assert torch.equal(chosen.displacement, selection.deform(images, ALONE, DEFAULT, None).displacement)
     alone = selection.deform(images, ("regnet",), DEFAULT, network())
     assert alone.scores == {} and alone.candidate.stiffness is None, "a network alone is not judged"
