@@ -20,6 +20,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from DivRegNetLib.core import fields
 from DivRegNetLib.quality import evidence
@@ -39,7 +40,7 @@ NO_DEFORMATION = "none"
 LEAST_GAIN = 0.003  # of the edges' cosine, by which a deformation has to be better than none
 CUBE = 5  # voxels a side that a gradient and a descriptor look at
 BINS = 32  # of the joint histogram
-COUNTED, COMPARED = 200_000, 10_000  # voxels of the histogram, and of the edges, at least
+COUNTED, COMPARED = 100_000, 4_000  # voxels of the histogram, and of the edges, at least
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class Agreement:
         measured = images.measured_in_masks() or (torch.ones_like(images.fixed, dtype=torch.bool),) * 2
         # Neither gradients nor descriptors reach across the border of what was measured.
         inner, moving = (m if m.all() else believable(m, radius=CUBE // 2, dilation=0) for m in measured)
-        inside = evidence.foreground(images.fixed, measured[0]) & inner
+        inside = _foreground(images.fixed, measured[0]) & inner
         self.foreground = _every(inside, COUNTED)
         strength = gradient(fields.smooth(images.fixed, 1.0)).square().sum(1, keepdim=True)
         values = strength[inside] if inside.any() else strength.flatten()
@@ -160,6 +161,17 @@ class Agreement:
         cosine = product / (self.slopes.square().sum(1) * slopes.square().sum(1)).clamp_min(1e-12)
         information = _information(self.fixed[inside], _in_bins(warped).flatten()[self.foreground][inside])
         return Score(distance[counted].mean().item(), cosine[counted].mean().item(), information)
+
+
+def _foreground(image: Tensor, measured: Tensor) -> Tensor:
+    """What is not air, (1, 1, D, H, W) bool, to two voxels."""
+    shape = image.shape[2:]
+    if min(shape) < 16:
+        return evidence.foreground(image, measured)
+    half = F.avg_pool3d(torch.cat((image, measured.to(image.dtype)), 1), 2, ceil_mode=True)
+    found = evidence.foreground(half[:, :1], half[:, 1:] > evidence.MEASURED)
+    found = F.interpolate(found.to(image.dtype), scale_factor=2, mode="nearest")
+    return found[..., : shape[0], : shape[1], : shape[2]] > 0.5
 
 
 def _every(mask: Tensor, most: int) -> Tensor:
