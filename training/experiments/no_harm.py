@@ -176,7 +176,7 @@ class Score:
             return error if self.unit == MM else error / self.grid.spacing[0]
         transform = physical_fields.forward_transform(displacement, self.grid, self.matrix, self.grid)
         warped = sitk.Resample(self.moving_labels, self.fixed_labels, transform, sitk.sitkNearestNeighbor, 0)
-        fixed, warped = (sitk.GetArrayViewFromImage(x) for x in (self.fixed_labels, warped))
+        fixed, warped = (sitk.GetArrayFromImage(x) for x in (self.fixed_labels, warped))
         return float(np.mean([metrics.dice(fixed == n, warped == n) for n in np.unique(fixed).tolist() if n]))
 
 
