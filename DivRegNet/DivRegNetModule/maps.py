@@ -17,7 +17,7 @@ from DivRegNetModule.steps import Steps, slabs
 LENGTH, JACOBIAN = "displacement length", "Jacobian determinant"
 COLORS = {LENGTH: "vtkMRMLColorTableNodeFileViridis.txt", JACOBIAN: "vtkMRMLColorTableNodeFileDivergingBlueRed.txt"}
 ROLE = "DivRegNet.mapped"
-HALO_BYTES = 40  # a voxel, beside the vector, while its Jacobian is computed
+JACOBIAN_BYTES = 100  # a voxel, while its Jacobian determinant is computed
 
 
 def map_steps(transform_node, kind: str) -> Steps:
@@ -53,7 +53,7 @@ def _parts(field: np.ndarray, grid: Grid, kind: str) -> Iterator[np.ndarray]:
         for start, end in slabs(len(field), 2 * field[:1].nbytes):
             yield displacement_length(field[start:end])
         return
-    step = next(end - start for start, end in slabs(len(field), HALO_BYTES * field[0].size))
+    step = next(end - start for start, end in slabs(len(field), JACOBIAN_BYTES * field[0].size))
     yield from jacobian_determinant_slabs(field, grid, step)
 
 

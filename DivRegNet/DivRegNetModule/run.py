@@ -266,7 +266,7 @@ class Run:
             fixed = yield from segments_steps(self.request.segmentations[0])
             moving = yield from segments_steps(self.request.segmentations[1])
             references = replace(references, fixed_segments=fixed, moving_segments=moving)
-        if self._pairs is not None:
+        if self._pairs is not None and self._pairs.labels:
             points = {"fixed_points": self._pairs.fixed, "moving_points": self._pairs.moving}
             references = replace(references, **points, labels=self._pairs.labels)
         measured = references.fixed_segments is not None or references.fixed_points is not None

@@ -111,10 +111,10 @@ def _joint_counts(
     for start in range(0, len(a), step):
         slabs = (x[start : start + step].ravel() for x in (a, b))
         (values_a, index_a), (values_b, index_b) = (np.unique(slab, return_inverse=True) for slab in slabs)
-        joint = np.bincount(index_a * len(values_b) + index_b, minlength=len(values_a) * len(values_b))
-        for i in np.flatnonzero(joint):
+        joint, numbers = np.unique(index_a * len(values_b) + index_b, return_counts=True)
+        for i, n in zip(joint.tolist(), numbers.tolist(), strict=True):
             key = int(values_a[i // len(values_b)]), int(values_b[i % len(values_b)])
-            counts[key] = counts.get(key, 0) + int(joint[i])
+            counts[key] = counts.get(key, 0) + n
     of_one: dict[int, int] = {}
     of_other: dict[int, int] = {}
     for (label, other_label), n in counts.items():

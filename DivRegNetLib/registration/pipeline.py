@@ -26,7 +26,7 @@ from DivRegNetLib.core.grid import Grid, affine_matrix
 from DivRegNetLib.core.intensity import AIR_HU, normalize
 from DivRegNetLib.core.torch_state import default_state
 from DivRegNetLib.errors import Cancelled, DivRegNetError, InputError, is_out_of_memory
-from DivRegNetLib.options import INTERPOLATIONS, STAGES, Options, Progress
+from DivRegNetLib.options import INTERPOLATIONS, LANDMARK_ALIGNMENTS, STAGES, Options, Progress
 from DivRegNetLib.quality import evidence, expected_error, metrics
 from DivRegNetLib.quality.evidence import Evidence
 from DivRegNetLib.registration import alignment, memory, methods, selection
@@ -189,6 +189,11 @@ def align(inputs: Inputs, options: Options, device: torch.device, *, progress: C
     """
     if isinstance(options.align, sitk.Transform):
         matrix = affine_matrix(options.align)
+    elif options.align in LANDMARK_ALIGNMENTS:
+        raise InputError(
+            f"the initial alignment {options.align!r} needs landmarks, which only files come with; fit a transform to yours "
+            "(DivRegNetLib.registration.landmark_alignment) and give it instead"
+        )
     else:
         matrix = alignment.align(
             inputs.fixed,

@@ -208,7 +208,7 @@ def test_a_computer_without_memory_gets_a_coarser_resolution_and_is_told(pair, t
         import DivRegNetLib.registration.pipeline
         from DivRegNetLib.run.worker import child
         pages = int(Path("/proc/self/statm").read_text().split()[0])
-        limit = pages * resource.getpagesize() + 250 * 2**20
+        limit = pages * resource.getpagesize() + 400 * 2**20
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         child.main(folder)
     """)

@@ -28,9 +28,11 @@ def worker_pid(widget) -> int:
     return widget._sequenceRun._worker.pid
 
 
-def test_every_frame_is_registered_and_has_a_verdict(ready, sequence, pair):
+def test_every_frame_is_registered_and_has_a_verdict(ready, sequence, pair, monkeypatch):
+    import DivRegNetModule
     import slicer
 
+    monkeypatch.setattr(DivRegNetModule, "translate", lambda context, text: f"translated: {text}")
     before = census()
     ready.ui.registerSequenceButton.click()
     assert ready._sequenceRun is not None, ready.ui.messageLabel.text
@@ -42,6 +44,7 @@ def test_every_frame_is_registered_and_has_a_verdict(ready, sequence, pair):
     assert table.visible and table.rowCount == 3
     assert [table.item(i, 0).text() for i in range(3)] == ["0", "1", "2"]
     assert {table.item(i, 1).text() for i in range(3)} <= {"GREEN", "AMBER", "RED"}
+    assert all(table.item(i, 2).text().startswith("translated: The ") for i in range(3))
     assert outcome.warped.GetNumberOfDataNodes() == outcome.transforms.GetNumberOfDataNodes() == 3
     assert (outcome.warped.GetName(), outcome.warped.GetIndexUnit()) == ("heart warped to fixed", "s")
     frames = [outcome.warped.GetNthDataNode(i) for i in range(3)]
@@ -53,6 +56,8 @@ def test_every_frame_is_registered_and_has_a_verdict(ready, sequence, pair):
     assert outcome.browser.GetName() == "browser" and outcome.browser.IsSynchronizedSequenceNode(outcome.warped, True)
     table.cellClicked.emit(2, 0)
     assert outcome.browser.GetSelectedItemNumber() == 2
+    table.cellActivated.emit(1, 0)  # by the keyboard
+    assert outcome.browser.GetSelectedItemNumber() == 1
     outcome.undo()
     assert census() >= before and not slicer.mrmlScene.IsNodePresent(outcome.warped)
 

@@ -163,6 +163,7 @@ def _attributes(result) -> dict[str, str]:
         "ModelVersion": result.card.version,
         "Settings": json.dumps(result.settings, allow_nan=False),
         "Quality": json.dumps(result.quality, allow_nan=False),
+        "Initial": json.dumps(result.initial.tolist()),
     }
 
 
