@@ -258,17 +258,25 @@ def deform(
         made = methods.deform(images, names, settings, regnet, progress)
         return Choice(Candidate(name, lambda: made, stiffness), made, {})
     score = Agreement(images)
-    at = len(names) - names[::-1].index("variational")
-    before, after = names[:at], names[at:]
-    parts = len(STIFFNESSES) + bool(after)
-    finished: dict[str, Coarse] = {}
+    at = len(names) - 1 - names[::-1].index("variational")
+    before, after = names[:at], names[at + 1 :]
+    parts = bool(before) + len(STIFFNESSES) + bool(after)
+    done = 0
 
     def report(fraction: float) -> None:
-        progress((len(finished) + fraction) / parts)
+        progress((done + fraction) / parts)
+
+    start = None
+    if before:
+        start = methods.run(images, before, variational, regnet, report)
+        done += 1
+    finished: dict[str, Coarse] = {}
 
     def finish(factor: float) -> Tensor:
-        moved = methods.run(images, before, stiffened(variational, factor), regnet, report)
+        nonlocal done
+        moved = methods.run(images, ("variational",), stiffened(variational, factor), None, report, start)
         finished[_name(factor)] = moved
+        done += 1
         return moved.fine()
 
     chosen = best_of((Candidate(_name(s), partial(finish, s), s) for s in STIFFNESSES), score)
