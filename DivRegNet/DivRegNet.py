@@ -38,6 +38,7 @@ from slicer.util import VTKObservationMixin
 MODULE_FOLDER = Path(__file__).resolve().parent
 POLL_MS = 20  # between two steps of a run, see DivRegNetModule.run.STEP_SECONDS
 MOST_STEPS = 200  # of refinement
+LAYOUT_MS = 50  # after which the panel has made room for a result
 COARSER = 1.5  # times the spacing: memory divided by 3.4
 HELP = "https://github.com/DivRegNet/DivRegNet/blob/main/docs/guide.md"
 LAST = -100.0  # priority of an observer that is called after those of Slicer's own widgets
@@ -779,7 +780,17 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.ui.qualityLabel.text = verdict.table(verdict.rows(outcome.quality, outcome.seconds, device))
         self.ui.qualityLabel.adjustSize()
         self._fillLandmarks(landmarks.rows(outcome.pairs, outcome.quality))
+        qt.QTimer.singleShot(LAYOUT_MS, self.onResultShown)
         return judgment
+
+    @guarded
+    def onResultShown(self) -> None:
+        """Scrolls the module panel (qSlicerModulePanel has a QScrollArea) to the result, wherever one was in it."""
+        area = self.parent
+        while area is not None and not area.inherits("QScrollArea"):
+            area = area.parent()
+        if area is not None:
+            area.ensureWidgetVisible(self.ui.verdictLabel)
 
     def _restore(self) -> None:
         """Shows the result that was saved with the scene, if none is shown; in the views, too, if it was compared there."""
