@@ -747,6 +747,9 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     def _show(self, outcome) -> None:
         """Shows the result of a run that has ended."""
+        comparison, earlier = self._comparison, self._outcome
+        again = earlier is not None and (earlier.fixed, earlier.moving) == (outcome.fixed, outcome.moving)
+        before = comparison.before if again and comparison is not None and comparison.mode else None
         self._forgetOutcome(restore=False)
         judgment = self._present(outcome)
         registration, p = outcome.registration, self._parameterNode
@@ -756,7 +759,7 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
                 if registration.inverse_node is not None:
                     p.inverse = registration.inverse_node
         if self.parent.isEntered:
-            self._compare()
+            self._compare(before=before)
         self._say("\n".join(outcome.notes))
         self._messageOfRun = True
         self._log(f"{judgment.level}: {judgment.headline} {outcome.quality}")
@@ -805,13 +808,17 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             self._compare(show=Comparison.was_saved(outcome.registration.transform_node))
             self._refresh()
 
-    def _compare(self, *, show: bool = True) -> None:
-        """Makes the comparison of the result in the slice views, and shows it."""
+    def _compare(self, *, show: bool = True, before=None) -> None:
+        """Makes the comparison of the result in the slice views, and shows it.
+
+        Args:
+            before: the views that it will put back, as they were before an earlier comparison; None: the present ones.
+        """
         from DivRegNetModule.comparison import OVERLAY, Comparison
 
         outcome = self._outcome
         nodes = (outcome.registration.warped_node, outcome.registration.transform_node)
-        self._comparison = Comparison(outcome.fixed, outcome.moving, *nodes, self._unexpected)
+        self._comparison = Comparison(outcome.fixed, outcome.moving, *nodes, self._unexpected, before)
         if show:
             self._comparison.show(OVERLAY)
 
