@@ -219,6 +219,7 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self._sequenceRun = None
         self._outcome = None
         self._sequenceOutcome = None
+        self._undoable = None  # the last outcome, of a pair or of a sequence
         self._comparison = None
         self._task = None
         self._landmarkRows = []
@@ -470,8 +471,7 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
                 of_sequence[0] if of_sequence else _("Registers each volume of the sequence to the fixed volume.")
             )
             self.ui.cancelButton.enabled = running
-            changes = None if self._outcome is None else self._outcome.changes
-            self.ui.undoButton.enabled = not running and bool(changes and (changes.added or changes.overwritten))
+            self.ui.undoButton.enabled = not running and self._undoable is not None
             self.ui.progressBar.visible = self.ui.timeLabel.visible = running
             chosen = p is not None and p.fixedVolume and p.movingVolume
             self.ui.problemLabel.text = "\n".join(problems) if chosen else ""
@@ -752,6 +752,7 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         before = comparison.before if again and comparison is not None and comparison.mode else None
         self._forgetOutcome(restore=False)
         judgment = self._present(outcome)
+        self._undoable = outcome
         registration, p = outcome.registration, self._parameterNode
         if p is not None:
             with slicer.util.NodeModify(p):  # what was made is overwritten next time, unless another output is chosen
@@ -855,7 +856,7 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     def _showSequence(self, outcome) -> None:
         from DivRegNetModule import translated, verdict
 
-        self._sequenceOutcome = outcome
+        self._sequenceOutcome = self._undoable = outcome
         rows = []
         for frame in outcome.frames:
             level = verdict.word(frame.verdict) if frame.verdict else _("FAILED")
@@ -870,10 +871,23 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     @guarded
     def onFrame(self, row: int, column: int) -> None:
-        if self._sequenceOutcome is not None and slicer.mrmlScene.IsNodePresent(self._sequenceOutcome.browser):
-            self._sequenceOutcome.browser.SetSelectedItemNumber(row)
+        """Shows a frame, warped, in color over the fixed volume."""
+        from DivRegNetModule import views
+        from DivRegNetModule.comparison import OPACITY, TINT
+
+        outcome, scene = self._sequenceOutcome, slicer.mrmlScene
+        if outcome is None or not all(map(scene.IsNodePresent, (outcome.browser, outcome.warped, outcome.fixed))):
+            return
+        outcome.browser.SetSelectedItemNumber(row)
+        frame = outcome.browser.GetProxyNode(outcome.warped)  # a volume, whose content follows the selected item
+        if frame is not None:
+            if frame.GetDisplayNode() is not None:
+                frame.GetDisplayNode().SetAndObserveColorNodeID(TINT)
+            views.show_layers(outcome.fixed, frame, OPACITY)
 
     def _forgetSequence(self) -> None:
+        if self._undoable is self._sequenceOutcome:
+            self._undoable = None
         self._sequenceOutcome = None
         self._fillTable(self.ui.sequenceTable, [], [], wide=0)
 
@@ -882,6 +896,8 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         if self._task is not None:
             self._task.stop()
             self._task = None
+        if self._undoable is self._outcome:
+            self._undoable = None
         comparison, self._comparison, self._outcome = self._comparison, None, None
         if comparison is not None:
             (comparison.restore if restore else comparison.clear)()
@@ -890,7 +906,7 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             button.setChecked(False)
             button.blockSignals(blocked)
         self._fillLandmarks([])
-        self.ui.undoButton.enabled = False
+        self.ui.undoButton.enabled = self._undoable is not None and self._running is None
         self.ui.resultCollapsibleButton.visible = False
 
     @property
@@ -993,10 +1009,13 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     def onUndo(self, checked: bool = False) -> None:
         from DivRegNetModule.comparison import Comparison
 
-        outcome, comparison = self._outcome, self._comparison
+        outcome, comparison = self._undoable, self._comparison
         if outcome is None:
             return
-        self._forgetOutcome(restore=comparison is not None)
+        if outcome is self._sequenceOutcome:
+            self._forgetSequence()
+        else:
+            self._forgetOutcome(restore=comparison is not None)
         outcome.undo()
         if self._parameterNode is not None and self._parameterNode.transform is not None:
             Comparison.forget_saved(self._parameterNode.transform)  # it has its former content again

@@ -94,6 +94,7 @@ def show_result(widget, result: Path) -> None:
         pairs=None,
     )
     widget._present(outcome)
+    widget._undoable = outcome
     widget._refresh()
 
 
