@@ -170,7 +170,11 @@ class Walk:
         return " x ".join(f"{mm:.0f}" for mm in fields[0]) + " mm"
 
     def maps(self) -> str:
-        for button in (self.widget.ui.displacementMapButton, self.widget.ui.jacobianMapButton):
+        for button in (
+            self.widget.ui.displacementMapButton,
+            self.widget.ui.jacobianMapButton,
+            self.widget.ui.errorMapButton,
+        ):
             button.click()
             self.wait(lambda: not self.widget._task.running, "the map")
         slicer.app.processEvents()
