@@ -134,7 +134,7 @@ def test_the_panel_scrolls_to_a_new_result(ready, area, app):
     p, quality = ready._parameterNode, {"nmi": {"before": 1.0, "after": 1.2}, "evidence": EVIDENCE}
     changes = SimpleNamespace(added=[], overwritten=[])
     values = {"fixed": p.fixedVolume, "moving": p.movingVolume, "quality": quality, "settings": {}, "changes": changes}
-    ready._present(SimpleNamespace(**values, seconds=1.0, pairs=None))
+    ready._present(SimpleNamespace(**values, seconds=1.0, pairs=None, error_map=None))
     wait_for(lambda: bar.value() < bar.maximum())
     label = ready.ui.verdictLabel
     top = label.mapTo(ready.parent, label.rect.topLeft()).y() - bar.value()

@@ -92,6 +92,7 @@ def show_result(widget, result: Path) -> None:
         seconds=sum(report["seconds"].values()),
         changes=types.SimpleNamespace(added=volumes, overwritten=[]),
         pairs=None,
+        error_map=True,  # there is one
     )
     widget._present(outcome)
     widget._undoable = outcome
