@@ -18,6 +18,13 @@ from DivRegNetLib.models import DEFAULT
 from DivRegNetLib.registration import METHODS
 
 ALIGNMENTS = ("none", "center", "rigid", "affine")
+LANDMARK_ALIGNMENTS = {
+    "landmarks": "rigid",
+    "landmarks-rigid": "rigid",
+    "landmarks-similarity": "similarity",
+    "landmarks-affine": "affine",
+}
+"""Initial alignments of files that come with landmarks -> kind of the transform that is fitted to these."""
 INTERPOLATIONS = {"linear": sitk.sitkLinear, "nearest": sitk.sitkNearestNeighbor, "bspline": sitk.sitkBSpline3}
 METHOD_CHOICES = ("auto", *METHODS, "+".join(METHODS), "none")
 STAGES = ("check", "align", "sample", "deform", "refine", "fields", "outputs")
@@ -82,7 +89,7 @@ class Options:
     """How to register. :func:`table` describes each field.
 
     ``align`` may also be a linear SimpleITK transform that maps fixed points to moving points (LPS, mm); it is used as
-    it is.
+    it is. For registrations of files it may be one of LANDMARK_ALIGNMENTS.
     """
 
     model: str = field(
@@ -192,7 +199,7 @@ _TABLE = {f.name: _row(f) for f in fields(Options)}
 
 def _check_alignment(align: object) -> None:
     if isinstance(align, str):
-        if align not in ALIGNMENTS:
+        if align not in (*ALIGNMENTS, *LANDMARK_ALIGNMENTS):
             raise InputError(f"align is one of {', '.join(ALIGNMENTS)} or a transform, got {align!r}")
         return
     if not isinstance(align, sitk.Transform):

@@ -282,6 +282,8 @@ def fit(
     trainer = Trainer(config, source, fabric, classnet)
     if checkpoint.exists():
         trainer.restore(torch.load(checkpoint, map_location=fabric.device, weights_only=True))
+        if fabric.is_global_zero:  # a process that was killed may have written the checkpoint and not yet its log
+            write_log(trainer.log, output / LOG)
         fabric.print(f"resumed at step {trainer.step_number}")
     saved = trainer.step_number
     # TensorBoard hides what was logged after the checkpoint.

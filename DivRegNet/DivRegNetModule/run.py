@@ -81,6 +81,8 @@ class Outcome:
     notes: sentences for the user.
     seconds: from start to end.
     settings, timings, initial: see :class:`DivRegNetLib.result.Result`.
+    error_map: voxels and index-to-RAS matrix of the map of the expected error, which is not in the scene;
+        :func:`DivRegNetModule.maps.error_map_steps` puts it there.
     changes: to the scene.
     """
 
@@ -95,6 +97,7 @@ class Outcome:
     settings: dict
     timings: dict
     initial: np.ndarray
+    error_map: "tuple | None"
     changes: Changes = field(repr=False)
 
     def undo(self) -> None:
@@ -199,6 +202,7 @@ class Run:
             settings=files.settings,
             timings=files.timings,
             initial=files.initial,
+            error_map=content.error_map,
             changes=changes,
         )
 
@@ -221,6 +225,7 @@ class Run:
         inputs = yield from images_from_nodes_steps(request.fixed, request.moving, **self._options())
         references = yield from self._references()
         inverse = request.inverse is not None
+        options = {"error_map": True} | inputs.options
         worker = Worker(
             inputs.fixed,
             inputs.moving,
@@ -228,7 +233,7 @@ class Run:
             keep_files=True,
             inverse=inverse,
             standby=STANDBY,
-            **inputs.options,
+            **options,
         )
         self._worker = worker
         del inputs, references  # large
@@ -274,7 +279,7 @@ class Run:
             fixed = yield from segments_steps(self.request.segmentations[0])
             moving = yield from segments_steps(self.request.segmentations[1])
             references = replace(references, fixed_segments=fixed, moving_segments=moving)
-        if self._pairs is not None:
+        if self._pairs is not None and self._pairs.labels:
             points = {"fixed_points": self._pairs.fixed, "moving_points": self._pairs.moving}
             references = replace(references, **points, labels=self._pairs.labels)
         measured = references.fixed_segments is not None or references.fixed_points is not None

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from DivRegNetLib.core.determinants import determinant
+
 CACHED_MATRICES = 128  # per function
 CACHED_GRIDS = 8  # per function; as large as a field, so only those of one registration (three levels use seven)
 SAMPLING_PARTS = 16  # into which the points of one image are divided, so that the threads of a CPU share them
@@ -311,5 +313,4 @@ def jacobian_determinant(displacement: Tensor) -> Tensor:
         column = list(difference[tuple(crop)].unbind(1))
         column[axis] = column[axis] + 1
         columns.append(column)
-    (a, d, g), (b, e, h), (c, f, i) = columns
-    return a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g)
+    return determinant([*zip(*columns, strict=True)])

@@ -12,6 +12,7 @@ from DivRegNetLib.io.atomic import write_atomically
 from DivRegNetLib.io.damage import reason_why_incomplete
 from DivRegNetLib.io.itk import file_access
 from DivRegNetLib.io.paths import check_ending, check_file, unchanged, utf8_name
+from DivRegNetLib.io.volume_files import files_of
 
 WRITTEN_VOLUMES = (".nii", ".nii.gz", ".nrrd", ".mha")  # formats that hold a 3D volume and its geometry in one file
 
@@ -30,7 +31,7 @@ def read_image(path: str | Path) -> sitk.Image:
     if dicom.is_dicom(path):
         return dicom.read_file(path)
     try:
-        with unchanged(path), file_access():
+        with unchanged(*files_of(path)), file_access():
             header = nifti.check_complete(path)
             if missing := reason_why_incomplete(path):
                 raise RuntimeError(f"it lacks {missing}")

@@ -15,7 +15,8 @@ from DivRegNetLib.core.grid import LPS_FROM_RAS, Grid
 from DivRegNetLib.errors import InputError
 from DivRegNetLib.io.paths import utf8_name
 
-SUFFIXES = (".nii", ".nii.gz", ".hdr", ".img", ".img.gz")
+PAIRED_SUFFIXES = (".hdr", ".img", ".img.gz")
+SUFFIXES = (".nii", ".nii.gz", *PAIRED_SUFFIXES)
 GZIP = 16 + zlib.MAX_WBITS  # with the header of gzip, see the documentation of zlib
 FLOATS = {16: "f4", 64: "f8"}  # data types, by their code in the header
 BITS = {
@@ -55,7 +56,7 @@ def read_header(path: Path) -> np.void | None:
     if not path.name.lower().endswith(SUFFIXES):
         return None
     try:
-        with _open(_pair(path)[0]) as file:
+        with _open(header_and_voxels(path)[0]) as file:
             block = file.read(HEADER.itemsize)
         header = next(
             h for h in (np.frombuffer(block, HEADER.newbyteorder(o))[0] for o in "<>") if h["sizeof_hdr"] == 348
@@ -76,7 +77,7 @@ def check_complete(path: Path) -> np.void | None:
     header = read_header(path)
     if header is None:
         return None
-    header_file, voxel_file = _pair(path)
+    header_file, voxel_file = header_and_voxels(path)
     dimensions = max(int(header["dim"][0]), 1)
     expected = math.prod(max(int(n), 1) for n in header["dim"][1 : dimensions + 1]) * BITS[int(header["datatype"])] // 8
     start = int(header["vox_offset"])
@@ -115,7 +116,7 @@ def _check_header(path: Path, header: np.void) -> None:
         raise InputError(f"{path}: has a spacing, origin or direction that is not finite; repair its header")
 
 
-def _pair(path: Path) -> tuple[Path, Path]:
+def header_and_voxels(path: Path) -> tuple[Path, Path]:
     """The files that hold the header and the voxels."""
     name = path.name
     if name.lower().endswith((".nii", ".nii.gz")):

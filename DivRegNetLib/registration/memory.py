@@ -16,6 +16,7 @@ from pathlib import Path
 import SimpleITK as sitk
 
 from DivRegNetLib.core.composites import LARGEST_GROWTH
+from DivRegNetLib.core.control_groups import control_groups, read_kernel_file
 from DivRegNetLib.core.grid import Grid
 from DivRegNetLib.errors import DeviceError
 from DivRegNetLib.models.card import FINEST_MM, Card
@@ -160,7 +161,7 @@ def available(root: Path = Path("/")) -> float:
     Args:
         root: of the file system that is read, for tests.
     """
-    limits = [_meminfo(root / "proc/meminfo"), *map(_left_in_group, _groups(root))]
+    limits = [_meminfo(root / "proc/meminfo"), *map(_left_in_group, control_groups(root, "memory"))]
     if reported := [n for n in limits if n is not None]:
         return max(min(reported), 0)
     for name in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"):
@@ -188,32 +189,16 @@ def text(size: float) -> str:
 
 def _meminfo(file: Path) -> float | None:
     with contextlib.suppress(OSError, ValueError, IndexError):
-        return 1024 * int(file.read_text().split("MemAvailable:")[1].split()[0])
+        return 1024 * int(read_kernel_file(file).split("MemAvailable:")[1].split()[0])
     return None
-
-
-def _groups(root: Path) -> list[Path]:
-    """The folders of this process's control group and those above it, of either version."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    groups = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers in ("", "memory"):
-            mount = root / "sys/fs/cgroup" / controllers
-            group = mount / path.lstrip("/")
-            groups += [mount, *(g for g in (group, *group.parents) if mount in g.parents)]
-    return groups
 
 
 def _left_in_group(group: Path) -> float | None:
     """Bytes that the limit of a control group leaves; file caches count as free, as the system drops them."""
     for limit, usage in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
         with contextlib.suppress(OSError, ValueError):
-            most, used = int((group / limit).read_text()), int((group / usage).read_text())
-            statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            most, used = (int(read_kernel_file(group / name)) for name in (limit, usage))
+            statistics = dict(line.split() for line in read_kernel_file(group / "memory.stat").splitlines())
             return most - used + int(statistics.get("inactive_file", 0))
     return None
 

@@ -15,7 +15,7 @@ from DivRegNetLib.registration.variational.features import Features
 from DivRegNetLib.registration.variational.method import register
 from DivRegNetLib.registration.variational.schedule import schedule
 from DivRegNetLib.registration.variational.settings import VariationalSettings
-from DivRegNetLib.similarity.classes import ClassNet
+from DivRegNetLib.similarity.classes import ClassNet, shared
 
 Progress = Callable[[float], None]
 
@@ -69,11 +69,11 @@ class Images:
 
 
 def with_classes(images: Images, classnet: ClassNet) -> Images:
-    """The images, and how probable each class is at every voxel of them, in the network's eyes."""
+    """The images, and how probable each class that they share is at every voxel of them, in the network's eyes."""
     inside = images.measured_in_masks() or (None, None)
     pairs = zip((images.fixed, images.moving), inside, strict=True)
     probabilities = (classnet.probabilities(image, where) for image, where in pairs)
-    return replace(images, classes=Features(*probabilities, stride=classnet.config.stride))
+    return replace(images, classes=Features(*shared(*probabilities), stride=classnet.config.output_stride))
 
 
 def deform(
@@ -205,8 +205,10 @@ def variational_steps(
         measured = measured if valid is images.valid else None
     else:
         (fixed, moving), valid = images.multiplied(), images.valid
-    known = images.classes is not None and settings.class_weight
-    features = (replace(images.classes, weight=settings.class_weight),) if known else ()
+    features = ()
+    if images.classes is not None and settings.class_weight:
+        features = (images.classes.of_classes(settings.class_weight, settings.class_temperature),)
+        settings = settings.with_classes()
     return register(
         fixed, moving, settings, start=start, valid=valid, measured=measured, features=features, progress=progress
     )

@@ -2,7 +2,7 @@
 
 Data flows one way, each value made by a function of those before it::
 
-    images -> Inputs -> (4, 4) alignment -> Sampled -> displacement -> Fields -> Result
+    images -> Inputs -> Alignment -> Sampled -> displacement -> Fields -> Result
            check     align              sample    deform, refine    fields    outputs
 
 :func:`register` runs these stages. Where the memory runs out, it goes on with the smaller
@@ -27,10 +27,11 @@ from DivRegNetLib.core.intensity import AIR_HU, normalize
 from DivRegNetLib.core.recording import SPARE
 from DivRegNetLib.core.torch_state import default_state
 from DivRegNetLib.errors import Cancelled, DivRegNetError, InputError, is_out_of_memory
-from DivRegNetLib.options import INTERPOLATIONS, STAGES, Options, Progress
+from DivRegNetLib.options import INTERPOLATIONS, LANDMARK_ALIGNMENTS, STAGES, Options, Progress
 from DivRegNetLib.quality import evidence, expected_error, metrics
 from DivRegNetLib.quality.evidence import Evidence
 from DivRegNetLib.registration import alignment, memory, methods
+from DivRegNetLib.registration.alignment import Alignment
 from DivRegNetLib.registration.check import check_default, check_image, check_mask
 from DivRegNetLib.registration.methods import Images
 from DivRegNetLib.registration.resources import Load, Resources, no_memory
@@ -80,12 +81,12 @@ def register(
         resources = stages.run("check", Resources.choose, options, inputs.fixed, inputs.moving, loaded, load)
     except OutOfMemory as error:
         raise no_memory(error.stage) from error
-    matrix = None
+    aligned = None
     while True:
         try:
-            if matrix is None:
-                matrix = stages.run("align", align, inputs, options, resources.device, progress=True)
-            return _deform_and_warp(inputs, matrix, resources, options, stages)
+            if aligned is None:
+                aligned = stages.run("align", align, inputs, options, resources.device, progress=True)
+            return _deform_and_warp(inputs, aligned, resources, options, stages)
         except OutOfMemory as error:
             stage = error.stage
         # The exception, and with it the memory of the attempt, is released here.
@@ -132,13 +133,14 @@ class Fields:
 
 
 def _deform_and_warp(
-    inputs: Inputs, matrix: np.ndarray, resources: Resources, options: Options, stages: "Stages"
+    inputs: Inputs, aligned: Alignment, resources: Resources, options: Options, stages: "Stages"
 ) -> Result:
     """The stages after the alignment, with the device and the grids that ``resources`` names.
 
     Raises:
         OutOfMemory: names the stage.
     """
+    matrix = aligned.matrix
     sampled = stages.run("sample", sample, inputs, matrix, resources, progress=True)
     displacement = stages.run("deform", deform, sampled, resources, options, progress=True)
     displacement = stages.run("refine", refine, sampled, displacement, resources, options, progress=True)
@@ -155,7 +157,7 @@ def _deform_and_warp(
         quality=quality,
         timings=stages.seconds,
         settings=options.as_dict() | resources.settings() | {"default_value": default},
-        warnings=tuple(resources.compromises()),
+        warnings=(*aligned.warnings, *resources.compromises()),
         card=resources.model.card,
         error_map=map_error(known, sampled.grid) if options.error_map else None,
     )
@@ -180,16 +182,21 @@ def check(
     return Inputs(fixed, moving, *masks)
 
 
-def align(inputs: Inputs, options: Options, device: torch.device, *, progress: Callable[[float], None]) -> np.ndarray:
-    """The initial alignment: (4, 4) matrix that maps fixed points to moving points (LPS, mm).
+def align(inputs: Inputs, options: Options, device: torch.device, *, progress: Callable[[float], None]) -> Alignment:
+    """The initial alignment: that of the options, or the one that the images suggest.
 
     Raises:
         InputError: the images do not overlap after it.
     """
     if isinstance(options.align, sitk.Transform):
-        matrix = affine_matrix(options.align)
+        aligned = Alignment(affine_matrix(options.align))
+    elif options.align in LANDMARK_ALIGNMENTS:
+        raise InputError(
+            f"the initial alignment {options.align!r} needs landmarks, which only files come with; fit a transform to yours "
+            "(DivRegNetLib.registration.landmark_alignment) and give it instead"
+        )
     else:
-        matrix = alignment.align(
+        aligned = alignment.find(
             inputs.fixed,
             inputs.moving,
             options.align,
@@ -199,10 +206,10 @@ def align(inputs: Inputs, options: Options, device: torch.device, *, progress: C
             progress=progress,
         )
     moving = Grid.of(inputs.moving)
-    if not Grid.of(inputs.fixed).overlaps(Grid(moving.size, np.linalg.inv(matrix) @ moving.matrix)):
+    if not Grid.of(inputs.fixed).overlaps(Grid(moving.size, np.linalg.inv(aligned.matrix) @ moving.matrix)):
         remedy = "; choose an initial alignment" if options.align == "none" else " after the initial alignment"
         raise InputError("fixed and moving image do not overlap in physical space" + remedy)
-    return matrix
+    return aligned
 
 
 def sample(inputs: Inputs, matrix: np.ndarray, resources: Resources, *, progress: Callable[[float], None]) -> Sampled:
@@ -425,9 +432,9 @@ class Stages:
         keywords = {"progress": partial(self.report, stage)} if progress else {}
         started = time.perf_counter()
         try:
-            # Inference mode is faster than no_grad alone. But the alignment takes gradients, and a model that is loaded
-            # in inference mode could never be trained.
-            with torch.no_grad(), torch.inference_mode(stage not in ("check", "align")):
+            # Inference mode is faster than no_grad alone. But a model that is loaded in inference mode could never be
+            # trained.
+            with torch.no_grad(), torch.inference_mode(stage != "check"):
                 return function(*arguments, **keywords)
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, DivRegNetError) or not is_out_of_memory(error):

@@ -1,102 +1,89 @@
-"""What a user waits for: seconds until the result is there, beside those that the library computes.
+"""Measures what a registration costs beside busy processes, with threads that wait passively and with threads that spin.
 
-    python Testing/tools/waiting.py [--device cpu] [--repeat 3]
+    python Testing/tools/waiting.py [--busy 2] [--folder build/waiting] [--only "command line" worker dask]
 
-The bundled pair is registered in a worker (as the Slicer module does it: without anything prepared, in a process that was
-prepared, and by the next clicks in the same process) and by ``divregnet register``. Each row has the seconds in all, those
-that the stages of the registration took, and the rest. Let nothing else run.
+Registers a small pair through the command line, through the worker of the Slicer module and on a Dask worker, beside
+processes that only count; prints wall and CPU seconds of each, its children included. Linux and macOS.
 """
 
 import argparse
-import json
 import os
+import resource
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
+import SimpleITK as sitk
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-FIXED, MOVING = (ROOT / "Resources" / "SampleData" / f"{name}.nii.gz" for name in ("fixed_T1", "moving_T2"))
-PREPARED_SECONDS = 180.0  # until a process that is prepared must be ready
+SHRINK = (4, 4, 4)
+LIMIT_S = 1800.0
+WORKER = """
+import sys
+import SimpleITK as sitk
+from DivRegNetLib.run.worker import Worker
+Worker(*(sitk.ReadImage(path) for path in sys.argv[1:]), device="cpu").start().result()
+"""
 
 
-def row(name: str, seconds: float, computing: float, processor: float | None = None) -> None:
-    of_processor = "" if processor is None else f"{processor:14.2f}"
-    print(f"{name:44}{seconds:9.2f}{computing:12.2f}{seconds - computing:8.2f}{of_processor}", flush=True)
+def write_pair(folder: Path) -> list[str]:
+    """The bundled sample pair at about 6 mm."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name in ("fixed_T1", "moving_T2"):
+        image = sitk.ReadImage(str(ROOT / f"Resources/SampleData/{name}.nii.gz"))
+        paths.append(str(folder / f"{name}.nii.gz"))
+        sitk.WriteImage(sitk.BinShrink(image, SHRINK), paths[-1])
+    (folder / "pairs.csv").write_text("fixed,moving\n" + ",".join(Path(p).name for p in paths) + "\n")
+    return paths
 
 
-def workers(device: str, repeat: int) -> None:
-    from DivRegNetLib.io.images import read_image
-    from DivRegNetLib.run.worker import Standby, Worker
-
-    fixed, moving = read_image(FIXED), read_image(MOVING)
-
-    def click(name: str, standby: Standby) -> None:
-        started = time.perf_counter()
-        worker = Worker(fixed, moving, standby=standby, keep_files=True, inverse=False, device=device).start()
-        while worker.running:
-            worker.poll()
-            time.sleep(0.02)  # as the panel's timer
-        files = worker.files
-        for array in ("warped", "transform"):
-            files.array(array).copy()
-        row(name, time.perf_counter() - started, sum(files.timings.values()))
-        worker.close()
-
-    cold = Standby()
-    click("worker, nothing prepared", cold)
-    for _ in range(repeat):
-        click("worker, next click", cold)
-    cold.close()
-    prepared = Standby()
-    prepared.prepare(device=device)
-    _wait_until_warm(prepared.pid)
-    click("worker, prepared", prepared)
-    prepared.close()
+def commands(folder: Path) -> dict[str, list[str]]:
+    paths = write_pair(folder)
+    register = [sys.executable, "-m", "DivRegNetLib.run.cli", "register"]
+    common = ["--device", "cpu", "--overwrite", "--json", "--output"]
+    return {
+        "command line": [*register, *paths, *common, str(folder / "out")],
+        "worker": [sys.executable, "-c", WORKER, *paths],
+        "dask": [*register, "--pairs", str(folder / "pairs.csv"), "--dask", "local:1", *common, str(folder / "cohort")],
+    }
 
 
-def _wait_until_warm(pid: int) -> None:
-    """Waits until a process that was started in advance has ended its thread of low priority (Linux; elsewhere a while)."""
-    if not Path("/proc").is_dir():
-        time.sleep(20)
-        return
-    own = os.getpriority(os.PRIO_PROCESS, 0)
-    until, begun = time.monotonic() + PREPARED_SECONDS, False
-    while time.monotonic() < until:
-        time.sleep(0.05)
-        nice = [int(f.read_text().rpartition(")")[2].split()[16]) for f in Path(f"/proc/{pid}/task").glob("*/stat")]
-        lowered = max(nice) > own
-        if begun and not lowered:
-            return
-        begun = begun or lowered
+def cpu_seconds() -> float:
+    """Of all children that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
-def command_line(device: str, repeat: int) -> None:
-    import resource
-
-    for more in ((), ("--no-preview",)):
-        for _ in range(repeat):
-            with tempfile.TemporaryDirectory() as folder:
-                command = [sys.executable, "-m", "DivRegNetLib.run.cli", "register", str(FIXED), str(MOVING)]
-                command += ["--output", folder, "--device", device, *more]
-                before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-                subprocess.run(command, check=True, capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-                seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
-                processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-                stages = json.loads((Path(folder) / "quality.json").read_text())["seconds"]
-                row(" ".join(("divregnet register", *more)), seconds, sum(stages.values()), processor)
+def measure(command: list[str], policy: str | None) -> tuple[float, float]:
+    """Wall and CPU seconds of a command, with OMP_WAIT_POLICY set or not."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")}
+    variables = kept | {"PYTHONPATH": str(ROOT)} | ({} if policy is None else {"OMP_WAIT_POLICY": policy})
+    used, started = cpu_seconds(), time.monotonic()
+    subprocess.run(command, env=variables, stdout=subprocess.DEVNULL, check=True, timeout=LIMIT_S)
+    return time.monotonic() - started, cpu_seconds() - used
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--busy", type=int, default=2, help="processes that only count")
+    parser.add_argument("--folder", type=Path, default=Path("build/waiting"))
+    parser.add_argument("--only", nargs="*", help="some of the ways")
     args = parser.parse_args()
-    print(f"{'':44}{'seconds':>9}{'computing':>12}{'rest':>8}{'processor s':>14}")
-    workers(args.device, args.repeat)
-    command_line(args.device, args.repeat)
+    jobs = commands(args.folder.absolute())
+    counting = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(args.busy)]
+    try:
+        for name in args.only or jobs:
+            for policy in (None, "ACTIVE"):
+                wall, cpu = measure(jobs[name], policy)
+                how = "as it comes" if policy is None else "spinning"
+                load = os.getloadavg()[0]
+                print(f"{name}, {how}: wall {wall:.0f} s, CPU {cpu:.1f} s, load {load:.0f}", flush=True)
+    finally:
+        for process in counting:
+            process.kill()
+            process.wait()
     return 0
 
 

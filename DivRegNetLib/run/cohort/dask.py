@@ -10,13 +10,14 @@ import asyncio
 import contextlib
 import functools
 import logging
+import os
 import queue
 import signal
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -110,8 +111,7 @@ def _scheduler(address: str) -> Iterator[str]:
     number = address.removeprefix(LOCAL)
     if not (number.isdecimal() and int(number)):
         raise InputError(f"{address}: a number of processes is expected, as in {LOCAL}2")
-    threads = dict.fromkeys(COUNTS, str(max(usable_processors() // int(number), 1)))
-    prepare_threads(threads)
+    threads = threads_of_worker(int(number))
     settings = {"distributed.nanny.pre-spawn-environ": threads, "distributed.scheduler.allowed-failures": 1}
     with (
         dask.config.set(settings),
@@ -126,6 +126,18 @@ def _scheduler(address: str) -> Iterator[str]:
         ) as cluster,
     ):
         yield cluster.scheduler_address
+
+
+def threads_of_worker(number: int, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Variables of one of several workers on this machine: its share of the processors, or fewer threads if the user says
+    so, which wait without spinning unless the user wants it."""
+    share = max(usable_processors() // number, 1)
+    given = {name: environment.get(name, "") for name in COUNTS}
+    variables = {name: str(min(int(n), share) if n.isdecimal() and int(n) else share) for name, n in given.items()}
+    if "OMP_WAIT_POLICY" in environment:
+        variables["OMP_WAIT_POLICY"] = environment["OMP_WAIT_POLICY"]
+    prepare_threads(variables)
+    return variables
 
 
 def dask_setup(worker: object) -> None:

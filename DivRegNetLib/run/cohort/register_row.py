@@ -28,7 +28,8 @@ def register_row(
 ) -> dict:
     """Registers a pair of a cohort into ``output / name``; returns its row.
 
-    Results that are there are kept, if they were made from the same files with the same options and model.
+    Results that are there are kept, if all of them are and they were made from the same files with the same options, model
+    and version.
 
     Raises:
         Cancelled: the progress callback returned False.
@@ -39,6 +40,8 @@ def register_row(
             clear_abandoned(folder)  # of a process that was killed after it wrote the last file
             report = _read_report(folder / QUALITY)
             changes = differences(report.get("origin"), origin_of(pair, options))
+            if missing := [file for file in report.get("files", ()) if not (folder / file).is_file()]:
+                changes.append(f"{', '.join(missing)} is missing")
             if not changes:
                 return row_of(name, report)
         overwrite = overwrite or bool(changes)

@@ -216,8 +216,13 @@ class ResultFiles:
         for name in ("warped", "transform"):
             self.array(name)
 
+    def holds(self, name: str) -> bool:
+        """Whether this image was asked for and written."""
+        return name in self._geometry
+
     def array(self, name: str) -> np.ndarray:
-        """The voxels of ``warped``, ``transform`` or ``inverse``, [k, j, i] (and component); read where they are used.
+        """The voxels of ``warped``, ``transform``, ``inverse`` or ``error_map``, [k, j, i] (and component); read where they
+        are used.
 
         Of the transforms the displacement ``T(p) - p``, LPS mm; that of ``transform`` covers the fixed image.
         """
@@ -260,8 +265,9 @@ class ResultFiles:
 
     def error_map(self) -> sitk.Image | None:
         """The map of the expected error; None where it was not asked for."""
-        geometry = self._geometry.get("error_map")
-        return None if geometry is None else _load_image(self._folder, "error_map", geometry)
+        if not self.holds("error_map"):
+            return None
+        return _load_image(self._folder, "error_map", self._geometry["error_map"])
 
 
 def _whole_displacement(transform: sitk.Transform) -> sitk.Image:
