@@ -10,6 +10,7 @@ from torch import Tensor
 
 from DivRegNetLib.core import fields
 
+MOST = 4  # recordings that are kept: the candidates of a registration
 SPARE = 6.0  # times the memory of a recording that must be free, so that keeping it makes no registration coarser
 
 
@@ -39,13 +40,14 @@ class Recording:
 class Recorder:
     """Calls functions of tensors. What is called a second time with tensors of the same shapes is recorded and then played.
 
-    The last recording is kept. Other devices than CUDA, and what cannot be recorded, are called as usual.
+    The recordings of the last MOST functions are kept, each for one set of shapes. Other devices than CUDA, and what cannot be
+    recorded, are called as usual.
     """
 
     def __init__(self, record: type[Recording] = Recording) -> None:
         self._record = record
-        self._last: Hashable = None
-        self._recording: Recording | None = None
+        self._kept: dict[Hashable, tuple[tuple, Recording | None]] = {}
+        """By the key of the function: the shapes of its last call, and the recording for them, if it was made."""
 
     def __call__(self, key: Hashable, function: Callable[..., Tensor], *tensors: Tensor, room: bool = True) -> Tensor:
         """``function(*tensors)``.
@@ -56,19 +58,19 @@ class Recorder:
         """
         if tensors[0].device.type != "cuda":
             return function(*tensors)
-        key = (key, tuple((t.shape, t.dtype, t.stride(), t.device) for t in tensors))
-        if key != self._last:
-            self._last, self._recording = key, None
-            return function(*tensors)
-        if self._recording is None:
-            if not room:
-                return function(*tensors)
+        shapes = tuple((t.shape, t.dtype, t.stride(), t.device) for t in tensors)
+        last, recording = self._kept.pop(key, (None, None))
+        if last != shapes:
+            recording = None
+        elif recording is None and room:
             try:
-                self._recording = self._record(function, *tensors)
+                recording = self._record(function, *tensors)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError:  # an operation that a graph cannot hold
-                self._last = None
                 torch.cuda.synchronize()
                 return function(*tensors)
-        return self._recording(*tensors)
+        self._kept[key] = shapes, recording  # the last one called stands last
+        while len(self._kept) > MOST:
+            del self._kept[next(iter(self._kept))]
+        return function(*tensors) if recording is None else recording(*tensors)

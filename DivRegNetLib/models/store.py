@@ -60,7 +60,7 @@ class Model:
         return Model(self.card, *copies)
 
     def recorder(self) -> "Recorder":
-        """Keeps the forward pass of the last shape on a GPU."""
+        """Keeps the recordings of the methods on a GPU."""
         from DivRegNetLib.core.recording import Recorder
 
         return self.kept.setdefault("recorder", Recorder())

@@ -22,6 +22,7 @@ from torch import Tensor
 from DivRegNetLib import models
 from DivRegNetLib.core import fields, physical_fields, resampling, torch_resampling
 from DivRegNetLib.core.device import free_memory
+from DivRegNetLib.core.foreground import covered_region
 from DivRegNetLib.core.grid import Grid, affine_matrix
 from DivRegNetLib.core.intensity import AIR_HU, normalize
 from DivRegNetLib.core.recording import SPARE
@@ -30,11 +31,12 @@ from DivRegNetLib.errors import Cancelled, DivRegNetError, InputError, is_out_of
 from DivRegNetLib.options import INTERPOLATIONS, LANDMARK_ALIGNMENTS, STAGES, Options, Progress
 from DivRegNetLib.quality import evidence, expected_error, metrics
 from DivRegNetLib.quality.evidence import Evidence
-from DivRegNetLib.registration import alignment, memory, methods
+from DivRegNetLib.registration import alignment, memory, methods, selection
 from DivRegNetLib.registration.alignment import Alignment
 from DivRegNetLib.registration.check import check_default, check_image, check_mask
 from DivRegNetLib.registration.methods import Images
 from DivRegNetLib.registration.resources import Load, Resources, no_memory
+from DivRegNetLib.registration.selection import Choice
 from DivRegNetLib.result import Result
 from DivRegNetLib.similarity.kldivnet import patches
 
@@ -86,6 +88,7 @@ def register(
         try:
             if aligned is None:
                 aligned = stages.run("align", align, inputs, options, resources.device, progress=True)
+                resources = stages.run("align", cover, inputs, aligned.matrix, resources)
             return _deform_and_warp(inputs, aligned, resources, options, stages)
         except OutOfMemory as error:
             stage = error.stage
@@ -142,12 +145,14 @@ def _deform_and_warp(
     """
     matrix = aligned.matrix
     sampled = stages.run("sample", sample, inputs, matrix, resources, progress=True)
-    displacement = stages.run("deform", deform, sampled, resources, options, progress=True)
-    displacement = stages.run("refine", refine, sampled, displacement, resources, options, progress=True)
+    chosen = stages.run("deform", deform, sampled, resources, options, progress=True)
+    displacement = stages.run("refine", refine, sampled, chosen, resources, options, progress=True)
     both = stages.run("fields", to_physical, displacement, sampled.grid, matrix, resources, progress=True)
     default = default_value(options, inputs.moving)
     warped = stages.run("outputs", warp, inputs, both.transform, options, default, resources.device)
     quality, known = stages.run("outputs", measure, sampled, both, resources.model, progress=True)
+    if options.method != "none":
+        quality["deformation"] = chosen.as_dict()
     stages.finish()
     return Result(
         warped=warped,
@@ -212,6 +217,12 @@ def align(inputs: Inputs, options: Options, device: torch.device, *, progress: C
     return aligned
 
 
+def cover(inputs: Inputs, matrix: np.ndarray, resources: Resources) -> Resources:
+    """The resources with a working grid that covers what the fixed image shows, and not the air around it."""
+    masks = inputs.fixed_mask, inputs.moving_mask
+    return resources.covering(covered_region(inputs.fixed, inputs.moving, matrix, *masks))
+
+
 def sample(inputs: Inputs, matrix: np.ndarray, resources: Resources, *, progress: Callable[[float], None]) -> Sampled:
     """Both images and masks on the working grid, normalized, and what the model's class network sees in them.
 
@@ -237,33 +248,36 @@ def sample(inputs: Inputs, matrix: np.ndarray, resources: Resources, *, progress
     return Sampled(grid, images, unaligned)
 
 
-def deform(sampled: Sampled, resources: Resources, options: Options, *, progress: Callable[[float], None]) -> Tensor:
-    """The displacement that the methods compute, (1, 3, D, H, W) in voxels of the working grid.
+def deform(sampled: Sampled, resources: Resources, options: Options, *, progress: Callable[[float], None]) -> Choice:
+    """The deformation that the methods compute, with the stiffness of the options or the one that suits the pair.
 
     Raises:
         InputError: the option ``method`` asks for a network that the model does not have.
     """
     if options.method == "none":
-        return sampled.images.fixed.new_zeros(1, 3, *sampled.grid.shape)
+        return selection.no_deformation(sampled.images)
     card = resources.model.card
-    names = card.methods if options.method == "auto" else options.method.split("+")
+    names = tuple(card.methods if options.method == "auto" else options.method.split("+"))
     if "regnet" in names and resources.model.regnet is None:
         raise InputError(f"method {options.method!r} needs a RegNet, which model {card.name!r} does not have")
-    arguments = sampled.images, tuple(names), card.variational_settings, resources.model.regnet
-    if resources.device.type != "cuda":
-        return methods.deform(*arguments, progress)
-    room = free_memory(resources.device) > SPARE * resources.estimate().device
-    return methods.deform_recorded(*arguments, resources.model.recorder(), room=room, progress=progress)
+    run = methods.run
+    if resources.device.type == "cuda":
+        room = free_memory(resources.device) > SPARE * resources.estimate().device
+        run = methods.recorded_run(resources.model.recorder(), room=room)
+    settings, regnet = card.variational_settings, resources.model.regnet
+    return selection.deform(sampled.images, names, settings, regnet, options.stiffness, run=run, progress=progress)
 
 
 def refine(
-    sampled: Sampled, displacement: Tensor, resources: Resources, options: Options, *, progress: Callable[[float], None]
+    sampled: Sampled, chosen: Choice, resources: Resources, options: Options, *, progress: Callable[[float], None]
 ) -> Tensor:
-    """The displacement after refinement, if the options ask for it and it improves the objective."""
-    if not options.refine or options.method == "none":
-        return displacement
+    """The displacement (1, 3, D, H, W) in voxels of the working grid after refinement, if the options ask for it, there is a
+    deformation, and it improves the objective."""
+    if not options.refine or chosen.candidate.name == selection.NO_DEFORMATION:
+        return chosen.displacement
     settings = replace(resources.model.card.refinement_settings, steps=options.refine)
-    return methods.refine(sampled.images, displacement, settings, progress)
+    settings = selection.stiffened(settings, chosen.candidate.stiffness or 1.0)
+    return methods.refine(sampled.images, chosen.displacement, settings, progress)
 
 
 def to_physical(

@@ -144,6 +144,7 @@ def test_what_is_called_a_second_time_with_the_same_shapes_is_recorded():
     assert float(recorder("b", torch.sum, on_cuda(3))) == 3  # another shape
     assert float(recorder("b", torch.sum, on_cuda(3), room=False)) == 3  # no memory to keep it
     assert float(recorder("b", torch.sum, on_cuda(3))) == -3 and FakeRecording.made == 2
+    assert float(recorder("a", torch.sum, on_cuda(2))) == -2 and FakeRecording.made == 2  # kept beside the other
     assert [float(recorder("c", torch.sum, torch.ones(2))) for _ in range(3)] == [2, 2, 2]  # on the CPU
 
 

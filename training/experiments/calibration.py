@@ -97,7 +97,7 @@ def observe(case: Case, model: models.Model) -> Iterator[Observation]:
     matrix = pipeline.align(inputs, options, resources.device, progress=_nothing).matrix
     with torch.inference_mode():
         sampled = pipeline.sample(inputs, matrix, resources, progress=_nothing)
-        displacement = pipeline.deform(sampled, resources, options, progress=_nothing)
+        displacement = pipeline.deform(sampled, resources, options, progress=_nothing).displacement
         error = _error(case, sampled, displacement, matrix)
         first = _observation(case, "", sampled, displacement, displacement, error)
         if first is None:
