@@ -258,6 +258,7 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             (self.ui.reportButton, self.onReport),
             (self.ui.displacementMapButton, self.onDisplacementMap),
             (self.ui.jacobianMapButton, self.onJacobianMap),
+            (self.ui.errorMapButton, self.onErrorMap),
             (self.ui.registerSequenceButton, self.onRegisterSequence),
             (self.ui.copyLogButton, self.onCopyLog),
         ):
@@ -298,9 +299,12 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     def cleanup(self) -> None:
         """The module is unloaded or the application closes: ends the run and removes all observers."""
+        from DivRegNetModule.run import STANDBY
+
         self._stop()
         self._deviceTimer.stop()
         self._devices.stop()
+        STANDBY.close()
         self._forgetOutcome()
         self._forgetSequence()
         self.setParameterNode(None)
@@ -492,6 +496,8 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
                     p.setValue(name, None)
             self._showPreset()
             self._describe(bool(problems))
+            if not running and not (problems and of_sequence):
+                self._prepare()
         finally:
             self._refreshing = False
 
@@ -537,6 +543,14 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         judged = outcome is not None and (outcome.fixed, outcome.moving) == (p.fixedVolume, p.movingVolume)
         self.ui.fitLabel.visible = bool(complaints) and not judged
         self.ui.memoryLabel.text = needed
+
+    def _prepare(self) -> None:
+        """Starts the process that will register, so that it is ready when Register is pressed."""
+        from DivRegNetModule import first_use
+        from DivRegNetModule.run import STANDBY
+
+        if self.parent.isEntered and STANDBY.pid is None and not first_use.missing():
+            STANDBY.prepare(model=self._parameterNode.model, device=self._parameterNode.device)
 
     # --- purpose
 
@@ -778,6 +792,7 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.ui.resultCollapsibleButton.collapsed = False
         self.ui.qualityLabel.text = verdict.table(verdict.rows(outcome.quality, outcome.seconds, device))
         self.ui.qualityLabel.adjustSize()
+        self.ui.errorMapButton.enabled = outcome.error_map is not None
         self._fillLandmarks(landmarks.rows(outcome.pairs, outcome.quality))
         return judgment
 
@@ -840,10 +855,13 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self._sequenceOutcome = outcome
         rows = []
         for frame in outcome.frames:
-            level = verdict.word(frame.verdict) if frame.verdict else _("FAILED")
-            reason = translated(frame.verdict.reasons[0]) if frame.verdict else frame.error
-            rows.append((frame.index, level, reason))
-        self._fillTable(self.ui.sequenceTable, [_("Frame"), _("Verdict"), _("Reason")], rows, wide=2)
+            if frame.verdict is None:
+                rows.append((frame.index, _("FAILED"), "", frame.error))
+            else:
+                shown = verdict.word(frame.verdict), verdict.error_text(frame.verdict)
+                rows.append((frame.index, *shown, translated(frame.verdict.reasons[0])))
+        titles = [_("Frame"), _("Verdict"), _("Expected error"), _("Reason")]
+        self._fillTable(self.ui.sequenceTable, titles, rows, wide=3)
         self.ui.sequenceCollapsibleButton.collapsed = False
         failed = sum(frame.verdict is None for frame in outcome.frames)
         text = _("{n} frames were registered, {failed} failed.")
@@ -936,6 +954,12 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
         self._addMap(maps.JACOBIAN)
 
+    @guarded
+    def onErrorMap(self, checked: bool = False) -> None:
+        from DivRegNetModule import maps
+
+        self._addMap(maps.ERROR)
+
     def _addMap(self, kind: str) -> None:
         from DivRegNetModule import maps, views
         from DivRegNetModule.comparison import OPACITY
@@ -946,7 +970,8 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             outcome.changes.added.append(node)  # Undo takes it back, too
             views.show_layers(outcome.fixed, node, OPACITY)
 
-        self._work(maps.map_steps(outcome.registration.transform_node, kind), done)
+        of_transform = outcome.registration.transform_node, kind
+        self._work(maps.error_map_steps(outcome) if kind == maps.ERROR else maps.map_steps(*of_transform), done)
 
     @guarded
     def onReport(self, checked: bool = False) -> None:

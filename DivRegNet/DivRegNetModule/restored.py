@@ -44,6 +44,7 @@ def outcome_of(parameters) -> Outcome | None:
         settings=settings,
         timings={},
         initial=np.array(initial, float).reshape(4, 4),
+        error_map=None,
         changes=Changes(slicer.mrmlScene),
     )
 

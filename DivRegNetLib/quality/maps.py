@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from DivRegNetLib.core.determinants import determinant
 from DivRegNetLib.core.grid import Grid
 
 
@@ -17,7 +18,7 @@ def displacement_length(field: np.ndarray) -> np.ndarray:
 
 
 def jacobian_determinant(field: np.ndarray, grid: Grid) -> np.ndarray:
-    """Determinant of the Jacobian of ``p -> p + u(p)``, (D, H, W): below 1 where the map shrinks
+    """Determinant of the Jacobian of ``p -> p + u(p)`` by central differences, (D, H, W): below 1 where the map shrinks
     volumes, above 1 where it enlarges them, not positive where the map folds.
 
     Args:
@@ -39,5 +40,4 @@ def jacobian_determinant_slabs(field: np.ndarray, grid: Grid, step: int) -> Iter
         slab = np.asarray(field[at[0] : at[-1] + 1], np.float32)
         along_k = (field[above] - field[below]) / (above - below).astype(np.float32)[:, None, None, None]
         along = (np.gradient(slab, axis=2), np.gradient(slab, axis=1), along_k)  # du / d(i, j, k)
-        (a, d, g), (b, e, h), (c, f, i) = ([du[..., x] + axes[x, n] for x in range(3)] for n, du in enumerate(along))
-        yield scale * (a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g))
+        yield scale * determinant([[du[..., x] + axes[x, n] for n, du in enumerate(along)] for x in range(3)])

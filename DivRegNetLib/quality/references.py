@@ -6,6 +6,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from DivRegNetLib.core.points import map_points
+from DivRegNetLib.quality.metrics import dice_of_counts
 from DivRegNetLib.result import Result
 from DivRegNetLib.words import marker
 
@@ -91,9 +92,10 @@ def _dice(fixed: Segments, moving: Segments, result: Result) -> dict[str, dict[s
             counts, of_fixed, of_moving = _joint_counts(target, resampled[m, stage])
             for name in names:
                 a, b = fixed.values[name][1], moving.values[name][1]
-                total = of_fixed.get(a, 0) + of_moving.get(b, 0)
                 if of_fixed.get(a, 0):  # an empty segment has no overlap to measure
-                    scores.setdefault(name, {})[stage] = 2 * counts.get((a, b), 0) / total
+                    scores.setdefault(name, {})[stage] = dice_of_counts(
+                        counts.get((a, b), 0), of_fixed[a], of_moving.get(b, 0)
+                    )
     return {name: scores[name] for name in common if name in scores}
 
 

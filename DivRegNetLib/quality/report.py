@@ -19,7 +19,7 @@ from DivRegNetLib import __version__
 from DivRegNetLib.core.grid import Grid
 from DivRegNetLib.io import atomic
 from DivRegNetLib.quality.preview import COLUMNS, GRID_MM, Plane, cut_planes
-from DivRegNetLib.quality.verdict import AMBER, GREEN, RED, judge, with_references
+from DivRegNetLib.quality.verdict import AMBER, GREEN, RED, judge, two_digits, with_references
 
 LINE = np.array([255, 192, 77], np.uint8)
 FINER = 2  # pixels of the picture of the deformation to one of the others, so that its lines are thin
@@ -76,6 +76,7 @@ def as_html(registration: Registration) -> str:
     r = registration
     verdict = judge(r.quality)
     color = BACKGROUND[verdict.level]
+    error = "" if verdict.expected_error_mm is None else f"expected error {two_digits(verdict.expected_error_mm)} mm"
     reasons = "".join(f"<li>{html.escape(reason)}</li>" for reason in verdict.reasons)
     planes, spacing = cut_planes(r.fixed, r.moving, r.warped, r.displacement, r.initial)
     warnings = "".join(f"<li>{html.escape(warning)}</li>" for warning in r.warnings)
@@ -84,7 +85,7 @@ def as_html(registration: Registration) -> str:
     parts = [
         f"<h1>Registration of {html.escape(r.names[1])} to {html.escape(r.names[0])}</h1>",
         f"<div class='verdict' style='border-color: {color}'><p><span class='level' style='background: {color}'>"
-        f"{verdict.level.upper()}</span> <b>{html.escape(verdict.headline)}</b></p><ul>{reasons}</ul></div>",
+        f"{verdict.level.upper()}</span> {error}<br><b>{html.escape(verdict.headline)}</b></p><ul>{reasons}</ul></div>",
         f"<h2>Warnings</h2><ul>{warnings}</ul>" if warnings else "",
         "<h2>Pictures</h2>",
         _pictures(planes, max(round(GRID_MM / spacing), 2)),

@@ -186,8 +186,8 @@ def available(root: Path = Path("/")) -> float:
 def give_back() -> None:
     """Returns free memory to the system, after each pair of a cohort and where the memory ran out.
 
-    Collects objects that refer to each other, such as the parts of a matplotlib figure, and lets glibc return free memory,
-    of which it otherwise keeps a quarter of a megabyte more with each pair.
+    Collects objects that refer to each other, and lets glibc return free memory, of which it otherwise keeps a quarter of a
+    megabyte more with each pair.
     """
     gc.collect()
     if sys.platform == "linux":

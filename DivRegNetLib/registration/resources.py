@@ -3,6 +3,7 @@
 This is the only place that falls back: to a coarser working resolution, and from a graphics card to the CPU.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import SimpleITK as sitk
@@ -15,6 +16,8 @@ from DivRegNetLib.errors import DeviceError
 from DivRegNetLib.options import STAGES, Options
 from DivRegNetLib.registration import memory
 
+Load = Callable[[str, torch.device], models.Model]
+"""Loads the model of a name onto a device, as :func:`DivRegNetLib.models.load` does."""
 ON_WORKING_GRID = STAGES[STAGES.index("sample") :]  # stages that take less memory on a coarser working grid
 
 
@@ -42,17 +45,24 @@ class Resources:
     grids: memory.Plan
 
     @classmethod
-    def choose(cls, options: Options, fixed: sitk.Image, moving: sitk.Image, model: models.Model | None) -> "Resources":
+    def choose(
+        cls,
+        options: Options,
+        fixed: sitk.Image,
+        moving: sitk.Image,
+        model: models.Model | None,
+        load: Load = models.load,
+    ) -> "Resources":
         """The device that the options name, or the CPU if its memory is too small, and the finest grids that fit.
 
         Args:
-            model: already loaded; None: the one that the options name.
+            model: already loaded; None: the one that the options name, which ``load`` loads.
         Raises:
             DeviceError: the device cannot be used, or not even the coarsest grids fit.
             ModelError: the model cannot be used.
         """
         device = pick_device(options.device)
-        model = model or models.load(options.model, device)
+        model = model or load(options.model, device)
         region = Grid.of(fixed)
         unplanned = cls(options, fixed, moving, model, model, region, device, device, memory.Plan(*[region] * 3))
         return unplanned._on(device)
@@ -79,6 +89,12 @@ class Resources:
     def requested_spacing(self) -> float:
         """The working resolution that the options ask for, mm."""
         return self.options.spacing or self.usual_spacing
+
+    def estimate(self) -> memory.Estimate:
+        """The memory of this attempt."""
+        grids = Grid.of(self.fixed), Grid.of(self.moving)
+        spacing = self.working.spacing[0]
+        return memory.estimate(self.model.card, *grids, spacing=spacing, refine=self.options.refine)
 
     def smaller(self, stage: str) -> "Resources":
         """The resources of the next attempt after the memory ran out in a stage: a coarser working grid, then the CPU.

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from DivRegNetLib.core import fields
 from DivRegNetLib.quality import evidence
 from DivRegNetLib.registration import methods
-from DivRegNetLib.registration.methods import Coarse, Images
+from DivRegNetLib.registration.methods import Coarse, Images, Run
 from DivRegNetLib.registration.regnet import RegNet
 from DivRegNetLib.registration.variational.equations import gradient
 from DivRegNetLib.registration.variational.settings import VariationalSettings
@@ -241,6 +241,8 @@ def deform(
     variational: VariationalSettings,
     regnet: RegNet | None,
     stiffness: float | None = None,
+    *,
+    run: Run = methods.run,
     progress: Progress = lambda fraction: None,
 ) -> Choice:
     """The displacement of some methods, with the stiffness that suits the pair.
@@ -249,13 +251,14 @@ def deform(
         names, variational, regnet: as of :func:`DivRegNetLib.registration.methods.deform`.
         stiffness: factor of the elastic weight; None: it is chosen, or no deformation. Without the variational method there
             is no choice.
+        run: runs methods, as :func:`DivRegNetLib.registration.methods.run`.
         progress: called with the fraction that is done; what it raises ends the registration.
     """
     methods.check_methods(names)
     if stiffness is not None or "variational" not in names:
         settings = variational if stiffness is None else stiffened(variational, stiffness)
         name = "+".join(names) if stiffness is None else _name(stiffness)
-        made = methods.deform(images, names, settings, regnet, progress)
+        made = run(images, names, settings, regnet, progress).fine()
         return Choice(Candidate(name, lambda: made, stiffness), made, {})
     score = Agreement(images)
     at = len(names) - 1 - names[::-1].index("variational")
@@ -268,13 +271,13 @@ def deform(
 
     start = None
     if before:
-        start = methods.run(images, before, variational, regnet, report)
+        start = run(images, before, variational, regnet, report)
         done += 1
     finished: dict[str, Coarse] = {}
 
     def finish(factor: float) -> Tensor:
         nonlocal done
-        moved = methods.run(images, ("variational",), stiffened(variational, factor), None, report, start)
+        moved = run(images, ("variational",), stiffened(variational, factor), None, report, start)
         finished[_name(factor)] = moved
         done += 1
         return moved.fine()
@@ -286,9 +289,7 @@ def deform(
         chosen = replace(none, scores=chosen.scores)
     elif after:
         stiffness = chosen.candidate.stiffness
-        moved = methods.run(
-            images, after, stiffened(variational, stiffness), regnet, report, finished[chosen.candidate.name]
-        )
+        moved = run(images, after, stiffened(variational, stiffness), regnet, report, finished[chosen.candidate.name])
         chosen = best_of([Candidate("+".join(after), moved.fine, stiffness)], score, chosen)
     progress(1.0)
     return replace(chosen, scores={NO_DEFORMATION: undeformed, **chosen.scores})

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from DivRegNetLib.quality.report import _segments, encode_png
+from DivRegNetLib.quality.verdict import two_digits
 from DivRegNetLib.run.cli import main
 
 
@@ -44,7 +45,10 @@ def test_the_page_holds_verdict_numbers_settings_landmarks_and_pictures_and_need
 ):
     assert main(["report", str(results), "--output", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    quality = json.loads((results / "quality.json").read_text(encoding="utf-8"))["quality"]
+    content = json.loads((results / "quality.json").read_text(encoding="utf-8"))
+    quality, verdict = content["quality"], content["verdict"]
+    assert f"{verdict['level'].upper()}</span> expected error {two_digits(verdict['expected_error_mm'])} mm" in page
+    assert "nine times in ten from" in page
     assert re.search("GREEN|AMBER|RED", page) and "Registration of moving_T2.nii.gz to fixed_T1.nii.gz" in page
     assert f"{quality['nmi']['after']:.3f}" in page and "align" in page and "Hippocampus" in page
     assert not re.search(r"(?:src|href)=[\"'](?!data:)", page)  # nothing is fetched

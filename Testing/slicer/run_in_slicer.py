@@ -153,7 +153,11 @@ class Walk:
         return ""
 
     def maps(self) -> str:
-        for button in (self.widget.ui.displacementMapButton, self.widget.ui.jacobianMapButton):
+        for button in (
+            self.widget.ui.displacementMapButton,
+            self.widget.ui.jacobianMapButton,
+            self.widget.ui.errorMapButton,
+        ):
             button.click()
             self.wait(lambda: not self.widget._task.running, "the map")
         slicer.app.processEvents()

@@ -14,6 +14,7 @@ NAMES = (
     "side by side",
     "displacement length",
     "Jacobian determinant",
+    "expected error",
     "DivRegNet contributors",
 )  # translated where shown
 EVIDENCE = {

@@ -7,6 +7,8 @@ import pytest
 from mrml_scenes import bump, put_under
 from panel import add_blob, census, layers, wait, wait_for
 
+from DivRegNetLib.quality.verdict import judge
+
 
 def planes() -> list[np.ndarray]:
     import slicer
@@ -156,6 +158,52 @@ def test_maps_of_the_deformation_are_volumes_with_a_color_scale_and_are_undone(r
     assert bounds[0] == pytest.approx(bounds[1])
     ready.onUndo()
     assert census() == before
+
+
+def test_the_map_of_the_expected_error_is_added_and_shown_when_it_is_asked_for(ready, pair):
+    import slicer
+
+    from DivRegNetLib.quality.expected_error import calibration
+
+    before = census()
+    ready.onRegister()
+    wait(ready)
+    outcome = ready._outcome
+    assert not [n for n in census() if "expected error" in slicer.mrmlScene.GetNodeByID(n).GetName()]  # off by default
+    ready.ui.errorMapButton.click()
+    wait_for(lambda: not ready._task.running)
+    node = slicer.util.getNode("moving to fixed: expected error (mm)")
+    values = slicer.util.arrayFromVolume(node)
+    inside = values > 0
+    expected = judge(outcome.quality).expected_error_mm
+    assert values[inside].mean() == pytest.approx(expected, rel=0.3) and 0.02 < inside.mean() < 0.9
+    background, foreground, opacity, _ = layers()[0]
+    assert (background, foreground) == (pair[0].GetID(), node.GetID()) and 0 < opacity < 1
+    display = node.GetDisplayNode()
+    assert display.GetColorNodeID() == "vtkMRMLColorTableNodeFileInferno.txt"
+    assert display.GetApplyThreshold() and display.GetLowerThreshold() > 0  # nothing is drawn where nothing is known
+    red = calibration().limits(outcome.quality["evidence"])[1]
+    assert display.GetWindowLevelMin() == 0
+    assert display.GetWindowLevelMax() == pytest.approx(max(red, values.max()))
+    lies, fixed_lies = [0.0] * 6, [0.0] * 6
+    node.GetRASBounds(lies)
+    pair[0].GetRASBounds(fixed_lies)
+    assert (np.array(lies)[::2] < np.array(fixed_lies)[::2] + 8).all()
+    assert (np.array(lies)[1::2] > np.array(fixed_lies)[1::2] - 8).all()
+    middle = np.array(fixed_lies).reshape(3, 2).mean(1)  # of the blob
+    matrix = slicer.util.arrayFromVTKMatrix(ijk_to_ras(node))
+    i, j, k = np.rint(np.linalg.solve(matrix, [*middle, 1]))[:3].astype(int)
+    assert inside[k, j, i]
+    ready.onUndo()
+    assert census() == before
+
+
+def ijk_to_ras(node):
+    import vtk
+
+    matrix = vtk.vtkMatrix4x4()
+    node.GetIJKToRASMatrix(matrix)
+    return matrix
 
 
 def test_air_stays_black_under_the_color_of_the_upper_volume(app):

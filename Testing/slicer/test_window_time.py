@@ -28,7 +28,8 @@ def slots(module, monkeypatch):
 
     from DivRegNetModule.background import Task
 
-    for name in ("onRegister", "onPoll", "onCheckerboard", "onJacobianMap", "onBefore", "onUndo"):
+    slots = ("onRegister", "onPoll", "onCheckerboard", "onJacobianMap", "onErrorMap", "onBefore", "onUndo", "_prepare")
+    for name in slots:
         monkeypatch.setattr(module.DivRegNetWidget, name, timed(name, getattr(module.DivRegNetWidget, name)))
     monkeypatch.setattr(Task, "_advance", timed("step", Task._advance))
     return seconds
@@ -71,8 +72,9 @@ def test_no_slot_blocks_the_window_with_large_volumes_and_many_segments(slots, r
     assert len(ready._outcome.quality["segments"]) == SEGMENTS and images == []
     ready.ui.checkerboardButton.click()
     wait_for(lambda: not ready._comparison.busy)
-    ready.ui.jacobianMapButton.click()
-    wait_for(lambda: not ready._task.running)
+    for button in (ready.ui.jacobianMapButton, ready.ui.errorMapButton):
+        button.click()
+        wait_for(lambda: not ready._task.running)
     ready.onUndo()
     longest = {name: max(times) for name, times in slots.items()}
     assert max(longest.values()) < LONGEST, longest
@@ -114,7 +116,7 @@ def test_only_what_was_asked_for_is_read_and_in_single_precision(ready, monkeypa
     monkeypatch.setattr(ResultFiles, "result", lambda self: pytest.fail("all of it was read at once"))
     ready.onRegister()
     wait(ready)
-    assert ready._outcome is not None and set(read) == {"warped", "transform"}
+    assert ready._outcome is not None and set(read) == {"warped", "transform", "error_map"}
     grid = ready._outcome.registration.transform_node.GetTransformFromParentAs("vtkOrientedGridTransform", True, True)
     assert grid.GetDisplacementGrid().GetScalarTypeAsString() == "float"
 

@@ -1,13 +1,15 @@
 """Renders slice views as the panel shows a registration in Slicer, to a PNG.
 
     python Testing/tools/render_slices.py FIXED MOVING WARPED OUTPUT.png [--transform TRANSFORM.h5]
-        [--columns before after checkerboard grid] [--rows Axial Coronal Sagittal] [--side 400]
+        [--error-map ERROR_MAP.nii.gz] [--columns before after checkerboard grid error]
+        [--rows Axial Coronal Sagittal] [--at R A S] [--side 400]
 
-The rows are planes through the middle of the fixed volume, the columns what the buttons of the panel show: the moving volume
-before, and the warped volume after the registration, in color and half transparent over the fixed one; blocks of both; and
-the grid that Slicer draws of the transform (fixed to moving points, as ITK writes it). Layers are blended by Slicer's slice
-logic and the grid is drawn by its displayable manager, on real MRML nodes (``slicer-core``), off screen; on Linux without a
-display this takes the system's OSMesa (libosmesa6). The picture has 128 colors, which keeps it small.
+The rows are planes through the middle of the fixed volume, or through the point ``--at`` (mm); the columns what the buttons
+of the panel show: the moving volume before, and the warped volume after the registration, in color and half transparent
+over the fixed one; blocks of both; the grid that Slicer draws of the transform (fixed to moving points, as ITK writes it);
+and the map of the expected error over the fixed volume. Layers are blended by Slicer's slice logic and the grid is drawn by
+its displayable manager, on real MRML nodes (``slicer-core``), off screen; on Linux without a display this takes the
+system's OSMesa (libosmesa6). The picture has 128 colors, which keeps it small.
 """
 
 import argparse
@@ -23,6 +25,7 @@ import SimpleITK as sitk
 import slicer
 import slicer.util
 import vtk
+from matplotlib import colormaps
 from PIL import Image
 from vtk.util.numpy_support import vtk_to_numpy
 
@@ -31,7 +34,8 @@ from DivRegNetLib.quality.preview import checkerboard
 
 SIDE = 400  # pixels of a view
 ORIENTATIONS = ("Axial", "Coronal", "Sagittal")
-COLUMNS = ("before", "after", "checkerboard", "grid")
+COLUMNS = ("before", "after", "checkerboard", "grid", "error")
+RED_MM = 4.0  # smallest expected error of a red verdict
 # As in DivRegNetModule/comparison.py, which needs Slicer's application:
 SQUARES = 8  # of the checkerboard, along the longest side
 GRID_LINES = 20  # across the longest side of the fixed volume
@@ -71,6 +75,21 @@ def add_checkerboard(scene, fixed, warped):
     node.GetDisplayNode().SetAndObserveColorNodeID(GRAY)
     node.GetDisplayNode().AutoWindowLevelOff()
     node.GetDisplayNode().SetWindowLevelMinMax(0.0, 255.0)
+    return node
+
+
+def load_error_map(scene, file: Path):
+    """A map of the expected error, colored as DivRegNetModule.maps does."""
+    colors = scene.AddNewNodeByClass("vtkMRMLColorTableNode", "Inferno")  # slicer-core has no files of colors
+    colors.SetTypeToUser()
+    colors.SetNumberOfColors(256)
+    for i, color in enumerate(colormaps["inferno"](np.arange(256))):
+        colors.SetColor(i, f"{i}", *color)
+    node = load_volume(scene, file, colors.GetID())
+    largest, display = float(slicer.util.arrayFromVolume(node).max()), node.GetDisplayNode()
+    display.SetWindowLevelMinMax(0.0, max(largest, RED_MM))
+    display.SetThreshold(1e-6, max(largest, 2e-6))
+    display.ApplyThresholdOn()
     return node
 
 
@@ -155,13 +174,18 @@ def main() -> None:
     for name in ("fixed", "moving", "warped", "output"):
         parser.add_argument(name, type=Path)
     parser.add_argument("--transform", type=Path, help="needed for the column grid")
+    parser.add_argument("--error-map", type=Path, help="needed for the column error")
     parser.add_argument("--columns", nargs="+", choices=COLUMNS, help="default: all that can be drawn")
     parser.add_argument("--rows", nargs="+", choices=ORIENTATIONS, default=ORIENTATIONS)
+    parser.add_argument(
+        "--at", type=float, nargs=3, metavar=("R", "A", "S"), help="point that the slices go through, mm"
+    )
     parser.add_argument("--side", type=int, default=SIDE, help="width and height of a view in pixels")
     args = parser.parse_args()
-    columns = args.columns or COLUMNS[: 4 if args.transform else 3]
-    if "grid" in columns and not args.transform:
-        parser.error("the column grid needs --transform")
+    files = {"grid": args.transform, "error": args.error_map}
+    columns = args.columns or [column for column in COLUMNS if files.get(column, True)]
+    if missing := [column for column in columns if not files.get(column, True)]:
+        parser.error(f"there is no file for the column {missing[0]}")
 
     scene = slicer.vtkMRMLScene()
     slicer.vtkMRMLSliceNode.AddDefaultSliceOrientationPresets(scene)
@@ -175,6 +199,8 @@ def main() -> None:
     over = {"before": moving, "after": warped, "grid": warped}
     if "checkerboard" in columns:
         over["checkerboard"] = add_checkerboard(scene, fixed, warped)
+    if args.error_map:
+        over["error"] = load_error_map(scene, args.error_map)
     bounds = np.zeros(6)
     fixed.GetRASBounds(bounds)
     extent = (bounds[1::2] - bounds[::2]).max()
@@ -184,6 +210,8 @@ def main() -> None:
         view = View(scene, application, orientation, args.side)
         view.node.SetFieldOfView(extent * 1.02, extent * 1.02, 1.0)
         view.node.JumpSliceByCentering(*bounds.reshape(3, 2).mean(1))
+        if args.at:
+            view.node.JumpSliceByOffsetting(*args.at)
         row = []
         for column in columns:
             if transform is not None:

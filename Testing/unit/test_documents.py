@@ -185,6 +185,7 @@ def test_the_figures_of_the_readme_are_those_of_the_benchmark():
         ("What the network adds", "benchmark"),
         ("What trains best", "similarities"),
         ("AAL Brain", "aal-brain-2mm"),
+        ("Calibration of the verdict", "calibration"),
     ],
 )
 def test_the_figures_of_the_notebook_are_those_of_the_results(section, results):

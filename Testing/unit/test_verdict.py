@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import DivRegNetLib
-from DivRegNetLib.quality.verdict import judge
+from DivRegNetLib.quality.verdict import judge, two_digits
 
 GOOD = {
     "nmi": {"before": 1.05, "aligned": 1.10, "after": 1.15},
@@ -74,6 +74,17 @@ def test_evidence_decides_whether_the_similarity_rose_or_not():
     assert "80 % of all places" in " ".join(wrong.reasons) and "cosine 0.50" in " ".join(wrong.reasons)
     assert wrong.as_dict()["expected_error_mm"] == pytest.approx(wrong.expected_error_mm, rel=0.01)
     assert judge(GOOD).expected_error_mm is None
+
+
+def test_a_range_is_told_only_where_the_size_of_the_error_can_be():
+    told, large = (judge(GOOD | {"evidence": numbers}) for numbers in (RIGHT, WRONG))
+    assert "nine times in ten from" in told.reasons[0] and "far more" not in told.reasons[0]
+    assert "it may be far more" in large.reasons[0] and "nine times" not in large.reasons[0]
+
+
+@pytest.mark.parametrize(("value", "text"), [(0.6066, "0.61"), (2.49, "2.5"), (107.9, "110"), (20.0, "20")])
+def test_millimeters_have_two_digits_and_no_exponent(value, text):
+    assert two_digits(value) == text
 
 
 def test_images_without_anything_in_common_are_red():
