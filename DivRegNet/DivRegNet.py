@@ -299,9 +299,12 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     def cleanup(self) -> None:
         """The module is unloaded or the application closes: ends the run and removes all observers."""
+        from DivRegNetModule.run import STANDBY
+
         self._stop()
         self._deviceTimer.stop()
         self._devices.stop()
+        STANDBY.close()
         self._forgetOutcome()
         self._forgetSequence()
         self.setParameterNode(None)
@@ -493,6 +496,8 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
                     p.setValue(name, None)
             self._showPreset()
             self._describe(bool(problems))
+            if not running and not (problems and of_sequence):
+                self._prepare()
         finally:
             self._refreshing = False
 
@@ -538,6 +543,14 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         judged = outcome is not None and (outcome.fixed, outcome.moving) == (p.fixedVolume, p.movingVolume)
         self.ui.fitLabel.visible = bool(complaints) and not judged
         self.ui.memoryLabel.text = needed
+
+    def _prepare(self) -> None:
+        """Starts the process that will register, so that it is ready when Register is pressed."""
+        from DivRegNetModule import first_use
+        from DivRegNetModule.run import STANDBY
+
+        if self.parent.isEntered and STANDBY.pid is None and not first_use.missing():
+            STANDBY.prepare(model=self._parameterNode.model, device=self._parameterNode.device)
 
     # --- purpose
 

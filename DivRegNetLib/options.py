@@ -124,6 +124,15 @@ class Options:
             "low": 0,
         },
     )
+    stiffness: float | None = field(
+        default=None,
+        metadata={
+            "help": "Stiffness of the deformation as a factor of the model's: above 1 it is stiffer, below 1 looser.",
+            "low": 0.01,
+            "high": 1000,
+            "default_help": "chosen for each pair, or no deformation, by evidence",
+        },
+    )
     interpolation: str = field(
         default="linear",
         metadata={"help": "Interpolation of the warped volume.", "choices": tuple(INTERPOLATIONS)},

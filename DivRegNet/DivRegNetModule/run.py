@@ -12,7 +12,7 @@ from DivRegNetLib.core.grid import Grid, affine_transform
 from DivRegNetLib.errors import Cancelled, InputError
 from DivRegNetLib.quality.references import References
 from DivRegNetLib.registration.landmark_alignment import align_landmarks
-from DivRegNetLib.run.worker import Event, Worker
+from DivRegNetLib.run.worker import Event, Standby, Worker
 from DivRegNetModule import _, mrml
 from DivRegNetModule.mrml.carrying import copy_steps, earlier_copy, place_copy
 from DivRegNetModule.mrml.checks import check_carried, check_nodes
@@ -26,6 +26,8 @@ from DivRegNetModule.steps import Steps
 PREPARED, COMPUTED, RECEIVED = 0.03, 0.92, 0.96  # of the whole, for the progress bar
 STEP_SECONDS = 0.04  # that a call of poll may take
 LANDMARKS = "landmarks-"  # before the kind of a transform: the initial alignment is fitted to the landmarks
+STANDBY = Standby()
+"""The process that registers for the panel, for sequences and for scripts, one after another."""
 
 
 @dataclass
@@ -224,7 +226,15 @@ class Run:
         references = yield from self._references()
         inverse = request.inverse is not None
         options = {"error_map": True} | inputs.options
-        worker = Worker(inputs.fixed, inputs.moving, references=references, keep_files=True, inverse=inverse, **options)
+        worker = Worker(
+            inputs.fixed,
+            inputs.moving,
+            references=references,
+            keep_files=True,
+            inverse=inverse,
+            standby=STANDBY,
+            **options,
+        )
         self._worker = worker
         del inputs, references  # large
         yield

@@ -94,7 +94,10 @@ def write_image(image: sitk.Image, path: Path) -> None:
 
     def write(part: Path) -> None:
         with file_access():
-            sitk.WriteImage(image, utf8_name(part), useCompression=True)
+            if part.name.endswith(".nii.gz") and image.GetNumberOfComponentsPerPixel() > 1:
+                nifti.write_vectors(image, part)
+            else:
+                sitk.WriteImage(image, utf8_name(part), useCompression=True)
             nifti.check_complete(part)  # ITK does not notice a full disk when it writes NIfTI
 
     write_atomically(path, write)

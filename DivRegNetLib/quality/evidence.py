@@ -323,12 +323,24 @@ def _edges(fixed: Tensor, warped: Tensor, at: Tensor) -> dict[str, float]:
     """Mean squared cosine between the gradients where those of one image, or of the other, are strongest."""
     slopes = [_gradient(x) for x in (fixed, warped)]
     strength = [x.square().sum(1, keepdim=True) for x in slopes]
-    cosine = (slopes[0] * slopes[1]).sum(1, keepdim=True).square_() / (strength[0] * strength[1]).clamp_min(1e-12)
+    cosine = squared_cosine(*slopes)
     numbers = {}
     for name, values in zip(("fixed edges", "warped edges"), strength, strict=True):
         of = values[at]
         numbers[name] = cosine[at & (values >= of.kthvalue(int((1 - STRONG) * len(of)) + 1).values)].mean().item()
     return numbers
+
+
+def squared_cosine(slope: Tensor, other: Tensor, floor: Tensor | float = 0.0) -> Tensor:
+    """Squared cosine of the angle between gradients (N, 3, ...), (N, 1, ...).
+
+    Args:
+        floor: length of ``other``, or a tensor of lengths, at which half of the cosine counts: what is weaker than that has
+            no direction.
+    """
+    strength = [x.square().sum(1, keepdim=True) for x in (slope, other)]
+    product = (slope * other).sum(1, keepdim=True)
+    return product.square_() / (strength[0] * (strength[1] + floor**2)).clamp_min(1e-12)
 
 
 def _gradient(image: Tensor) -> Tensor:

@@ -74,6 +74,7 @@ def judge(quality: dict) -> Verdict:
     """
     quality = with_references(quality)
     expected, reasons = _expected(quality)
+    reasons += _deformation(quality)
     reasons += [*_similarity(quality), *_folding(quality), *_size(quality), *_inverse(quality), *_reference(quality)]
     level = max((level for level, sentence in reasons), key=LEVELS.index, default=AMBER)
     reasons.sort(key=lambda reason: -LEVELS.index(reason[0]))
@@ -125,6 +126,21 @@ def _expected(quality: dict) -> tuple[float | None, Reasons]:
         )
         reasons.append((AMBER if covered < HARDLY_COVERED else GREEN, text.format(percent=100 * covered)))
     return error, reasons
+
+
+def _deformation(quality: dict) -> Reasons:
+    """How stiff the deformation is, where that was chosen for the pair."""
+    chosen = quality.get("deformation") or {}
+    if not chosen.get("scores"):
+        return []
+    factor = chosen.get("stiffness")
+    if factor is None and chosen["chosen"] == "none":
+        return [(GREEN, _("No deformation: by the evidence, the images agree best as they were aligned."))]
+    if factor is None:
+        return []
+    if factor == 1:
+        return [(GREEN, _("Stiffness chosen: the model's own."))]
+    return [(GREEN, _("Stiffness chosen: {factor:g} times the model's.").format(factor=factor))]
 
 
 def _similarity(quality: dict) -> Reasons:

@@ -82,16 +82,19 @@ def estimate(
     spacing: float | None = None,
     refine: int = 0,
     fields: tuple[Grid, Grid] | None = None,
+    region: Grid | None = None,
 ) -> Estimate:
     """Memory for one registration, its files included.
 
     Args:
-        fixed, moving: grids of the volumes; the working grid covers all of the fixed one.
+        fixed, moving: grids of the volumes.
         spacing: working resolution in mm; None: the model's.
         refine: refinement steps; any number above 0 takes the same memory.
         fields: grids of the displacement field and its inverse; None: those of the volumes.
+        region: what the working grid covers; None: all of the fixed grid.
     """
-    grid = working_grid(card, fixed, max(spacing or card.working_spacing(fixed, moving), FINEST_MM))
+    region = region or fixed
+    grid = working_grid(card, region, max(spacing or card.working_spacing(region, moving), FINEST_MM))
     channels = (16, 32) if card.regnet is None else card.regnet.get("channels") or (16, 32)
     network = FIELDS + PER_CHANNEL * sum(channels[:2]) / _stride(card) ** 3 + (REFINEMENT if refine else 0)
     if card.classnet is not None:  # it runs before the others, and its probabilities are kept
@@ -109,23 +112,33 @@ def estimate(
     return Estimate(grid.size, int(EXTRA + grid.voxels * max(network, INVERSION)), int(EXTRA + host))
 
 
-def plan(card: Card, fixed: Grid, moving: Grid, spacing: float, refine: int, fits: Callable[[Estimate], bool]) -> Plan:
+def plan(
+    card: Card,
+    fixed: Grid,
+    moving: Grid,
+    spacing: float,
+    refine: int,
+    fits: Callable[[Estimate], bool],
+    region: Grid | None = None,
+) -> Plan:
     """The finest working resolution, from ``spacing`` (mm) to COARSEST times the model's, at which a registration fits.
 
     Where displacement fields do not fit at full resolution, they are stored at the working resolution.
 
     Args:
         fits: whether an estimate fits into the memory.
+        region: what the working grid covers; None: all of the fixed grid.
     Raises:
         DeviceError: not even the coarsest fits; the message states what it takes.
     """
-    coarsest = max(spacing, COARSEST * card.working_spacing(fixed, moving))
+    region = region or fixed
+    coarsest = max(spacing, COARSEST * card.working_spacing(region, moving))
     for step in range(math.ceil(math.log(coarsest / spacing) / math.log(COARSER) - 1e-9) + 1):
         mm = min(spacing * COARSER**step, coarsest)
         for grids in ((fixed, moving), (fixed.thinned(mm), moving.thinned(mm))):
-            needed = estimate(card, fixed, moving, spacing=mm, refine=refine, fields=grids)
+            needed = estimate(card, fixed, moving, spacing=mm, refine=refine, fields=grids, region=region)
             if fits(needed):
-                return Plan(working_grid(card, fixed, mm), *grids)
+                return Plan(working_grid(card, region, mm), *grids)
     sizes = " and ".join(" x ".join(map(str, grid.size)) for grid in (fixed, moving))
     raise DeviceError(
         f"the memory is too small for volumes of {sizes} voxels: even at {mm:.3g} mm their registration takes "
@@ -133,10 +146,10 @@ def plan(card: Card, fixed: Grid, moving: Grid, spacing: float, refine: int, fit
     )
 
 
-def working_grid(card: Card, fixed: Grid, spacing: float) -> Grid:
-    """The network's grid at a resolution (mm). Its sides are multiples of what RegNet pads to (``RegNetConfig.multiple``, which
-    needs torch)."""
-    return fixed.working_grid(spacing, multiple=_stride(card) * 4)
+def working_grid(card: Card, region: Grid, spacing: float) -> Grid:
+    """The network's grid over a region at a resolution (mm). Its sides are multiples of what RegNet pads to
+    (``RegNetConfig.multiple``, which needs torch)."""
+    return region.working_grid(spacing, multiple=_stride(card) * 4)
 
 
 def room(limit: float | None, *images: sitk.Image) -> float:
@@ -173,8 +186,8 @@ def available(root: Path = Path("/")) -> float:
 def give_back() -> None:
     """Returns free memory to the system, after each pair of a cohort and where the memory ran out.
 
-    Collects objects that refer to each other, such as the parts of a matplotlib figure, and lets glibc return free memory,
-    of which it otherwise keeps a quarter of a megabyte more with each pair.
+    Collects objects that refer to each other, and lets glibc return free memory, of which it otherwise keeps a quarter of a
+    megabyte more with each pair.
     """
     gc.collect()
     if sys.platform == "linux":

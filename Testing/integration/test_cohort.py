@@ -52,6 +52,14 @@ def test_what_is_the_same_is_kept(cohort, tmp_path):
     assert [row["message"] for row in rows.values()] == ["", ""]
 
 
+def test_a_cohort_without_previews_gets_none_and_is_not_registered_again_for_them(cohort):
+    cohort("--no-preview")
+    assert not list(cohort.folder.rglob("preview.png"))
+    before = times(cohort.folder)
+    cohort()
+    assert times(cohort.folder) == before
+
+
 def replaced_image(folder: Path) -> None:
     images.write_image(images.read_image(folder / "a.nii.gz") * 2, folder / "a.nii.gz")
 

@@ -34,7 +34,11 @@ def test_every_frame_is_registered_and_has_a_verdict(ready, sequence, pair, monk
     import DivRegNetModule
     import slicer
 
+    from DivRegNetLib.run.worker import Worker
+
     monkeypatch.setattr(DivRegNetModule, "translate", lambda context, text: f"translated: {text}")
+    pids, closing = [], Worker.closing
+    monkeypatch.setattr(Worker, "closing", lambda self: pids.append(self.pid) or closing(self))
     before = census()
     ready.ui.registerSequenceButton.click()
     assert ready._sequenceRun is not None, ready.ui.messageLabel.text
@@ -42,6 +46,7 @@ def test_every_frame_is_registered_and_has_a_verdict(ready, sequence, pair, monk
     wait(ready)
     outcome = ready._sequenceOutcome
     assert outcome is not None, ready.ui.messageLabel.text
+    assert len(pids) == 3 and len(set(pids)) == 1  # one process for all frames
     table = ready.ui.sequenceTable
     assert table.visible and table.rowCount == 3
     assert [table.item(i, 0).text() for i in range(3)] == ["0", "1", "2"]

@@ -28,7 +28,8 @@ def slots(module, monkeypatch):
 
     from DivRegNetModule.background import Task
 
-    for name in ("onRegister", "onPoll", "onCheckerboard", "onJacobianMap", "onErrorMap", "onBefore", "onUndo"):
+    slots = ("onRegister", "onPoll", "onCheckerboard", "onJacobianMap", "onErrorMap", "onBefore", "onUndo", "_prepare")
+    for name in slots:
         monkeypatch.setattr(module.DivRegNetWidget, name, timed(name, getattr(module.DivRegNetWidget, name)))
     monkeypatch.setattr(Task, "_advance", timed("step", Task._advance))
     return seconds

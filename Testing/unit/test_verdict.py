@@ -123,3 +123,17 @@ def test_the_context_of_a_sentence_is_that_of_slicers_translation_tools():
     marked = {p: re.search(r"""= marker\("([^"]+)"\)""", p.read_text(encoding="utf-8")) for p in root.rglob("*.py")}
     contexts = {p: m.group(1) for p, m in marked.items() if m and p.name != "words.py"}
     assert contexts == {p: f"{p.parent.name}.{p.stem}" for p in contexts} and len(contexts) > 1
+
+
+@pytest.mark.parametrize(
+    ("deformation", "words"),
+    [
+        ({"chosen": "none", "stiffness": None, "scores": {"none": {}}}, "No deformation"),
+        ({"chosen": "stiffness 1", "stiffness": 1.0, "scores": {"none": {}}}, "Stiffness chosen: the model's own."),
+        ({"chosen": "regnet", "stiffness": 0.2, "scores": {"none": {}}}, "Stiffness chosen: 0.2 times the model's."),
+        ({"chosen": "stiffness 3", "stiffness": 3.0, "scores": {}}, ""),
+    ],
+)
+def test_how_stiff_the_deformation_is_is_said_where_it_was_chosen(deformation, words):
+    reasons = " ".join(map(str, judge({"folded_percent": 0.0, "deformation": deformation}).reasons))
+    assert words in reasons and ("tiffness" in reasons or "No deformation" in reasons) == bool(words)

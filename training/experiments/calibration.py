@@ -94,10 +94,10 @@ def observe(case: Case, model: models.Model) -> Iterator[Observation]:
     options = Options.of(align=case.align, device="cpu")
     inputs = pipeline.check(case.fixed, case.moving, None, None, options)
     resources = Resources.choose(options, inputs.fixed, inputs.moving, model)
-    matrix = pipeline.align(inputs, options, resources.device, progress=_nothing)
+    matrix = pipeline.align(inputs, options, resources.device, progress=_nothing).matrix
     with torch.inference_mode():
         sampled = pipeline.sample(inputs, matrix, resources, progress=_nothing)
-        displacement = pipeline.deform(sampled, resources, options, progress=_nothing)
+        displacement = pipeline.deform(sampled, resources, options, progress=_nothing).displacement
         error = _error(case, sampled, displacement, matrix)
         first = _observation(case, "", sampled, displacement, displacement, error)
         if first is None:

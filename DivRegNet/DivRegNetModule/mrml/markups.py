@@ -36,7 +36,7 @@ def pairs(fixed_node, moving_node) -> Pairs:
     notes = []
     if matches is None:
         text = _(
-            "'{fixed}' has {n} points and '{moving}' has {m}, and no labels are in both; nobody knows which belong together."
+            "'{fixed}' has {n} points and '{moving}' has {m}, with no labels in common, so that no landmark error was measured."
         )
         values = {"fixed": fixed_node.GetName(), "n": len(fixed), "moving": moving_node.GetName(), "m": len(moving)}
         notes.append(text.format(**values))

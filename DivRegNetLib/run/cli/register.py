@@ -11,6 +11,7 @@ from DivRegNetLib.quality.verdict import AMBER, LEVELS, RED, two_digits
 from DivRegNetLib.run.cli.evaluate import add_comparison_arguments
 from DivRegNetLib.run.cli.output import ProgressBar, show
 from DivRegNetLib.run.cohort import TABLE, Pair, frames, read_pairs, register_pairs
+from DivRegNetLib.run.process import without_collection
 
 DESCRIPTION = "Register the moving to the fixed volume."
 FAILED_VERDICT = 3  # exit code
@@ -46,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"volume that is not 0 where the {side} volume is compared",
         )
     parser.add_argument("--overwrite", action="store_true", help="replace results in the folder")
+    parser.add_argument("--no-preview", action="store_true", help="do not draw preview.png")
     parser.add_argument(
         "--fail-on",
         choices=(RED, AMBER),
@@ -83,14 +85,15 @@ def run(args: argparse.Namespace) -> int:
         given["align"] = _alignment(args.align)
     options = Options.of(**(preset(args.preset).options | given))
     if args.pairs is None:
-        from DivRegNetLib.run.cohort.register_files import register_files
+        with without_collection():
+            from DivRegNetLib.run.cohort.register_files import register_files
 
         names = (f"{side}{what}" for what in ("", "_mask", "_labels", "_landmarks") for side in ("fixed", "moving"))
         pair = Pair(**{name: getattr(args, name) for name in names})
         if frames.is_4d(pair.moving):
             return _register_frames(args, pair, options)
         with ProgressBar(quiet=args.json) as progress:
-            report = register_files(pair, args.output, options, overwrite=args.overwrite, progress=progress)
+            report = register_files(pair, args.output, options, **_choices(args), progress=progress)
         show(args, report, _summary(report, args.output))
         return _exit_code(args, [report["verdict"]["level"]])
     return _register_all(args, read_pairs(args.pairs), options)
@@ -113,15 +116,18 @@ def _register_all(args: argparse.Namespace, pairs: dict[str, Pair], options: Opt
     from tqdm import tqdm
 
     with tqdm(total=len(pairs), desc="pairs", unit="pair", disable=args.json or None) as bar:
-        rows = register_pairs(
-            pairs, args.output, options, overwrite=args.overwrite, dask=args.dask, finished=bar.update
-        )
+        rows = register_pairs(pairs, args.output, options, **_choices(args), dask=args.dask, finished=bar.update)
     failed = [row for row in rows if row["status"] != "ok"]
     results = args.output / TABLE
     show(args, rows, f"{len(rows) - len(failed)} of {len(rows)} pairs registered: {results}")
     if failed:
         raise InputError(f"{len(failed)} of {len(rows)} pairs failed, see {results}; the first: {failed[0]['message']}")
     return _exit_code(args, [row["verdict"] for row in rows])
+
+
+def _choices(args: argparse.Namespace) -> dict[str, bool]:
+    """Arguments of :func:`register_files` and :func:`register_pairs`."""
+    return {"overwrite": args.overwrite, "preview": not args.no_preview}
 
 
 def _exit_code(args: argparse.Namespace, verdicts: list[str]) -> int:

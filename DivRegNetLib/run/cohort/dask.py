@@ -42,7 +42,9 @@ POLL_SECONDS = 1.0  # between counts of the workers
 _one_at_a_time = threading.Lock()  # a worker's process may have several threads
 
 
-def rows(pairs: dict[str, Pair], output: Path, options: Options, address: str, *, overwrite: bool) -> Iterator[dict]:
+def rows(
+    pairs: dict[str, Pair], output: Path, options: Options, address: str, *, overwrite: bool, preview: bool
+) -> Iterator[dict]:
     """The rows of a cohort as pairs finish; see :func:`DivRegNetLib.run.cohort.register_pairs`.
 
     Closing the iterator, or an exception in it, cancels the work of the workers.
@@ -84,7 +86,7 @@ def rows(pairs: dict[str, Pair], output: Path, options: Options, address: str, *
                     raise InputError(f"{address}: the scheduler has no workers; start some and repeat the command")
                 while waiting and len(running) < workers:
                     name, pair = waiting.pop()
-                    job = (name, pair, output, settings, sha256, overwrite)
+                    job = (name, pair, output, settings, sha256, overwrite, preview)
                     future = client.submit(register_pair, *job, key=("register", name, uuid.uuid4().hex))
                     running[future] = name
                     future.add_done_callback(finished.put)
@@ -198,7 +200,9 @@ def _row(future: "distributed.Future", name: str, output: Path, address: str) ->
     )
 
 
-def register_pair(name: str, pair: dict[str, Path], output: Path, options: dict, sha256: str, overwrite: bool) -> dict:
+def register_pair(
+    name: str, pair: dict[str, Path], output: Path, options: dict, sha256: str, overwrite: bool, preview: bool = True
+) -> dict:
     """Runs on a worker: registers one pair and returns its row; the message of a failed one ends with the worker's host.
 
     Args:
@@ -224,6 +228,7 @@ def register_pair(name: str, pair: dict[str, Path], output: Path, options: dict,
                 Options(**options),
                 lambda: _load(options["model"], options["device"], sha256),
                 overwrite=overwrite,
+                preview=preview,
                 progress=lambda *_: task.state != "cancelled",
             )
         else:

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,6 @@ from DivRegNetLib.io.volume_files import files_of
 from DivRegNetLib.models import Model
 from DivRegNetLib.options import LANDMARK_ALIGNMENTS, Options, Progress
 from DivRegNetLib.quality.expected_error import on_grid
-from DivRegNetLib.quality.figures import default_style
 from DivRegNetLib.quality.preview import write_preview
 from DivRegNetLib.quality.verdict import judge
 from DivRegNetLib.registration.check import check_image
@@ -50,6 +50,7 @@ def register_files(
     *,
     model: Model | None = None,
     overwrite: bool = False,
+    preview: bool = True,
     progress: Progress | None = None,
 ) -> dict:
     """Registers files and writes the results, which appear in the folder together, ``quality.json`` last.
@@ -62,6 +63,7 @@ def register_files(
     Args:
         model: already loaded; None: ``options.model`` is loaded.
         overwrite: results that are in the folder.
+        preview: draw the preview.
     Returns:
         The content of ``quality.json``.
     Raises:
@@ -72,10 +74,12 @@ def register_files(
     with exclusive(output):
         if (output / QUALITY).exists() and not overwrite:
             raise InputError(f"{output}: holds the results of a registration; choose another folder, or --overwrite")
-        return _register_files(pair, output, options, model, progress)
+        return _register_files(pair, output, options, model, preview, progress)
 
 
-def _register_files(pair: Pair, output: Path, options: Options, model: Model | None, progress: Progress | None) -> dict:
+def _register_files(
+    pair: Pair, output: Path, options: Options, model: Model | None, preview: bool, progress: Progress | None
+) -> dict:
     """:func:`register_files` in a folder that this process holds and whose results may be replaced."""
     _check_no_input(pair, output)
     with unchanged(*_files_of(pair)):
@@ -123,9 +127,12 @@ def _register_files(pair: Pair, output: Path, options: Options, model: Model | N
     }
     try:
         with staging_folder(output) as folder:
-            for name, write in writers.items():
-                _write(write, folder / name, output / name)
-            notes += _write_preview(fixed, moving, result, folder / PREVIEW)
+            with ThreadPoolExecutor(1) as thread:  # ITK writes while the preview is drawn
+                written = [thread.submit(_write, w, folder / name, output / name) for name, w in writers.items()]
+                if preview:
+                    notes += _write_preview(fixed, moving, result, folder / PREVIEW)
+                for file in written:
+                    file.result()
             names = [name for name in POSSIBLE_FILES if (folder / name).exists()]
             write_json(report | {"files": sorted([*names, QUALITY]), "warnings": notes}, folder / QUALITY)
             (output / QUALITY).unlink(missing_ok=True)
@@ -154,11 +161,10 @@ def _write_preview(fixed: sitk.Image, moving: sitk.Image, result: Result, path: 
         InputError: the file cannot be written.
     """
     try:
-        with default_style():
-            write_preview(fixed, moving, result, path)
+        write_preview(fixed, moving, result, path)
     except InputError:
         raise
-    except Exception as error:  # whatever is wrong with matplotlib
+    except Exception as error:  # whatever is wrong with Pillow
         return [f"there is no preview, as it could not be drawn ({type(error).__name__}: {reason_of(error)})"]
     return []
 

@@ -23,6 +23,7 @@ def register_row(
     model: Callable[[], Model],
     *,
     overwrite: bool,
+    preview: bool = True,
     progress: Progress | None = None,
 ) -> dict:
     """Registers a pair of a cohort into ``output / name``; returns its row.
@@ -44,7 +45,8 @@ def register_row(
             if not changes:
                 return row_of(name, report)
         overwrite = overwrite or bool(changes)
-        row = row_of(name, register_files(pair, folder, options, model=model(), overwrite=overwrite, progress=progress))
+        arguments = {"model": model(), "overwrite": overwrite, "preview": preview, "progress": progress}
+        row = row_of(name, register_files(pair, folder, options, **arguments))
         if changes:
             row["message"] = (
                 f"registered again, since in the earlier results {'; '.join(changes)}. {row['message']}".strip()
