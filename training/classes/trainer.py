@@ -222,6 +222,8 @@ def fit(config: ClassTraining, subjects: Subjects, output: Path, *, resume: bool
     trainer = ClassTrainer(config, subjects)
     if checkpoint.exists():
         trainer.restore(torch.load(checkpoint, map_location=trainer.device, weights_only=True))
+        # A process that was killed may have written the checkpoint and not yet its log.
+        write_log(trainer.log, output / LOG)
         print(f"resumed at step {trainer.step_number}")
     sums, count = torch.zeros(3, device=trainer.device), 0
     with tqdm(total=config.steps, initial=trainer.step_number, desc=config.name, mininterval=10) as bar:
