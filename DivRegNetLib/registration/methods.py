@@ -71,11 +71,15 @@ class Images:
 
 
 def with_classes(images: Images, classnet: ClassNet) -> Images:
-    """The images, and how probable each class that they share is at every voxel of them, in the network's eyes."""
+    """The images, and how probable each class that they share is at every voxel of them, in the network's eyes; without
+    classes where background is more probable than all of them together, everywhere in one of the images."""
     inside = images.measured_in_masks() or (None, None)
     pairs = zip((images.fixed, images.moving), inside, strict=True)
     probabilities = (classnet.probabilities(image, where) for image, where in pairs)
-    return replace(images, classes=Features(*shared(*probabilities), stride=classnet.config.output_stride))
+    both = shared(*probabilities)
+    if any(p[:, 0].min() > 0.5 for p in both):
+        return images
+    return replace(images, classes=Features(*both, stride=classnet.config.output_stride))
 
 
 @dataclass(frozen=True, eq=False)

@@ -285,7 +285,8 @@ def deform(
     chosen = best_of((Candidate(_name(s), partial(finish, s), s) for s in STIFFNESSES), score)
     none = no_deformation(images)
     undeformed = score(none.displacement)
-    if not chosen.scores[chosen.candidate.name].beats(undeformed):
+    unknown = all(score is NOTHING for score in (undeformed, *chosen.scores.values()))  # the first candidate is usual
+    if not (unknown or chosen.scores[chosen.candidate.name].beats(undeformed)):
         chosen = replace(none, scores=chosen.scores)
     elif after:
         stiffness = chosen.candidate.stiffness
