@@ -120,11 +120,11 @@ def refine(
         (N, 3, D, H, W) likewise; with ``settings.min_gain`` the displacement that was given, where no round of steps gained
         enough.
     """
-    start = fields.coarsen(displacement, settings.stride, settings.multiple)
+    start = fields.coarsen(displacement, settings.output_stride, settings.multiple)
     refined = variational_steps(images, settings, start, progress)
     if refined is start and settings.min_gain is not None:
         return displacement
-    return fields.upsample(refined, settings.stride, displacement.shape[2:])
+    return fields.upsample(refined, settings.output_stride, displacement.shape[2:])
 
 
 def check_methods(names: tuple[str, ...]) -> None:
@@ -158,5 +158,6 @@ def variational_steps(
 
 def _output_grid(name: str, variational: VariationalSettings, regnet: RegNet | None) -> tuple[int, int]:
     """Stride of a method's output grid, and the multiple that it pads images to."""
-    settings = variational if name == "variational" else regnet.config
-    return settings.stride, settings.multiple
+    if name == "variational":
+        return variational.output_stride, variational.multiple
+    return regnet.config.stride, regnet.config.multiple

@@ -1,7 +1,7 @@
 """Gauss-Newton terms of features: what is alike in two images whatever their contrasts, beside mutual information.
 
 A feature is a channel that has the same value at corresponding voxels of both images: the probability of a class of
-tissue (:mod:`DivRegNetLib.similarity.classes`), or a channel of a descriptor. With features f and, after the displacement,
+tissue (:mod:`DivRegNetLib.similarity.classes`), or a channel of a descriptor (:func:`descriptors`). With features f and, after the displacement,
 m, the energy of a voxel is ``weight / 2 * sum_c (f_c - m_c)^2`` in nats: minus the logarithm of a normal density of variance
 ``1 / weight``. Its Gauss-Newton equations are
 
@@ -20,7 +20,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from DivRegNetLib.core import fields
+from DivRegNetLib.registration.variational.settings import Level, VariationalSettings
 from DivRegNetLib.registration.variational.solver import COMPONENTS
+from DivRegNetLib.similarity.descriptors import believable, mind_ssc
+
+Valid = tuple[Tensor, Tensor]
+"""Where the fixed and the moving image were measured, each (N, 1, D, H, W), bool or the measured fraction of a voxel."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,12 +35,14 @@ class Features:
     fixed, moving: (N, C, d, h, w).
     weight: of the squared difference at a voxel of the displacement's grid, in nats.
     stride: voxels of the images per voxel of the features, along each axis.
+    parts: into which the channels are divided; each step uses one of them, with ``parts`` times the weight, in turn.
     """
 
     fixed: Tensor
     moving: Tensor
     weight: float = 1.0
     stride: int = 1
+    parts: int = 1
 
     def extended(self, shape: tuple[int, int, int]) -> "Features":
         """For images that were padded at the far end of D, H and W to ``shape``: the border is repeated."""
@@ -83,33 +90,77 @@ class FeatureEquations:
             valid: where the fixed and the moving image were measured, (N, 1, ...) on any grid that covers the images.
             threshold: a voxel counts where at least this fraction of it was measured.
         """
-        self.weight, self.threshold = features.weight, threshold
+        self.weight, self.threshold, self.parts = features.weight, threshold, features.parts
         self.fixed, self.moving = (resized(x, shape) for x in (features.fixed, features.moving))
         self.valid = None if valid is None else tuple(resized(v.to(self.fixed.dtype), shape) for v in valid)
 
-    def __call__(self, displacement: Tensor | None) -> Tensor:
+    def __call__(self, displacement: Tensor | None, number: int = 0) -> Tensor:
         """Information and force at each voxel, (N, 9, d, h, w), see :func:`normal_equations`.
 
         Args:
             displacement: (N, 3, d, h, w) in voxels of the level's grid; None: the identity.
+            number: of the step, which decides the channels that are used.
         """
-        warped, counted = self._warped(displacement)
-        return normal_equations(self.fixed, warped, self.weight, counted)
+        part = slice(number % self.parts, None, self.parts)
+        warped, counted = self._warped(displacement, part)
+        return normal_equations(self.fixed[:, part], warped, self.weight * self.parts, counted)
 
     def energy(self, displacement: Tensor | None) -> Tensor:
         """(N,): mean energy of the voxels that count, in nats."""
         warped, counted = self._warped(displacement)
         return _mean(self.weight / 2 * (self.fixed - warped).square().sum(1, keepdim=True), counted)
 
-    def _warped(self, displacement: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The warped moving features, and the voxels that count (N, 1, d, h, w), or None."""
-        channels = self.moving if self.valid is None else torch.cat((self.moving, self.valid[1]), 1)
+    def _warped(self, displacement: Tensor | None, part: slice = slice(None)) -> tuple[Tensor, Tensor | None]:
+        """The warped moving features of some channels, and the voxels that count (N, 1, d, h, w), or None."""
+        channels = self.moving[:, part]
+        channels = channels if self.valid is None else torch.cat((channels, self.valid[1]), 1)
         if displacement is not None:
             channels = fields.warp(channels, displacement)
         if self.valid is None:
             return channels, None
         counted = (self.valid[0] > self.threshold) & (channels[:, -1:] > self.threshold)
         return channels[:, :-1], counted
+
+
+def descriptors(
+    fixed: Tensor, moving: Tensor, settings: VariationalSettings, level: Level, valid: Valid | None = None
+) -> FeatureEquations:
+    """The equations of the MIND-SSC descriptors of a pair at one level.
+
+    The descriptors are those of the level's images, one for each voxel of the displacement's grid.
+
+    Args:
+        fixed, moving, valid: as of :class:`~DivRegNetLib.registration.variational.equations.Equations`.
+    """
+    images = torch.cat((fixed, moving))
+    images = F.avg_pool3d(images, level.shrink) if level.shrink > 1 else images
+    grid = tuple(n // settings.stride for n in images.shape[2:])
+    known = None
+    if valid is not None:
+        known = torch.cat([resized(v.to(images.dtype), tuple(images.shape[2:])) for v in valid])
+        known = resized(believable(known > settings.validity_threshold).to(images.dtype), grid)
+    import os
+    mode = os.environ.get("MODE", "s")
+    k = None if known is None else known > settings.validity_threshold
+    if mode == "s":
+        channels = mind_ssc(images, stride=settings.stride, floor=settings.descriptor_floor, valid=k)
+    elif mode == "s2":
+        channels = mind_ssc(images, stride=settings.stride, floor=settings.descriptor_floor, valid=k, dilation=2)
+    elif mode == "s0":
+        channels = mind_ssc(images, stride=settings.stride, floor=settings.descriptor_floor, valid=k, radius=0)
+    elif mode == "s02":
+        channels = mind_ssc(images, stride=settings.stride, floor=settings.descriptor_floor, valid=k, radius=0, dilation=2)
+    elif mode == "a":
+        channels = F.avg_pool3d(mind_ssc(images, floor=settings.descriptor_floor), settings.stride)
+    elif mode == "a2":
+        channels = F.avg_pool3d(mind_ssc(images, floor=settings.descriptor_floor, dilation=2), settings.stride)
+    elif mode == "i":
+        channels = F.avg_pool3d(mind_ssc(torch.cat((fixed, moving)), floor=settings.descriptor_floor), settings.stride*level.shrink)
+    elif mode == "i2":
+        channels = F.avg_pool3d(mind_ssc(torch.cat((fixed, moving)), floor=settings.descriptor_floor, dilation=2), settings.stride*level.shrink)
+    weight = settings.descriptor_weight * level.descriptors
+    features = Features(*channels.chunk(2), weight=weight, parts=settings.descriptor_parts)
+    return FeatureEquations(features, grid, None if known is None else known.chunk(2), settings.validity_threshold)
 
 
 def _mean(energy: Tensor, counted: Tensor | None) -> Tensor:

@@ -30,7 +30,7 @@ def schedule(settings: VariationalSettings, measured: int) -> list[Stage]:
     stages = [
         Stage(level, (first,) * count)
         for level, count in zip(coarse, counts, strict=True)
-        if count and measured >= settings.min_voxels * (level.shrink * settings.stride) ** 3
+        if count and measured >= settings.min_voxels * (level.shrink * settings.at(level).stride) ** 3
     ]
     return [*stages, Stage(last, tuple(_between(first, end, t) for t in fractions))]
 

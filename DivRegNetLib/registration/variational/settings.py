@@ -5,7 +5,7 @@ the notebook of the experiments has the comparisons.
 """
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 
 MASKS = ("multiply", "exclude")
 
@@ -36,12 +36,16 @@ class Level:
     block: side of the cubes in which joint histograms are counted, in voxels of the level's images; rounded down to a
         multiple of ``stride``.
     momentum: fraction of the previous step that is added to each step, 0 to below 1 (heavy ball; Polyak, 1964).
+    descriptors: fraction of ``descriptor_weight`` that the descriptors have at this level; 0 leaves them out.
+    stride: of this level's displacement, 1 or 2, as in :class:`VariationalSettings`; 0: that of all levels.
     """
 
     shrink: int
     share: float
     block: int
     momentum: float
+    descriptors: float = 1.0
+    stride: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class VariationalSettings:
     Course:
 
     steps: Gauss-Newton steps in all, over all levels.
-    stride: voxels of the images per voxel of the displacement's grid, along each axis: 1 or 2.
+    stride: voxels of a level's images per voxel of its displacement's grid, along each axis: 1 or 2.
     levels: coarsest first; see :class:`Level`.
     min_steps: with fewer steps than this only the last level is used.
     min_voxels: a coarser level is left out unless both images were measured in as many voxels of its displacement's grid.
@@ -79,6 +83,14 @@ class VariationalSettings:
 
     class_weight: of the squared differences of the classes' probabilities at a voxel of the displacement's grid, in nats; 0
         leaves them out. Models without a class network have none.
+
+    Descriptors (MIND-SSC, :mod:`DivRegNetLib.similarity.descriptors`):
+
+    descriptor_weight: of the squared differences of the descriptors at a voxel of the displacement's grid, in nats; 0 leaves
+        them out.
+    descriptor_floor: contrast below which a voxel's surroundings count as flat, as a fraction of the image's mean patch
+        distance.
+    descriptor_parts: into which the 12 channels are divided; each step uses one part of them.
 
     Linear system of a step (Modersitzki, "FAIR", SIAM 2009):
 
@@ -109,6 +121,9 @@ class VariationalSettings:
     independence_weight: float = 0.01
     epsilon: float = 1e-9
     class_weight: float = 300.0
+    descriptor_weight: float = 0.0
+    descriptor_floor: float = 1e-3
+    descriptor_parts: int = 1
     information_floor: float = 0.05
     tikhonov: float = 1e-3
     cg_iterations: int = 4
@@ -132,8 +147,8 @@ class VariationalSettings:
             _check_kind(f"levels[{i}]", level, Level)
             for part, low, high in _LEVEL_RANGES:
                 _check_number(level, part, low, high, f"levels[{i}].{part}")
-            if level.block < self.stride:
-                raise ValueError(f"levels[{i}].block: at least the stride, {self.stride}, got {level.block}")
+            if level.block < (stride := level.stride or self.stride):
+                raise ValueError(f"levels[{i}].block: at least the stride, {stride}, got {level.block}")
         if self.min_gain is not None:
             _check_number(self, "min_gain", 0.0, math.inf)
         if self.masks not in MASKS:
@@ -142,7 +157,17 @@ class VariationalSettings:
     @property
     def multiple(self) -> int:
         """Images are padded to a multiple of this number of voxels per axis, which all levels divide."""
-        return self.stride * math.lcm(*(level.shrink for level in self.levels))
+        return math.lcm(*(self.at(level).stride * level.shrink for level in self.levels), self.stride)
+
+    @property
+    def output_stride(self) -> int:
+        """Voxels of the images per voxel of the grid of the displacement that comes out, the last level's."""
+        last = self.levels[-1]
+        return self.at(last).stride * last.shrink
+
+    def at(self, level: Level) -> "VariationalSettings":
+        """The settings at a level: with the stride of its displacement."""
+        return self if level.stride in (0, self.stride) else replace(self, stride=level.stride)
 
     def as_dict(self) -> dict:
         """For JSON; :meth:`from_dict` is the inverse."""
@@ -173,10 +198,14 @@ _RANGES = (
     ("cg_iterations", 1, 1000), ("validity_threshold", 0.0, 1.0), ("parzen_sigma", 0.01, 100.0),
     ("block_sigma", 0.01, 100.0), ("global_weight", 0.0, math.inf), ("independence_weight", 0.0, 1.0),
     ("epsilon", 1e-30, 1e-3), ("class_weight", 0.0, math.inf),
+    ("descriptor_weight", 0.0, math.inf), ("descriptor_floor", 1e-6, 1e3), ("descriptor_parts", 1, 12),
     ("information_floor", 0.0, math.inf), ("tikhonov", 0.0, math.inf),
     ("frequencies", 0.01, 1.0), ("max_step", 0.0, math.inf), ("max_gradient", 0.0, math.inf),
 )  # fmt: skip
-_LEVEL_RANGES = (("shrink", 1, 64), ("share", 0.0, 1.0), ("block", 1, 1024), ("momentum", 0.0, 0.999))
+_LEVEL_RANGES = (
+    ("shrink", 1, 64), ("share", 0.0, 1.0), ("block", 1, 1024), ("momentum", 0.0, 0.999),
+    ("descriptors", 0.0, math.inf), ("stride", 0, 2),
+)  # fmt: skip
 
 
 def _check_number(owner: object, name: str, low: float, high: float, shown: str | None = None) -> None:
@@ -209,7 +238,8 @@ def _level(name: str, values: object) -> Level:
         return values
     known = _names(Level)
     values = _mapping(name, values, known)
-    if missing := [key for key in known if key not in values]:
+    required = [f.name for f in fields(Level) if f.default is MISSING]
+    if missing := [key for key in required if key not in values]:
         raise ValueError(f"{name}: {missing[0]!r} is missing")
     return Level(**values)
 
