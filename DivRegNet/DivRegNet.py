@@ -120,6 +120,7 @@ class Method(enum.Enum):
 
     AUTO = "auto"
     VARIATIONAL = "variational"
+    DISCRETE = "discrete+variational"
     REGNET = "regnet"
     BOTH = "variational+regnet"
     NONE = "none"
@@ -128,6 +129,7 @@ class Method(enum.Enum):
         return {
             Method.AUTO: _("Automatic"),
             Method.VARIATIONAL: _("Variational"),
+            Method.DISCRETE: _("Discrete start, then variational"),
             Method.REGNET: _("RegNet"),
             Method.BOTH: _("Variational, then RegNet"),
             Method.NONE: _("None (only align)"),

@@ -15,11 +15,10 @@ import SimpleITK as sitk
 from DivRegNetLib.core.grid import affine_matrix
 from DivRegNetLib.errors import InputError
 from DivRegNetLib.models import DEFAULT
-from DivRegNetLib.registration import METHODS
 
 ALIGNMENTS = ("none", "center", "rigid", "affine")
 INTERPOLATIONS = {"linear": sitk.sitkLinear, "nearest": sitk.sitkNearestNeighbor, "bspline": sitk.sitkBSpline3}
-METHOD_CHOICES = ("auto", *METHODS, "+".join(METHODS), "none")
+METHOD_CHOICES = ("auto", "variational", "discrete+variational", "regnet", "variational+regnet", "none")
 STAGES = ("check", "align", "sample", "deform", "refine", "fields", "outputs")
 
 Progress = Callable[[str, float], bool | None]
@@ -92,8 +91,9 @@ class Options:
     method: str = field(
         default="auto",
         metadata={
-            "help": "What computes the deformation: the variational method, RegNet or both, one after the other; auto "
-            "takes what the model's card says, none only aligns.",
+            "help": "What computes the deformation: the variational method, if wanted after a discrete start that searches "
+            "every shift of some voxels, RegNet or both, one after the other; auto takes what the model's card says, none "
+            "only aligns.",
             "choices": METHOD_CHOICES,
         },
     )

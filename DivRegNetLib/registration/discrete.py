@@ -50,7 +50,7 @@ class DiscreteSettings:
     cell: int = 4
     steps: int = 4
     step: int = 2
-    reach: float = 0.1
+    reach: float = 0.12
     couplings: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
     smoothing: float = 1.0
     window: float = 0.0
@@ -102,7 +102,7 @@ def shift_length(shape: tuple[int, int, int], shrink: int = 1, settings: Discret
     """Distance of one shift to the next for images of (D, H, W), in voxels of the averaged images; 0 where the images are too
     small for any shift."""
     side = math.prod(shape) ** (1 / 3) / shrink
-    return min(int(settings.reach * side / settings.steps + 0.5), settings.step)
+    return min(int(settings.reach * side / settings.steps), settings.step)
 
 
 def _costs(
@@ -147,12 +147,10 @@ def _coupled(costs: Tensor, step: int, settings: DiscreteSettings) -> Tensor:
     n, count, *shape = costs.shape
     shifts = _shifts(settings.steps, like=costs)
     lengths = shifts.square().sum(1).view(1, count, 1)
-    flat, displacement = costs.flatten(2), None
+    flat, displacement = costs.flatten(2), costs.new_zeros(n, 3, *shape)
     for coupling in settings.couplings:
-        total = flat
-        if displacement is not None:
-            products = shifts @ displacement.flatten(2)
-            total = torch.add(flat, products, alpha=-2 * coupling).add_(lengths, alpha=coupling)
+        products = shifts @ displacement.flatten(2)
+        total = torch.add(flat, products, alpha=-2 * coupling).add_(lengths, alpha=coupling)
         best = shifts.index_select(0, total.argmin(1).flatten()).view(n, *shape, 3).permute(0, 4, 1, 2, 3)
         displacement = fields.smooth(best, settings.smoothing)
     return displacement * (step / settings.cell)

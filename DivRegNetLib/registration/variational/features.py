@@ -127,7 +127,7 @@ def descriptors(
 ) -> FeatureEquations:
     """The equations of the MIND-SSC descriptors of a pair at one level.
 
-    The descriptors are those of the level's images, one for each voxel of the displacement's grid.
+    The descriptors are those of the level's images, averaged to the displacement's grid.
 
     Args:
         fixed, moving, valid: as of :class:`~DivRegNetLib.registration.variational.equations.Equations`.
@@ -135,32 +135,15 @@ def descriptors(
     images = torch.cat((fixed, moving))
     images = F.avg_pool3d(images, level.shrink) if level.shrink > 1 else images
     grid = tuple(n // settings.stride for n in images.shape[2:])
-    known = None
+    within = known = None
     if valid is not None:
-        known = torch.cat([resized(v.to(images.dtype), tuple(images.shape[2:])) for v in valid])
-        known = resized(believable(known > settings.validity_threshold).to(images.dtype), grid)
-    import os
-    mode = os.environ.get("MODE", "s")
-    k = None if known is None else known > settings.validity_threshold
-    if mode == "s":
-        channels = mind_ssc(images, stride=settings.stride, floor=settings.descriptor_floor, valid=k)
-    elif mode == "s2":
-        channels = mind_ssc(images, stride=settings.stride, floor=settings.descriptor_floor, valid=k, dilation=2)
-    elif mode == "s0":
-        channels = mind_ssc(images, stride=settings.stride, floor=settings.descriptor_floor, valid=k, radius=0)
-    elif mode == "s02":
-        channels = mind_ssc(images, stride=settings.stride, floor=settings.descriptor_floor, valid=k, radius=0, dilation=2)
-    elif mode == "a":
-        channels = F.avg_pool3d(mind_ssc(images, floor=settings.descriptor_floor), settings.stride)
-    elif mode == "a2":
-        channels = F.avg_pool3d(mind_ssc(images, floor=settings.descriptor_floor, dilation=2), settings.stride)
-    elif mode == "i":
-        channels = F.avg_pool3d(mind_ssc(torch.cat((fixed, moving)), floor=settings.descriptor_floor), settings.stride*level.shrink)
-    elif mode == "i2":
-        channels = F.avg_pool3d(mind_ssc(torch.cat((fixed, moving)), floor=settings.descriptor_floor, dilation=2), settings.stride*level.shrink)
+        measured = torch.cat([resized(v.to(images.dtype), tuple(images.shape[2:])) for v in valid])
+        within = believable(measured > settings.validity_threshold)
+        known = resized(within.to(images.dtype), grid).chunk(2)
+    channels = resized(mind_ssc(images, valid=within), grid)
     weight = settings.descriptor_weight * level.descriptors
     features = Features(*channels.chunk(2), weight=weight, parts=settings.descriptor_parts)
-    return FeatureEquations(features, grid, None if known is None else known.chunk(2), settings.validity_threshold)
+    return FeatureEquations(features, grid, known, settings.validity_threshold)
 
 
 def _mean(energy: Tensor, counted: Tensor | None) -> Tensor:

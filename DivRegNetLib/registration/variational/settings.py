@@ -88,8 +88,6 @@ class VariationalSettings:
 
     descriptor_weight: of the squared differences of the descriptors at a voxel of the displacement's grid, in nats; 0 leaves
         them out.
-    descriptor_floor: contrast below which a voxel's surroundings count as flat, as a fraction of the image's mean patch
-        distance.
     descriptor_parts: into which the 12 channels are divided; each step uses one part of them.
 
     Linear system of a step (Modersitzki, "FAIR", SIAM 2009):
@@ -122,7 +120,6 @@ class VariationalSettings:
     epsilon: float = 1e-9
     class_weight: float = 300.0
     descriptor_weight: float = 0.0
-    descriptor_floor: float = 1e-3
     descriptor_parts: int = 1
     information_floor: float = 0.05
     tikhonov: float = 1e-3
@@ -198,7 +195,7 @@ _RANGES = (
     ("cg_iterations", 1, 1000), ("validity_threshold", 0.0, 1.0), ("parzen_sigma", 0.01, 100.0),
     ("block_sigma", 0.01, 100.0), ("global_weight", 0.0, math.inf), ("independence_weight", 0.0, 1.0),
     ("epsilon", 1e-30, 1e-3), ("class_weight", 0.0, math.inf),
-    ("descriptor_weight", 0.0, math.inf), ("descriptor_floor", 1e-6, 1e3), ("descriptor_parts", 1, 12),
+    ("descriptor_weight", 0.0, math.inf), ("descriptor_parts", 1, 12),
     ("information_floor", 0.0, math.inf), ("tikhonov", 0.0, math.inf),
     ("frequencies", 0.01, 1.0), ("max_step", 0.0, math.inf), ("max_gradient", 0.0, math.inf),
 )  # fmt: skip
