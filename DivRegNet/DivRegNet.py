@@ -136,6 +136,17 @@ class Method(enum.Enum):
         }[self]
 
 
+class Effort(enum.Enum):
+    """How much time the deformation may take; values as in DivRegNetLib.options.EFFORTS. Presets set it."""
+
+    FAST = "fast"
+    USUAL = "usual"
+    THOROUGH = "thorough"
+
+    def label(self) -> str:
+        return {Effort.FAST: _("Fast"), Effort.USUAL: _("Usual"), Effort.THOROUGH: _("Thorough")}[self]
+
+
 class Interpolation(enum.Enum):
     """Interpolation of the warped volume; values as in DivRegNetLib.options.INTERPOLATIONS."""
 
@@ -174,6 +185,7 @@ class DivRegNetParameterNode:
     movingSegment: str
     model: str
     method: Method = Method.AUTO
+    effort: Effort = Effort.USUAL
     warpedVolume: vtkMRMLScalarVolumeNode
     transform: vtkMRMLTransformNode
     giveInverse: bool = False
@@ -549,7 +561,8 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         from DivRegNetLib.presets import matching
 
         p = self._parameterNode
-        preset = matching({"align": p.alignment.value, "method": p.method.value, "refine": p.refineSteps})
+        options = {"align": p.alignment, "method": p.method, "effort": p.effort}
+        preset = matching({name: choice.value for name, choice in options.items()} | {"refine": p.refineSteps})
         self.ui.presetComboBox.setCurrentIndex(self.ui.presetComboBox.findData(preset.name if preset else ""))
 
     @guarded
@@ -563,6 +576,7 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         with slicer.util.NodeModify(p):
             p.alignment = Alignment(preset.value("align"))
             p.method = Method(preset.value("method"))
+            p.effort = Effort(preset.value("effort"))
             p.refineSteps = preset.value("refine")
 
     @guarded

@@ -18,6 +18,7 @@ from DivRegNetLib.models import DEFAULT
 
 ALIGNMENTS = ("none", "center", "rigid", "affine")
 INTERPOLATIONS = {"linear": sitk.sitkLinear, "nearest": sitk.sitkNearestNeighbor, "bspline": sitk.sitkBSpline3}
+EFFORTS = ("fast", "usual", "thorough")
 METHOD_CHOICES = ("auto", "variational", "discrete+variational", "regnet", "variational+regnet", "none")
 STAGES = ("check", "align", "sample", "deform", "refine", "fields", "outputs")
 
@@ -107,6 +108,14 @@ class Options:
             "help": "Initial alignment: none, center (a shift), rigid, affine, or a linear transform that maps fixed points "
             "to moving points.",
             "kind": object,
+        },
+    )
+    effort: str = field(
+        default="usual",
+        metadata={
+            "help": "How much time the deformation may take: fast leaves descriptors and the last, finest steps out; usual takes "
+            "some seconds for a head; thorough makes more steps on a finer grid and takes minutes.",
+            "choices": EFFORTS,
         },
     )
     refine: int = field(

@@ -238,7 +238,8 @@ def deform(sampled: Sampled, resources: Resources, options: Options, *, progress
     names = card.methods if options.method == "auto" else options.method.split("+")
     if "regnet" in names and resources.model.regnet is None:
         raise InputError(f"method {options.method!r} needs a RegNet, which model {card.name!r} does not have")
-    return methods.deform(sampled.images, tuple(names), card.variational_settings, resources.model.regnet, progress)
+    settings = card.variational_settings.with_effort(options.effort)
+    return methods.deform(sampled.images, tuple(names), settings, resources.model.regnet, progress)
 
 
 def refine(

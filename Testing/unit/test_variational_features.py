@@ -125,7 +125,7 @@ def test_the_step_of_descriptor_terms_is_that_of_a_dense_solution():
     normal, shape, weight = terms(None), (4, 5, 6), 0.7
     assert normal.shape == (1, 9, *shape)
     # By hand: channels of both images, their mean gradient by central differences, outer products.
-    f, m = (F.avg_pool3d(mind_ssc(x.double()), 2)[0] for x in (fixed, moving))
+    f, m = (F.avg_pool3d(mind_ssc(x.double(), floor=settings.descriptor_floor), 2)[0] for x in (fixed, moving))
     slopes = torch.zeros(3, *f.shape, dtype=torch.float64)
     for axis, dim in enumerate((3, 2, 1)):
         n = f.shape[dim]

@@ -140,7 +140,7 @@ def descriptors(
         measured = torch.cat([resized(v.to(images.dtype), tuple(images.shape[2:])) for v in valid])
         within = believable(measured > settings.validity_threshold)
         known = resized(within.to(images.dtype), grid).chunk(2)
-    channels = resized(mind_ssc(images, valid=within), grid)
+    channels = resized(mind_ssc(images, floor=settings.descriptor_floor, valid=within), grid)
     weight = settings.descriptor_weight * level.descriptors
     features = Features(*channels.chunk(2), weight=weight, parts=settings.descriptor_parts)
     return FeatureEquations(features, grid, known, settings.validity_threshold)

@@ -5,6 +5,7 @@ which joint histograms give in closed form for a single pair. :mod:`.equations` 
 :mod:`.solver` into a smooth step; here steps are made from level to level. docs/method.md derives them.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -48,16 +49,18 @@ def register(
         :func:`fields.upsample <DivRegNetLib.core.fields.upsample>` brings it to the images' grid. With
         ``settings.min_gain`` it is ``start`` itself where no round gained enough.
     """
-    fixed, moving = (fields.padded(x, settings.multiple) for x in (fixed, moving))
-    valid = None if valid is None else tuple(fields.padded(v, settings.multiple, mode="constant") for v in valid)
-    shape = fixed.shape[2:]
-    features = [f.extended(shape) for f in features]
-    output = tuple(n // settings.output_stride for n in shape)
+    fixed, moving, valid = _padded(fixed, moving, valid, settings.multiple)
+    output = tuple(n // settings.output_stride for n in fixed.shape[2:])
     if start is None and settings.min_gain is not None:
         start = fixed.new_zeros(len(fixed), 3, *output)
-    displacement = start
     with torch.autocast(fixed.device.type, enabled=False):  # counting voxels needs more than 16 bits
         stages = schedule(settings, _measured(fixed, valid, settings) if measured is None else measured)
+        multiple = math.lcm(settings.multiple, *(settings.stride * stage.level.shrink for stage in stages))
+        fixed, moving, valid = _padded(fixed, moving, valid, multiple)
+        shape = fixed.shape[2:]
+        features = [f.extended(shape) for f in features]
+        padded = tuple(n // settings.output_stride for n in shape)
+        displacement = before_all = None if start is None else _extended(start, padded)
         inner = None if valid is None else eroded(*valid)
         total, done = sum(len(stage.smoothness) for stage in stages), 0
         for level, smoothness in stages:
@@ -75,7 +78,22 @@ def register(
             if after is not before:
                 displacement = after
     progress(1.0)
-    return fields.resize(displacement, output)
+    if displacement is before_all:
+        return start
+    return fields.resize(displacement, padded)[(..., *(slice(n) for n in output))]
+
+
+def _padded(
+    fixed: Tensor, moving: Tensor, valid: Valid | None, multiple: int
+) -> tuple[Tensor, Tensor, Valid | None]:
+    """Images and validity padded to multiples of a number of voxels; what is added was not measured."""
+    fixed, moving = (fields.padded(x, multiple) for x in (fixed, moving))
+    return fixed, moving, None if valid is None else tuple(fields.padded(v, multiple, mode="constant") for v in valid)
+
+
+def _extended(displacement: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """With the border repeated at the far ends, to the grid of images that were padded further."""
+    return fields.extended(displacement, [n - m for n, m in zip(shape, displacement.shape[2:], strict=True)])
 
 
 def _level(

@@ -59,6 +59,9 @@ class VariationalSettings:
     levels: coarsest first; see :class:`Level`.
     min_steps: with fewer steps than this only the last level is used.
     min_voxels: a coarser level is left out unless both images were measured in as many voxels of its displacement's grid.
+    more_voxels: the first level is made once more with half the resolution, before all others and with as many steps, and so
+        on for as long as both images were measured in as many voxels of that grid: finer images get more levels, and start as
+        coarse as others. None: no level is added.
     first_smoothness: of all steps of the coarser levels and of the first step of the last level.
     last_smoothness: of the last step of the last level; the steps between are interpolated linearly.
     min_gain: gain of the objective (mean pointwise mutual information less the energies of features and of elasticity, in
@@ -88,6 +91,8 @@ class VariationalSettings:
 
     descriptor_weight: of the squared differences of the descriptors at a voxel of the displacement's grid, in nats; 0 leaves
         them out.
+    descriptor_floor: a voxel's mean patch distance is taken for no less than this fraction of the image's mean, so that the
+        descriptors of surroundings without contrast, which would be those of noise, are all alike.
     descriptor_parts: into which the 12 channels are divided; each step uses one part of them.
 
     Linear system of a step (Modersitzki, "FAIR", SIAM 2009):
@@ -107,6 +112,7 @@ class VariationalSettings:
     levels: tuple[Level, ...] = (Level(4, 8 / 24, 8, 0.0), Level(2, 9 / 24, 12, 0.5), Level(1, 7 / 24, 12, 0.6))
     min_steps: int = 4
     min_voxels: int = 200
+    more_voxels: int | None = 300
     first_smoothness: Smoothness = Smoothness(2.8, 2.0, 0.6)
     last_smoothness: Smoothness = Smoothness(1.4, 0.4, 0.15)
     min_gain: float | None = None
@@ -120,7 +126,8 @@ class VariationalSettings:
     epsilon: float = 1e-9
     class_weight: float = 300.0
     descriptor_weight: float = 0.0
-    descriptor_parts: int = 1
+    descriptor_floor: float = 1.0
+    descriptor_parts: int = 2
     information_floor: float = 0.05
     tikhonov: float = 1e-3
     cg_iterations: int = 4
@@ -148,12 +155,14 @@ class VariationalSettings:
                 raise ValueError(f"levels[{i}].block: at least the stride, {stride}, got {level.block}")
         if self.min_gain is not None:
             _check_number(self, "min_gain", 0.0, math.inf)
+        if self.more_voxels is not None:
+            _check_number(self, "more_voxels", 1, 10**9)
         if self.masks not in MASKS:
             raise ValueError(f"masks: one of {', '.join(MASKS)}, got {self.masks!r}")
 
     @property
     def multiple(self) -> int:
-        """Images are padded to a multiple of this number of voxels per axis, which all levels divide."""
+        """Images are padded to a multiple of this number of voxels per axis, which all of ``levels`` divide."""
         return math.lcm(*(self.at(level).stride * level.shrink for level in self.levels), self.stride)
 
     @property
@@ -163,8 +172,24 @@ class VariationalSettings:
         return self.at(last).stride * last.shrink
 
     def at(self, level: Level) -> "VariationalSettings":
-        """The settings at a level: with the stride of its displacement."""
-        return self if level.stride in (0, self.stride) else replace(self, stride=level.stride)
+        """The settings at a level: with the stride of its displacement. Steps on a finer grid have no more frequencies."""
+        if level.stride in (0, self.stride):
+            return self
+        share = self.frequencies * min(level.stride / self.stride, 1)
+        return replace(self, stride=level.stride, frequencies=share)
+
+    def with_effort(self, effort: str) -> "VariationalSettings":
+        """The settings for one of :data:`DivRegNetLib.options.EFFORTS`: ``fast`` has neither descriptors nor levels whose
+        displacement is on a finer grid than ``stride``; ``thorough`` makes twice as many steps."""
+        if effort == "thorough":
+            return replace(self, steps=2 * self.steps)
+        if effort != "fast":
+            return self
+        kept = tuple(level for level in self.levels if self.at(level).stride >= self.stride) or self.levels
+        steps = self.steps - sum(round(level.share * self.steps) for level in self.levels if level not in kept)
+        shares = self.steps / steps
+        levels = (replace(level, share=min(level.share * shares, 1.0)) for level in kept)
+        return replace(self, steps=steps, levels=tuple(levels), descriptor_weight=0.0)
 
     def as_dict(self) -> dict:
         """For JSON; :meth:`from_dict` is the inverse."""
@@ -195,7 +220,7 @@ _RANGES = (
     ("cg_iterations", 1, 1000), ("validity_threshold", 0.0, 1.0), ("parzen_sigma", 0.01, 100.0),
     ("block_sigma", 0.01, 100.0), ("global_weight", 0.0, math.inf), ("independence_weight", 0.0, 1.0),
     ("epsilon", 1e-30, 1e-3), ("class_weight", 0.0, math.inf),
-    ("descriptor_weight", 0.0, math.inf), ("descriptor_parts", 1, 12),
+    ("descriptor_weight", 0.0, math.inf), ("descriptor_floor", 1e-6, 1e3), ("descriptor_parts", 1, 12),
     ("information_floor", 0.0, math.inf), ("tikhonov", 0.0, math.inf),
     ("frequencies", 0.01, 1.0), ("max_step", 0.0, math.inf), ("max_gradient", 0.0, math.inf),
 )  # fmt: skip
