@@ -74,7 +74,9 @@ _ALL = (
     Preset(
         "thorough",
         _("Thorough"),
-        _("For difficult images, if time does not matter: a finer grid, more steps, and as many refinement steps as help."),
+        _(
+            "For difficult images, if time does not matter: a finer grid, more steps, and as many refinement steps as help."
+        ),
         {"align": "affine", "effort": "thorough", "refine": 100},
     ),
 )

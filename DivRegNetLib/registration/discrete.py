@@ -125,12 +125,21 @@ def _costs(
     d, h, w = fixed.shape[2:]
     costs = images.new_empty(len(fixed), (2 * steps + 1) ** 3, d, h, w)
     weights = torch.empty_like(costs)
-    for number, (z, y, x) in enumerate(itertools.product(range(2 * steps + 1), repeat=3)):
-        at = (..., *(slice(o, o + cell * (n - 1) + 1, cell) for o, n in zip((z, y, x), (d, h, w), strict=True)))
-        torch.sum((fixed - moving[at]).square_(), 1, out=costs[:, number])
-        weights[:, number] = (moving_known[at] * fixed_known)[:, 0]
-        if number % 81 == 80:
-            progress(0.9 * (number + 1) / costs.shape[1])
+    shifts = 2 * steps + 1
+
+    def moved(image: Tensor, z: int, y: int) -> Tensor:
+        """What lies at each cell after each shift along x, (N, C, d, h, shifts, w)."""
+        at = (slice(o, o + cell * (n - 1) + 1, cell) for o, n in ((z, d), (y, h)))
+        length = cell * (w - 1) + 1
+        return image[(..., *at, slice(length + shifts - 1))].unfold(-1, length, 1)[..., ::cell]
+
+    for number, (z, y) in enumerate(itertools.product(range(shifts), repeat=2)):
+        part = slice(number * shifts, (number + 1) * shifts)
+        difference = (fixed[..., None, :] - moved(moving, z, y)).square_()
+        costs[:, part] = difference.sum(1).permute(0, 3, 1, 2, 4)
+        weights[:, part] = (moved(moving_known, z, y) * fixed_known[..., None, :])[:, 0].permute(0, 3, 1, 2, 4)
+        if number % shifts == shifts - 1:
+            progress(0.9 * (number + 1) / shifts**2)
     mean = (costs * weights).sum((1, 2, 3, 4), keepdim=True) / weights.sum((1, 2, 3, 4), keepdim=True).clamp_min(1e-6)
     costs = torch.lerp(torch.ones_like(costs), costs / mean.clamp_min(1e-9), weights)
     if settings.window:

@@ -8,6 +8,7 @@ Axis order and units as in :mod:`DivRegNetLib.core.fields`.
 """
 
 import itertools
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -44,23 +45,22 @@ def mind_ssc(
     Returns:
         (N, 12, D / stride, H / stride, W / stride).
     """
-    reach = 2 * dilation + radius
-    padded, shape = F.pad(image, [reach] * 6, mode="replicate"), image.shape[2:]
-    distances = image.new_empty((len(image), CHANNELS, *(n // stride for n in shape)))
-    numbers = {pair: number for number, pair in enumerate(_pairs(dilation))}
-    for (a, side, b, other), number in numbers.items():
-        if side < 0:
-            continue
-        # Between the neighbors at the other sides there is the same distance, the other way round: the patches of each pair
-        # are windows of one image of squared differences.
-        first, second = ((a, side), (b, other)), ((b, -other), (a, -side))
-        swapped = numbers[a, -side, b, -other]
-        ahead = [_step(a, side)[d] - _step(b, other)[d] for d in range(3)]
-        margin = dilation + radius
-        squares = _window(padded, ahead, reach, margin, shape) - _window(padded, [0, 0, 0], reach, margin, shape)
-        squares.square_()
-        for out, (_, base) in ((number, first), (swapped, second)):
-            distances[:, out] = _box(_window(squares, _step(*base), margin, radius, shape), radius, stride)[:, 0]
+    # Between the patches around the neighbors a and b there are the squared differences of the image to itself moved by a - b,
+    # summed around b; those between -b and -a are summed around -a.
+    margin = dilation + radius
+    padded, shape = F.pad(image, [dilation + margin] * 6, mode="replicate"), image.shape[2:]
+    window = partial(_window, padded, reach=dilation + margin, margin=margin, shape=shape)
+    moves = list(itertools.product(itertools.combinations(range(3), 2), (dilation, -dilation)))
+    squares = image.new_empty(len(image), len(moves), *(n + 2 * margin for n in shape))
+    for out, ((a, b), other) in zip(squares.unbind(1), moves, strict=True):
+        torch.sub(window(_offset(a, dilation, b, -other))[:, 0], window([0, 0, 0])[:, 0], out=out)
+    sums = _box(squares.square_(), radius, stride)
+    distances = image.new_empty(len(image), CHANNELS, *(n // stride for n in shape))
+    for number, (a, side, b, other) in enumerate(_pairs(dilation)):
+        move = moves.index(((a, b), other * side // dilation))
+        around = _offset(b, other) if side > 0 else _offset(a, side)
+        index = (slice(o + dilation, o + dilation + n - stride + 1, stride) for o, n in zip(around, shape, strict=True))
+        distances[:, number] = sums[(slice(None), move, *index)]
     distances -= distances.amin(1, keepdim=True)
     variance = distances.mean(1, keepdim=True)
     usual = variance.flatten(1).mean(1)
@@ -68,9 +68,7 @@ def mind_ssc(
         inside = valid.to(variance.dtype).flatten(1)
         count = inside.sum(1)
         usual = torch.where(count > 0, (variance.flatten(1) * inside).sum(1) / count.clamp_min(1), usual)
-    low, high = (
-        usual.clamp_min(torch.finfo(image.dtype).tiny).view(-1, 1, 1, 1, 1) * k for k in (floor, VARIANCES[1])
-    )
+    low, high = (usual.clamp_min(torch.finfo(image.dtype).tiny).view(-1, 1, 1, 1, 1) * k for k in (floor, VARIANCES[1]))
     return distances.div_(variance.clamp_(min=low, max=high)).neg_().exp_()
 
 
@@ -83,8 +81,9 @@ def _pairs(dilation: int) -> list[tuple[int, int, int, int]]:
     ]
 
 
-def _step(axis: int, offset: int) -> list[int]:
-    return [offset if d == axis else 0 for d in range(3)]
+def _offset(*along: int) -> list[int]:
+    """Voxels along D, H and W, from pairs of axis and voxels."""
+    return [sum(v for axis, v in zip(along[::2], along[1::2], strict=True) if axis == d) for d in range(3)]
 
 
 def believable(valid: Tensor, *, radius: int = 1, dilation: int = 1) -> Tensor:
@@ -100,23 +99,18 @@ def believable(valid: Tensor, *, radius: int = 1, dilation: int = 1) -> Tensor:
     return outside < 0.5
 
 
-def _window(padded: Tensor, offset: list[int], reach: int, radius: int, shape: torch.Size) -> Tensor:
-    """The image so many voxels further along D, H and W, with ``radius`` voxels more on each side."""
-    index = [slice(reach + o - radius, reach + o + n + radius) for o, n in zip(offset, shape, strict=True)]
+def _window(padded: Tensor, offset: list[int], *, reach: int, margin: int, shape: torch.Size) -> Tensor:
+    """The image so many voxels further along D, H and W, with ``margin`` voxels more on each side."""
+    index = [slice(reach + o - margin, reach + o + n + margin) for o, n in zip(offset, shape, strict=True)]
     return padded[(..., *index)]
 
 
 def _box(image: Tensor, radius: int, stride: int = 1) -> Tensor:
-    """Sum over cubes of ``2 * radius + stride`` voxels a side, one for each cube of ``stride`` voxels; ``radius`` voxels less
-    on each side."""
+    """Sum over cubes of ``2 * radius + stride`` voxels a side, which begin at each voxel."""
     for dim in (2, 3, 4):
-        length = image.shape[dim] - 2 * radius
-
-        def part(start: int, image: Tensor = image, dim: int = dim, length: int = length) -> Tensor:
-            return image[(slice(None),) * dim + (slice(start, start + length - stride + 1, stride),)]
-
-        total = part(0)
+        length = image.shape[dim] - 2 * radius - stride + 1
+        total = image.narrow(dim, 0, length)
         for start in range(1, 2 * radius + stride):
-            total = total + part(start)
+            total = total + image.narrow(dim, start, length)
         image = total
     return image

@@ -10,7 +10,7 @@ from textures import deformed, other_contrast, to_unit
 from DivRegNetLib.core import fields
 from DivRegNetLib.registration import discrete
 from DivRegNetLib.registration.discrete import DEFAULT, shift_length
-from DivRegNetLib.registration.variational import DEFAULT as VARIATIONAL
+from DivRegNetLib.registration.variational import FAST as VARIATIONAL
 from DivRegNetLib.registration.variational.method import register
 
 SHAPE = (64, 68, 72)

@@ -11,7 +11,8 @@ from DivRegNetLib.errors import Cancelled
 from DivRegNetLib.registration import methods
 from DivRegNetLib.registration.methods import Images, deform, refine
 from DivRegNetLib.registration.regnet import RegNet, RegNetConfig
-from DivRegNetLib.registration.variational import DEFAULT, REFINEMENT
+from DivRegNetLib.registration.variational import FAST as DEFAULT
+from DivRegNetLib.registration.variational import REFINEMENT
 from DivRegNetLib.registration.variational.features import Features
 from DivRegNetLib.registration.variational.method import register
 from DivRegNetLib.similarity.classes import ClassNetConfig

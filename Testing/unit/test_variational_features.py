@@ -93,7 +93,6 @@ def test_features_alone_bring_images_together_that_say_nothing():
     fixed, moving = ball(14.0), ball(18.0)
     features = Features(fixed, moving, 100.0)
     found = register(flat, flat, VariationalSettings(), features=[features])
-    found = fields.upsample(found, 2, (32, 32, 32))
     before, after = (moving - fixed).square().mean(), (fields.warp(moving, found) - fixed).square().mean()
     assert after < 0.02 * before
     assert fields.jacobian_determinant(found).min() > 0
@@ -160,6 +159,18 @@ def test_steps_take_the_parts_of_the_channels_in_turn():
     assert not torch.allclose(halves(None, 0), halves(None, 1))
     assert torch.equal(halves(None, 0), halves(None, 2))
     assert torch.equal(halves.energy(None), whole.energy(None))
+
+
+def test_on_the_whole_grid_descriptors_say_the_same_as_on_half_of_it():
+    """The same force and information per length of the images, for each voxel."""
+    moving, fixed, truth = deformed((16, 20, 24), 1.0, seed=4)
+    settings = VariationalSettings(descriptor_weight=2.0)
+    half, whole = (descriptors(fixed, moving, replace(settings, stride=n), Level(1, 1, 8, 0)) for n in (2, 1))
+    coarse = half(fields.resize(truth, (8, 10, 12)))
+    fine = F.avg_pool3d(whole(truth), 2)
+    torch.testing.assert_close(4 * fine[:, :6], coarse[:, :6])
+    torch.testing.assert_close(2 * fine[:, 6:], coarse[:, 6:])
+    torch.testing.assert_close(half.energy(None), whole.energy(None))
 
 
 def test_descriptors_that_reach_beyond_what_was_measured_say_nothing():

@@ -62,9 +62,7 @@ class Case:
 def _of_benchmark(family: str, names: Iterable[str], spacing: float | None = None) -> list[Case]:
     about = FAMILIES[family]
     label = family if spacing is None else f"{family}, {spacing:g} mm"
-    return [
-        Case(label, name, about.cases[name], spacing or about.spacing, about.align, about.judged) for name in names
-    ]
+    return [Case(label, name, about.cases[name], spacing or about.spacing, about.align, about.judged) for name in names]
 
 
 def _crops(data: Path, fixed: int, moving: int) -> Material:
@@ -113,6 +111,9 @@ HELD_BACK = [
 PAIRS = {"development": DEVELOPMENT, "held-back": HELD_BACK}
 
 
+DESCRIPTORS = {"descriptor_weight": VariationalSettings().descriptor_weight}
+
+
 @dataclass(frozen=True)
 class Variant:
     """A way to register.
@@ -127,7 +128,12 @@ class Variant:
     discrete: dict | None = None
 
 
-VARIANTS = {"as bundled": Variant({})}
+VARIANTS = {
+    "mutual information alone": Variant(VariationalSettings().with_effort("fast").as_dict()),
+    "with descriptors": Variant(VariationalSettings().with_effort("fast").as_dict() | DESCRIPTORS),
+    "as bundled": Variant({}),
+    "after a discrete start": Variant({}, discrete={}),
+}
 
 
 def changed(settings: VariationalSettings, values: dict) -> VariationalSettings:
@@ -220,7 +226,9 @@ def main() -> int:
         "--try", dest="more", nargs=2, action="append", default=[], metavar=("NAME", "JSON"),
         help='another variant, such as --try softer \'{"spacing": 1.6, "last_smoothness": {"elastic": 0.05}}\'',
     )  # fmt: skip
-    parser.add_argument("--coarse", action="store_true", help="prepare heads on a grid of 3 instead of 2 mm, for a quick look")
+    parser.add_argument(
+        "--coarse", action="store_true", help="prepare heads on a grid of 3 instead of 2 mm, for a quick look"
+    )
     parser.add_argument("--model", default=models.DEFAULT)
     parser.add_argument("--output", type=Path, default=Path("build/ablation"))
     parser.add_argument("--write", action="store_true", help="a report in --output, beside the printed table")

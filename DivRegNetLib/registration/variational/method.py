@@ -83,9 +83,7 @@ def register(
     return fields.resize(displacement, padded)[(..., *(slice(n) for n in output))]
 
 
-def _padded(
-    fixed: Tensor, moving: Tensor, valid: Valid | None, multiple: int
-) -> tuple[Tensor, Tensor, Valid | None]:
+def _padded(fixed: Tensor, moving: Tensor, valid: Valid | None, multiple: int) -> tuple[Tensor, Tensor, Valid | None]:
     """Images and validity padded to multiples of a number of voxels; what is added was not measured."""
     fixed, moving = (fields.padded(x, multiple) for x in (fixed, moving))
     return fixed, moving, None if valid is None else tuple(fields.padded(v, multiple, mode="constant") for v in valid)

@@ -107,9 +107,11 @@ class VariationalSettings:
     max_gradient: largest absolute gradient of a step along an axis, summed over its components; below 1 a step cannot fold.
     """
 
-    steps: int = 24
+    steps: int = 27
     stride: int = 2
-    levels: tuple[Level, ...] = (Level(4, 8 / 24, 8, 0.0), Level(2, 9 / 24, 12, 0.5), Level(1, 7 / 24, 12, 0.6))
+    levels: tuple[Level, ...] = (
+        Level(4, 8 / 27, 8, 0.0), Level(2, 9 / 27, 12, 0.5), Level(1, 7 / 27, 12, 0.6), Level(1, 3 / 27, 12, 0.6, stride=1)
+    )  # fmt: skip
     min_steps: int = 4
     min_voxels: int = 200
     more_voxels: int | None = 300
@@ -125,7 +127,7 @@ class VariationalSettings:
     independence_weight: float = 0.01
     epsilon: float = 1e-9
     class_weight: float = 300.0
-    descriptor_weight: float = 0.0
+    descriptor_weight: float = 2.0
     descriptor_floor: float = 1.0
     descriptor_parts: int = 2
     information_floor: float = 0.05
@@ -272,6 +274,9 @@ def _names(kind: type) -> tuple[str, ...]:
 
 DEFAULT = VariationalSettings()
 """Registration from the identity."""
+
+FAST = DEFAULT.with_effort("fast")
+"""The same without descriptors, the displacement on half of the grid throughout."""
 
 REFINEMENT = VariationalSettings(
     steps=16,
