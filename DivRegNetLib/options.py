@@ -113,8 +113,8 @@ class Options:
     effort: str = field(
         default="usual",
         metadata={
-            "help": "How much time the deformation may take: fast leaves descriptors and the last, finest steps out; usual takes "
-            "some seconds for a head; thorough makes more steps on a finer grid and takes minutes.",
+            "help": "How much time the deformation may take: fast leaves descriptors and the last, finest steps out; usual "
+            "takes some seconds for a head; thorough makes more steps on a finer grid and takes minutes.",
             "choices": EFFORTS,
         },
     )

@@ -131,7 +131,7 @@ def test_refinement_takes_images_of_any_size(shape):
 
 
 def test_the_methods_are_those_that_a_card_may_name():
-    assert methods.METHODS == ("discrete", *BOTH)
+    assert list(methods.METHODS) == ["discrete", *BOTH]
 
 
 def test_the_variational_method_goes_on_from_a_discrete_start(images):

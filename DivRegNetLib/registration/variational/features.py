@@ -1,9 +1,9 @@
 """Gauss-Newton terms of features: what is alike in two images whatever their contrasts, beside mutual information.
 
 A feature is a channel that has the same value at corresponding voxels of both images: the probability of a class of
-tissue (:mod:`DivRegNetLib.similarity.classes`), or a channel of a descriptor (:func:`descriptors`). With features f and, after the displacement,
-m, the energy of a voxel is ``weight / 2 * sum_c (f_c - m_c)^2`` in nats: minus the logarithm of a normal density of variance
-``1 / weight``. Its Gauss-Newton equations are
+tissue (:mod:`DivRegNetLib.similarity.classes`), or a channel of a descriptor (:func:`descriptors`). With features f and,
+after the displacement, m, the energy of a voxel is ``weight / 2 * sum_c (f_c - m_c)^2`` in nats: minus the logarithm of a
+normal density of variance ``1 / weight``. Its Gauss-Newton equations are
 
     A = weight * sum_c g_c g_c^T,    b = weight * sum_c (f_c - m_c) g_c,
 

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 from DivRegNetLib.registration.variational.settings import Level, Smoothness, VariationalSettings
 
-
 LARGEST_SHRINK = 64
 
 
