@@ -4,6 +4,7 @@ import enum
 import functools
 import importlib
 import logging
+import re
 import sys
 import time
 import traceback
@@ -36,6 +37,7 @@ from slicer.util import VTKObservationMixin
 
 MODULE_FOLDER = Path(__file__).resolve().parent
 POLL_MS = 20  # between two steps of a run, see DivRegNetModule.run.STEP_SECONDS
+MOST_STEPS = 200  # of refinement
 COARSER = 1.5  # times the spacing: memory divided by 3.4
 HELP = "https://github.com/DivRegNet/DivRegNet/blob/main/docs/guide.md"
 LAST = -100.0  # priority of an observer that is called after those of Slicer's own widgets
@@ -101,6 +103,7 @@ class Alignment(enum.Enum):
     LANDMARKS_RIGID = "landmarks-rigid"
     LANDMARKS_SIMILARITY = "landmarks-similarity"
     LANDMARKS_AFFINE = "landmarks-affine"
+    CENTRE = "center"  # the name of CENTER in scenes that version 0.1 saved
 
     def label(self) -> str:
         return {
@@ -192,7 +195,7 @@ class DivRegNetParameterNode:
     inverse: vtkMRMLTransformNode
     alsoApplyTo: list[vtkMRMLTransformableNode]
     device: str
-    refineSteps: Annotated[int, WithinRange(0, 200)] = 0
+    refineSteps: Annotated[int, WithinRange(0, MOST_STEPS)] = 0
     workingSpacing: Annotated[float, WithinRange(0, 20)] = 0.0
     interpolation: Interpolation = Interpolation.LINEAR
     fillAutomatic: bool = True
@@ -269,6 +272,7 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             (self.ui.reportButton, self.onReport),
             (self.ui.displacementMapButton, self.onDisplacementMap),
             (self.ui.jacobianMapButton, self.onJacobianMap),
+            (self.ui.errorMapButton, self.onErrorMap),
             (self.ui.registerSequenceButton, self.onRegisterSequence),
             (self.ui.copyLogButton, self.onCopyLog),
         ):
@@ -282,8 +286,9 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         ):
             button.connect("toggled(bool)", slot)
         self.ui.presetComboBox.connect("activated(int)", self.onPreset)
-        self.ui.landmarksTable.connect("cellClicked(int,int)", self.onLandmark)
-        self.ui.sequenceTable.connect("cellClicked(int,int)", self.onFrame)
+        for table, slot in ((self.ui.landmarksTable, self.onLandmark), (self.ui.sequenceTable, self.onFrame)):
+            table.connect("cellClicked(int,int)", slot)
+            table.connect("cellActivated(int,int)", slot)  # the Enter key
 
         scene = slicer.mrmlScene
         self.addObserver(scene, scene.StartCloseEvent, self.onSceneStartClose)
@@ -308,9 +313,12 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     def cleanup(self) -> None:
         """The module is unloaded or the application closes: ends the run and removes all observers."""
+        from DivRegNetModule.run import STANDBY
+
         self._stop()
         self._deviceTimer.stop()
         self._devices.stop()
+        STANDBY.close()
         self._forgetOutcome()
         self._forgetSequence()
         self.setParameterNode(None)
@@ -321,7 +329,7 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self._offerChoices()
         self.initializeParameterNode()
         if self._outcome is not None and self._comparison is None:
-            self._compare()
+            self._compare()  # of a run that ended meanwhile
 
     def exit(self) -> None:
         """Another module is opened: a run continues, but the panel no longer follows the parameters."""
@@ -399,6 +407,8 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         """Follows the parameter node of the scene, and chooses volumes if none are chosen."""
         self.setParameterNode(self.logic.getParameterNode())
         self._chooseVolumes()
+        if self.parent.isEntered:
+            self._restore()
 
     def _chooseVolumes(self) -> None:
         from DivRegNetModule import inputs
@@ -477,6 +487,8 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
                 of_sequence[0] if of_sequence else _("Registers each volume of the sequence to the fixed volume.")
             )
             self.ui.cancelButton.enabled = running
+            changes = None if self._outcome is None else self._outcome.changes
+            self.ui.undoButton.enabled = not running and bool(changes and (changes.added or changes.overwritten))
             self.ui.progressBar.visible = self.ui.timeLabel.visible = running
             chosen = p is not None and p.fixedVolume and p.movingVolume
             self.ui.problemLabel.text = "\n".join(problems) if chosen else ""
@@ -498,6 +510,8 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
                     p.setValue(name, None)
             self._showPreset()
             self._describe(bool(problems))
+            if not running and not (problems and of_sequence):
+                self._prepare()
         finally:
             self._refreshing = False
 
@@ -539,8 +553,18 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             complaints = fit.complaints(card, inputs.facts(p.fixedVolume), inputs.facts(p.movingVolume))
             needed = fit.memory_text(card, p.fixedVolume, p.movingVolume, p.workingSpacing, p.refineSteps)
         self.ui.fitLabel.text = "\n".join(complaints)
-        self.ui.fitLabel.visible = bool(complaints) and self._outcome is None  # then there is a verdict instead
+        outcome = self._outcome  # of these volumes: then there is a verdict instead
+        judged = outcome is not None and (outcome.fixed, outcome.moving) == (p.fixedVolume, p.movingVolume)
+        self.ui.fitLabel.visible = bool(complaints) and not judged
         self.ui.memoryLabel.text = needed
+
+    def _prepare(self) -> None:
+        """Starts the process that will register, so that it is ready when Register is pressed."""
+        from DivRegNetModule import first_use
+        from DivRegNetModule.run import STANDBY
+
+        if self.parent.isEntered and STANDBY.pid is None and not first_use.missing():
+            STANDBY.prepare(model=self._parameterNode.model, device=self._parameterNode.device)
 
     # --- purpose
 
@@ -592,7 +616,8 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     @guarded
     def onHelp(self, checked: bool = False) -> None:
-        qt.QDesktopServices.openUrl(qt.QUrl(HELP))
+        if not qt.QDesktopServices.openUrl(qt.QUrl(HELP)):
+            self._say(_("No browser could be opened. The user guide is at {address}").format(address=HELP))
 
     # --- the run
 
@@ -651,10 +676,10 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             return
         for event in run.poll():
             if event.kind == "progress":
-                if self.ui.progressBar.format != stageName(event.stage):
-                    self._log(stageName(event.stage).removesuffix(PERCENT))
+                if self.ui.progressBar.format != progressFormat(event.stage):
+                    self._log(stageName(event.stage))
                 self.ui.progressBar.setValue(round(1000 * event.fraction))
-                self.ui.progressBar.setFormat(stageName(event.stage))
+                self.ui.progressBar.setFormat(progressFormat(event.stage))
         self.ui.timeLabel.text = timeText(run.seconds, self.ui.progressBar.value / 1000)
         if run.running:
             return
@@ -750,21 +775,10 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     # --- the result
 
     def _show(self, outcome) -> None:
-        from DivRegNetModule import landmarks, verdict
-
-        from DivRegNetLib.quality.verdict import judge
-
+        """Shows the result of a run that has ended."""
         self._forgetOutcome(restore=False)
-        self._outcome = outcome
+        judgment = self._present(outcome)
         registration, p = outcome.registration, self._parameterNode
-        judgment = judge(outcome.quality)
-        self.ui.verdictLabel.text = verdict.as_html(judgment)
-        device = outcome.settings.get("device", "")
-        self.ui.resultCollapsibleButton.visible = True
-        self.ui.resultCollapsibleButton.collapsed = False
-        self.ui.qualityLabel.text = verdict.table(verdict.rows(outcome.quality, outcome.seconds, device))
-        self.ui.qualityLabel.adjustSize()
-        self._fillLandmarks(landmarks.rows(outcome.pairs, outcome.quality))
         if p is not None:
             with slicer.util.NodeModify(p):  # what was made is overwritten next time, unless another output is chosen
                 p.warpedVolume, p.transform = registration.warped_node, registration.transform_node
@@ -777,32 +791,73 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self._log(f"{judgment.level}: {judgment.headline} {outcome.quality}")
         slicer.util.showStatusMessage(_("DivRegNet: done in {s:.1f} s").format(s=outcome.seconds), 5000)
 
-    def _compare(self) -> None:
-        """Shows the result in the slice views."""
+    def _present(self, outcome):
+        """Shows verdict, quality card and landmarks of a result in the panel; returns the verdict."""
+        from DivRegNetModule import landmarks, verdict
+
+        from DivRegNetLib.quality.verdict import judge
+
+        self._outcome = outcome
+        judgment = judge(outcome.quality)
+        names = outcome.moving.GetName(), outcome.fixed.GetName()
+        self.ui.pairLabel.text = verdict.pair(*names)
+        self.ui.pairLabel.toolTip = verdict.pair(*names, shortened=False)
+        self.ui.verdictLabel.text = verdict.as_html(judgment)
+        device = outcome.settings.get("device", "")
+        self.ui.resultCollapsibleButton.visible = True
+        self.ui.resultCollapsibleButton.collapsed = False
+        self.ui.qualityLabel.text = verdict.table(verdict.rows(outcome.quality, outcome.seconds, device))
+        self.ui.qualityLabel.adjustSize()
+        self.ui.errorMapButton.enabled = outcome.error_map is not None
+        self._fillLandmarks(landmarks.rows(outcome.pairs, outcome.quality))
+        return judgment
+
+    def _restore(self) -> None:
+        """Shows the result that was saved with the scene, if none is shown; in the views, too, if it was compared there."""
+        from DivRegNetModule import restored
+        from DivRegNetModule.comparison import Comparison
+
+        if self._outcome is not None or self._running is not None or self._parameterNode is None:
+            return
+        outcome = restored.outcome_of(self._parameterNode)
+        if outcome is not None:
+            self._present(outcome)
+            self._compare(show=Comparison.was_saved(outcome.registration.transform_node))
+            self._refresh()
+
+    def _compare(self, *, show: bool = True) -> None:
+        """Makes the comparison of the result in the slice views, and shows it."""
         from DivRegNetModule.comparison import OVERLAY, Comparison
 
         outcome = self._outcome
         nodes = (outcome.registration.warped_node, outcome.registration.transform_node)
         self._comparison = Comparison(outcome.fixed, outcome.moving, *nodes, self._unexpected)
-        self._comparison.show(OVERLAY)
+        if show:
+            self._comparison.show(OVERLAY)
 
     def _fillLandmarks(self, rows) -> None:
         self._landmarkRows = rows
         self._fillTable(
-            self.ui.landmarksTable, [_("Landmark"), _("Before (mm)"), _("After (mm)")], [r[:3] for r in rows]
+            self.ui.landmarksTable, [_("Landmark"), _("Before (mm)"), _("After (mm)")], [r[:3] for r in rows], wide=0
         )
 
-    def _fillTable(self, table, titles: list[str], rows) -> None:
+    def _fillTable(self, table, titles: list[str], rows, *, wide: int) -> None:
+        """Fills a table; ``wide`` is the column that takes the width that the others leave."""
         items = self._tableItems[table.name] = []  # Python's own references: the table does not hold them
         table.setRowCount(len(rows))
         table.setHorizontalHeaderLabels(titles)
-        table.horizontalHeader().setStretchLastSection(True)
+        header = table.horizontalHeader()
+        for column in range(len(titles)):
+            mode = qt.QHeaderView.Stretch if column == wide else qt.QHeaderView.ResizeToContents
+            header.setSectionResizeMode(column, mode)
         table.verticalHeader().setVisible(False)
         for i, row in enumerate(rows):
             for j, text in enumerate(row):
                 items.append(qt.QTableWidgetItem(text))
+                items[-1].setToolTip(text)
                 table.setItem(i, j, items[-1])
         table.visible = bool(rows)
+        table.resizeRowsToContents()
 
     @guarded
     def onLandmark(self, row: int, column: int) -> None:
@@ -811,13 +866,18 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         views.jump_to(self._landmarkRows[row][3])
 
     def _showSequence(self, outcome) -> None:
+        from DivRegNetModule import translated, verdict
+
         self._sequenceOutcome = outcome
         rows = []
         for frame in outcome.frames:
-            level = frame.verdict.level.upper() if frame.verdict else _("FAILED")
-            reason = str(frame.verdict.reasons[0]) if frame.verdict else frame.error
-            rows.append((frame.index, level, reason))
-        self._fillTable(self.ui.sequenceTable, [_("Frame"), _("Verdict"), _("Reason")], rows)
+            if frame.verdict is None:
+                rows.append((frame.index, _("FAILED"), "", frame.error))
+            else:
+                shown = verdict.word(frame.verdict), verdict.error_text(frame.verdict)
+                rows.append((frame.index, *shown, translated(frame.verdict.reasons[0])))
+        titles = [_("Frame"), _("Verdict"), _("Expected error"), _("Reason")]
+        self._fillTable(self.ui.sequenceTable, titles, rows, wide=3)
         self.ui.sequenceCollapsibleButton.collapsed = False
         failed = sum(frame.verdict is None for frame in outcome.frames)
         text = _("{n} frames were registered, {failed} failed.")
@@ -831,7 +891,7 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     def _forgetSequence(self) -> None:
         self._sequenceOutcome = None
-        self._fillTable(self.ui.sequenceTable, [], [])
+        self._fillTable(self.ui.sequenceTable, [], [], wide=0)
 
     def _forgetOutcome(self, *, restore: bool = True) -> None:
         """Takes the last result off the panel; ``restore`` puts the views back, too."""
@@ -846,6 +906,7 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             button.setChecked(False)
             button.blockSignals(blocked)
         self._fillLandmarks([])
+        self.ui.undoButton.enabled = False
         self.ui.resultCollapsibleButton.visible = False
 
     @property
@@ -909,6 +970,12 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
         self._addMap(maps.JACOBIAN)
 
+    @guarded
+    def onErrorMap(self, checked: bool = False) -> None:
+        from DivRegNetModule import maps
+
+        self._addMap(maps.ERROR)
+
     def _addMap(self, kind: str) -> None:
         from DivRegNetModule import maps, views
         from DivRegNetModule.comparison import OPACITY
@@ -919,14 +986,16 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             outcome.changes.added.append(node)  # Undo takes it back, too
             views.show_layers(outcome.fixed, node, OPACITY)
 
-        self._work(maps.map_steps(outcome.registration.transform_node, kind), done)
+        of_transform = outcome.registration.transform_node, kind
+        self._work(maps.error_map_steps(outcome) if kind == maps.ERROR else maps.map_steps(*of_transform), done)
 
     @guarded
     def onReport(self, checked: bool = False) -> None:
         from DivRegNetModule import report
 
         title, kinds = _("Save report"), _("Web page (*.html)")
-        name = f"{self._outcome.moving.GetName()} to {self._outcome.fixed.GetName()}.html"
+        pair = f"{self._outcome.moving.GetName()} to {self._outcome.fixed.GetName()}"
+        name = re.sub(r'[\\/:*?"<>|]', "_", pair) + ".html"
         path = qt.QFileDialog.getSaveFileName(self.parent, title, name, kinds)
         path = path[0] if isinstance(path, tuple) else path
         if path:
@@ -945,21 +1014,22 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     @guarded
     def onUndo(self, checked: bool = False) -> None:
+        from DivRegNetModule.comparison import Comparison
+
         outcome, comparison = self._outcome, self._comparison
         if outcome is None:
             return
         self._forgetOutcome(restore=comparison is not None)
         outcome.undo()
+        if self._parameterNode is not None and self._parameterNode.transform is not None:
+            Comparison.forget_saved(self._parameterNode.transform)  # it has its former content again
         self._say(_("The outputs of the last registration were removed."))
         self._messageOfRun = True
         self._refresh()
 
 
-PERCENT = " (%p %)"
-
-
 def stageName(stage: str) -> str:
-    """A stage of DivRegNetLib.options.STAGES, or of DivRegNetModule.run, as a progress text."""
+    """A stage of DivRegNetLib.options.STAGES, or of DivRegNetModule.run, in words."""
     names = {
         "prepare": _("Preparing the volumes"),
         "check": _("Checking the images"),
@@ -973,7 +1043,12 @@ def stageName(stage: str) -> str:
         "carry": _("Carrying nodes along"),
         "frame": _("Registering the frames"),
     }
-    return names.get(stage, stage) + PERCENT
+    return names.get(stage, stage)
+
+
+def progressFormat(stage: str) -> str:
+    """The format of the progress bar in a stage; Qt puts the percentage in the place of ``%p``."""
+    return _("{stage} (%p %)").format(stage=stageName(stage))
 
 
 def timeText(seconds: float, fraction: float) -> str:
@@ -988,7 +1063,18 @@ class DivRegNetLogic(ScriptedLoadableModuleLogic):
     """Registration without a panel."""
 
     def getParameterNode(self) -> DivRegNetParameterNode:
-        return DivRegNetParameterNode(super().getParameterNode())
+        """The settings in the scene; where another version saved a value that this one does not know, the default."""
+        node = super().getParameterNode()
+        for name, kind in (("alignment", Alignment), ("method", Method), ("interpolation", Interpolation)):
+            value = node.GetParameter(name)
+            if value and value not in kind.__members__:  # Slicer's wrapper raises at every access (EnumSerializer.read)
+                text = _("DivRegNet: the scene has the unknown value {value} for {name}; the default is used.")
+                logging.warning(text.format(value=repr(value), name=name))
+                node.UnsetParameter(name)
+        steps = node.GetParameter("refineSteps")
+        if steps and steps.isdigit() and int(steps) > MOST_STEPS:  # version 0.1 allowed 1000
+            node.SetParameter("refineSteps", str(MOST_STEPS))
+        return DivRegNetParameterNode(node)
 
     def process(
         self,

@@ -17,6 +17,13 @@ from DivRegNetLib.errors import InputError
 from DivRegNetLib.models import DEFAULT
 
 ALIGNMENTS = ("none", "center", "rigid", "affine")
+LANDMARK_ALIGNMENTS = {
+    "landmarks": "rigid",
+    "landmarks-rigid": "rigid",
+    "landmarks-similarity": "similarity",
+    "landmarks-affine": "affine",
+}
+"""Initial alignments of files that come with landmarks -> kind of the transform that is fitted to these."""
 INTERPOLATIONS = {"linear": sitk.sitkLinear, "nearest": sitk.sitkNearestNeighbor, "bspline": sitk.sitkBSpline3}
 EFFORTS = ("fast", "usual", "thorough")
 METHOD_CHOICES = ("auto", "variational", "discrete+variational", "regnet", "variational+regnet", "none")
@@ -82,7 +89,7 @@ class Options:
     """How to register. :func:`table` describes each field.
 
     ``align`` may also be a linear SimpleITK transform that maps fixed points to moving points (LPS, mm); it is used as
-    it is.
+    it is. For registrations of files it may be one of LANDMARK_ALIGNMENTS.
     """
 
     model: str = field(
@@ -124,6 +131,15 @@ class Options:
             "help": "Largest number of further steps of the variational method; they end when the similarity gain no longer "
             "exceeds the elastic penalty.",
             "low": 0,
+        },
+    )
+    stiffness: float | None = field(
+        default=None,
+        metadata={
+            "help": "Stiffness of the deformation as a factor of the model's: above 1 it is stiffer, below 1 looser.",
+            "low": 0.01,
+            "high": 1000,
+            "default_help": "chosen for each pair, or no deformation, by evidence",
         },
     )
     interpolation: str = field(
@@ -201,7 +217,7 @@ _TABLE = {f.name: _row(f) for f in fields(Options)}
 
 def _check_alignment(align: object) -> None:
     if isinstance(align, str):
-        if align not in ALIGNMENTS:
+        if align not in (*ALIGNMENTS, *LANDMARK_ALIGNMENTS):
             raise InputError(f"align is one of {', '.join(ALIGNMENTS)} or a transform, got {align!r}")
         return
     if not isinstance(align, sitk.Transform):

@@ -69,7 +69,7 @@ class Trainer:
         )
         self.wrapped, self.optimizer = fabric.setup(self.objective, self.optimizer)
         self.dtype = next(self.objective.parameters()).dtype
-        average = AveragedModel(self.objective.regnet, multi_avg_fn=_exponential_average(config.ema), use_buffers=True)
+        average = AveragedModel(self.objective.regnet, multi_avg_fn=self._exponential_average, use_buffers=True)
         self.average = average.eval().requires_grad_(False)
         self.step_number, self.best, self.log = 0, -math.inf, []
         self._drawn: tuple[int, list[Pair]] = (-1, [])  # number and parts of the pair that was drawn last
@@ -144,7 +144,8 @@ class Trainer:
             chunk = numbers[start : start + config.micro_batch]
             last = start + config.micro_batch >= mine
             for name, values in self._accumulate(self._batch(chunk), len(chunk) / mine, last).items():
-                totals[:, TERMS.index(name)] += torch.stack((values.detach().sum(), values.new_tensor(len(values))))
+                totals[0, TERMS.index(name)] += values.detach().sum()
+                totals[1, TERMS.index(name)] += len(values)
         sums, counts = fabric.all_reduce(totals, reduce_op="sum").tolist()
         terms = {name: sums[i] / counts[i] for i, name in enumerate(TERMS) if counts[i]}
         if not math.isfinite(terms["loss"]):
@@ -160,6 +161,11 @@ class Trainer:
         if not warming_up:
             self.average.update_parameters(self.objective.regnet)
         return terms
+
+    def _exponential_average(self, averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
+        """For AveragedModel: a moving average whose decay rises to its limit, so that it soon forgets its start."""
+        n = int(self.average.n_averaged)  # as ``count``, which is on the device and would have to be waited for
+        get_ema_multi_avg_fn(min(self.config.ema, (1 + n) / (10 + n)))(averaged, current, n)
 
     def _batch(self, numbers: list[int]) -> Batch:
         """The pairs with these numbers in the current step."""
@@ -255,16 +261,6 @@ class Trainer:
         )
 
 
-def _exponential_average(decay: float):
-    """For AveragedModel: an exponential moving average whose decay rises to ``decay``, so that it soon forgets its start."""
-
-    def update(averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
-        n = int(count)
-        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averaged, current, n)
-
-    return update
-
-
 def fit(
     config: Config,
     source: Source,
@@ -290,6 +286,8 @@ def fit(
     trainer = Trainer(config, source, fabric, classnet)
     if checkpoint.exists():
         trainer.restore(torch.load(checkpoint, map_location=fabric.device, weights_only=True))
+        if fabric.is_global_zero:  # a process that was killed may have written the checkpoint and not yet its log
+            write_log(trainer.log, output / LOG)
         fabric.print(f"resumed at step {trainer.step_number}")
     saved = trainer.step_number
     # TensorBoard hides what was logged after the checkpoint.

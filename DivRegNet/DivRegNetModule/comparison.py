@@ -2,7 +2,8 @@
 
 Nothing that is drawn for this is saved with a scene: the nodes made here are hidden and not saved, and only the foreground of
 a view ever shows one of them, so that a scene which is saved meanwhile opens with the fixed volume in its views. (Slicer has
-no event before a scene is saved: vtkMRMLScene declares StartSaveEvent, and nothing invokes it.)
+no event before a scene is saved: vtkMRMLScene declares StartSaveEvent, and nothing invokes it.) The attribute SHOWN of the
+transform is saved, by which the panel lays the warped volume over the fixed one again.
 """
 
 from collections.abc import Callable
@@ -25,11 +26,15 @@ from DivRegNetModule.steps import Steps, slabs
 OVERLAY, BEFORE, FLICKER, CHECKERBOARD, SIDE_BY_SIDE = "overlay", "before", "flicker", "checkerboard", "side by side"
 MODES = (OVERLAY, BEFORE, FLICKER, CHECKERBOARD, SIDE_BY_SIDE)
 FLICKER_MS = 500
+LAYOUT_MS = 100  # after which views have the size that a change of the layout gives them
+SHOWN = "DivRegNet.Shown"  # attribute of a transform while its result is compared, so that a saved scene tells
 SQUARES = 8  # of the checkerboard, along the longest side
 BOARD_BYTES = 32  # a voxel while the checkerboard is made
 GRID_LINES = 20  # across the longest side
 OPACITY = 0.5
-TINT = "vtkMRMLColorTableNodeWarmTint1"  # of the volume that lies over the gray fixed one
+TINT = (
+    "vtkMRMLColorTableNodeWarmShade1"  # black to red, so that air stays black: of what lies over the gray fixed volume
+)
 GRID_COLOR = (1.0, 0.75, 0.3)
 
 
@@ -55,6 +60,16 @@ class Comparison:
         self._timer.setInterval(FLICKER_MS)
         self._timer.timeout.connect(self._flip)
 
+    @staticmethod
+    def was_saved(transform) -> bool:
+        """Whether the result of a transform was compared when its scene was saved, or is."""
+        return transform.GetAttribute(SHOWN) is not None
+
+    @staticmethod
+    def forget_saved(transform) -> None:
+        """The result of a transform is not compared."""
+        transform.RemoveAttribute(SHOWN)
+
     def needs(self, node) -> bool:
         """Whether the comparison makes no sense without this node."""
         return node is self.fixed or node is self.warped
@@ -70,6 +85,8 @@ class Comparison:
             return
         if not self.mode:
             views.along(self.fixed)
+        if not self._gone(self.transform):
+            self.transform.SetAttribute(SHOWN, "1")
         self._end_mode()
         self.mode = mode
         if mode in (OVERLAY, BEFORE):
@@ -82,6 +99,7 @@ class Comparison:
             self._task = Task(self._board_steps(), lambda board: self._lay_over(board, 1.0), self._failed)
         else:
             views.side_by_side(self.fixed, self.warped)
+            self._fit_later()
 
     def grid(self, on: bool) -> None:
         """The deformation as a warped grid, in slice views."""
@@ -116,6 +134,8 @@ class Comparison:
         """Takes everything away that is drawn here; also where nodes were removed. The views are left as they are."""
         self._end_mode()
         self.grid(False)
+        if not self._gone(self.transform):
+            self.forget_saved(self.transform)
 
     def restore(self) -> None:
         """Puts the slice views back as they were when this object was made."""
@@ -132,11 +152,21 @@ class Comparison:
             self._before.restore()
             if not self._gone(self.fixed):
                 views.along(self.fixed)
+            self._fit_later()
         shown, self._shown = self._shown, None
         if shown is not None:
             if not self._gone(self.fixed, self.warped):
                 views.show_layers(self.fixed, self.warped, 0.0)
             remove_with_display(shown)
+
+    def _fit_later(self) -> None:
+        """Fits the views once more when the layout has changed their sizes: each keeps the height of its field of view then,
+        whatever its new width shows (vtkMRMLSliceLogic::ResizeSliceNode)."""
+        qt.QTimer.singleShot(LAYOUT_MS, self._fit)
+
+    def _fit(self) -> None:
+        if self.mode and not self._gone(self.fixed):
+            views.fit()
 
     def _lay_over(self, node, opacity: float) -> None:
         """Shows a node that was made here over the fixed volume."""

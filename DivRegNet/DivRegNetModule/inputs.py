@@ -195,16 +195,21 @@ def foreign_outputs(parameters) -> list[str]:
     for name, node in (("warpedVolume", p.warpedVolume), ("transform", p.transform), ("inverse", p.inverse)):
         if node is None:
             continue
-        if is_a(node, "vtkMRMLTransformNode"):
-            ours = node.GetAttribute(ATTRIBUTE + "Model") is not None
-            made_for = [node.GetNodeReference(r) for r in ("spatialRegistrationFixed", "spatialRegistrationMoving")]
-        else:
-            ours = node.GetNodeReferenceID(FIXED) is not None
-            made_for = [node.GetNodeReference(FIXED), node.GetNodeReference(MOVING)]
-        wanted = [p.fixedVolume, p.movingVolume]
-        if ours and made_for != (wanted[::-1] if name == "inverse" else wanted):
+        wanted, volumes = [p.fixedVolume, p.movingVolume], made_for(node)
+        if volumes is not None and volumes != (wanted[::-1] if name == "inverse" else wanted):
             names.append(name)
     return names
+
+
+def made_for(node) -> list | None:
+    """The fixed and the moving volume of a warped volume or a transform that the module made (for an inverse, the other way
+    round); None for any other node."""
+    if is_a(node, "vtkMRMLTransformNode"):
+        ours = node.GetAttribute(ATTRIBUTE + "Model") is not None
+        roles = (node.GetFixedNodeReferenceRole(), node.GetMovingNodeReferenceRole())
+    else:
+        ours, roles = node.GetNodeReferenceID(FIXED) is not None, (FIXED, MOVING)
+    return [node.GetNodeReference(role) for role in roles] if ours else None
 
 
 def models() -> list[tuple[str, str]]:
@@ -232,15 +237,15 @@ def card_lines(name: str) -> tuple[str, str]:
     except ModelError as error:
         return str(error), str(error)
     skulls = {"whole": _("with skull"), "stripped": _("skull-stripped"), "either": _("with or without skull")}
-    skull = skulls.get(known.skull, "")
-    made_for = _("For {modalities} of the {what}, {mm}, version {version}").format(
-        modalities=", ".join(map(str, known.modalities)),
-        what=f"{known.anatomy} {skull}".strip(),
-        mm=f"{known.spacing_mm:g} mm" if known.spacing_mm else _("any resolution"),
-        version=known.version,
-    )
-    if known.classes:
-        made_for = _("{about}, guided by {count} classes").format(about=made_for, count=len(known.classes) - 1)
+    modalities = ", ".join(map(str, known.modalities))
+    phrases = [
+        _("For {modalities} of the {anatomy}").format(modalities=modalities, anatomy=known.anatomy),
+        skulls.get(known.skull, ""),
+        f"{known.spacing_mm:g} mm" if known.spacing_mm else _("any resolution"),
+        _("version {version}").format(version=known.version),
+        _("guided by {count} classes").format(count=len(known.classes) - 1) if known.classes else "",
+    ]
+    made_for = ", ".join(phrase for phrase in phrases if phrase)
     trained = _("Trained on {data}").format(data=known.training.get("data", _("data that the card does not name")))
     scores = ", ".join(f"{task} {score:g}" for task, score in known.scores.items() if isinstance(score, int | float))
     words = [_("Good for: {what}").format(what=known.good_for)] if known.good_for else []

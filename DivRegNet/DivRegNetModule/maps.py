@@ -1,4 +1,4 @@
-"""Maps of a deformation as volumes with a color scale: length of the displacement, Jacobian determinant."""
+"""Maps of a registration as volumes with a color scale: length of the displacement, Jacobian determinant, expected error."""
 
 from collections.abc import Iterator
 
@@ -9,15 +9,21 @@ import vtk
 from vtk.util import numpy_support
 
 from DivRegNetLib.core.grid import Grid
+from DivRegNetLib.quality.expected_error import calibration
 from DivRegNetLib.quality.maps import displacement_length, jacobian_determinant_slabs
 from DivRegNetModule import _
 from DivRegNetModule.mrml.scene import add_node, automatic_levels_off
 from DivRegNetModule.steps import Steps, slabs
 
-LENGTH, JACOBIAN = "displacement length", "Jacobian determinant"
-COLORS = {LENGTH: "vtkMRMLColorTableNodeFileViridis.txt", JACOBIAN: "vtkMRMLColorTableNodeFileDivergingBlueRed.txt"}
+LENGTH, JACOBIAN, ERROR = "displacement length", "Jacobian determinant", "expected error"
+COLORS = {
+    LENGTH: "vtkMRMLColorTableNodeFileViridis.txt",
+    JACOBIAN: "vtkMRMLColorTableNodeFileDivergingBlueRed.txt",
+    ERROR: "vtkMRMLColorTableNodeFileInferno.txt",
+}
+NOTHING_KNOWN = 1e-6  # mm, below which the map of the expected error is transparent
 ROLE = "DivRegNet.mapped"
-HALO_BYTES = 40  # a voxel, beside the vector, while its Jacobian is computed
+JACOBIAN_BYTES = 100  # a voxel, while its Jacobian determinant is computed
 
 
 def map_steps(transform_node, kind: str) -> Steps:
@@ -44,7 +50,29 @@ def map_steps(transform_node, kind: str) -> Steps:
         array[start : start + len(part)] = part
         largest, start = max(largest, float(part.max())), start + len(part)
         yield
-    return _add(transform_node, kind, values, matrix, largest)
+    return _add(transform_node, kind, values, matrix, (0.0, largest if kind == LENGTH else 2.0))  # 1: no change
+
+
+def error_map_steps(outcome) -> Steps:
+    """A new volume in the scene with the map of the expected error (mm), transparent where nothing is known.
+
+    The scale reaches at least to the smallest expected error of a red verdict, so that a good result looks good.
+
+    Args:
+        outcome: :class:`DivRegNetModule.run.Outcome` that has a map.
+    """
+    image, matrix = outcome.error_map
+    largest = image.GetScalarRange()[1]
+    yield
+    numbers = outcome.quality.get("evidence")
+    red = calibration().limits(numbers)[1] if numbers else 0.0
+    copy = vtk.vtkImageData()
+    copy.DeepCopy(image)
+    node = _add(outcome.registration.transform_node, ERROR, copy, matrix, (0.0, max(red, largest)))
+    display = node.GetDisplayNode()
+    display.SetThreshold(NOTHING_KNOWN, max(largest, 2 * NOTHING_KNOWN))
+    display.ApplyThresholdOn()
+    return node
 
 
 def _parts(field: np.ndarray, grid: Grid, kind: str) -> Iterator[np.ndarray]:
@@ -53,13 +81,17 @@ def _parts(field: np.ndarray, grid: Grid, kind: str) -> Iterator[np.ndarray]:
         for start, end in slabs(len(field), 2 * field[:1].nbytes):
             yield displacement_length(field[start:end])
         return
-    step = next(end - start for start, end in slabs(len(field), HALO_BYTES * field[0].size))
+    step = next(end - start for start, end in slabs(len(field), JACOBIAN_BYTES * field[0].size))
     yield from jacobian_determinant_slabs(field, grid, step)
 
 
-def _add(transform_node, kind: str, image: vtk.vtkImageData, matrix: np.ndarray, largest: float):
-    """The map as a volume node, with colors and a color legend."""
-    title = {LENGTH: _("{name}: displacement (mm)"), JACOBIAN: _("{name}: Jacobian determinant")}[kind]
+def _add(transform_node, kind: str, image: vtk.vtkImageData, matrix: np.ndarray, window: tuple[float, float]):
+    """The map as a volume node, with colors for a range of values and a color legend."""
+    title = {
+        LENGTH: _("{name}: displacement (mm)"),
+        JACOBIAN: _("{name}: Jacobian determinant"),
+        ERROR: _("{name}: expected error (mm)"),
+    }[kind]
     scene = transform_node.GetScene()
     node = add_node(scene, "vtkMRMLScalarVolumeNode", title.format(name=transform_node.GetName()))
     node.SetNodeReferenceID(ROLE, transform_node.GetID())
@@ -68,7 +100,7 @@ def _add(transform_node, kind: str, image: vtk.vtkImageData, matrix: np.ndarray,
     display = scene.AddNewNodeByClass("vtkMRMLScalarVolumeDisplayNode")
     display.SetAndObserveColorNodeID(COLORS[kind])
     automatic_levels_off(display)
-    low, high = (0.0, largest) if kind == LENGTH else (0.0, 2.0)  # 1, no change, in the middle
+    low, high = window
     display.SetWindowLevelMinMax(low, max(high, low + 1e-3))
     display.SetInterpolate(True)
     node.SetAndObserveDisplayNodeID(display.GetID())

@@ -12,7 +12,7 @@ from DivRegNetLib.core.grid import Grid, affine_transform
 from DivRegNetLib.errors import Cancelled, InputError
 from DivRegNetLib.quality.references import References
 from DivRegNetLib.registration.landmark_alignment import align_landmarks
-from DivRegNetLib.run.worker import Event, Worker
+from DivRegNetLib.run.worker import Event, Standby, Worker
 from DivRegNetModule import _, mrml
 from DivRegNetModule.mrml.carrying import copy_steps, earlier_copy, place_copy
 from DivRegNetModule.mrml.checks import check_carried, check_nodes
@@ -26,6 +26,8 @@ from DivRegNetModule.steps import Steps
 PREPARED, COMPUTED, RECEIVED = 0.03, 0.92, 0.96  # of the whole, for the progress bar
 STEP_SECONDS = 0.04  # that a call of poll may take
 LANDMARKS = "landmarks-"  # before the kind of a transform: the initial alignment is fitted to the landmarks
+STANDBY = Standby()
+"""The process that registers for the panel, for sequences and for scripts, one after another."""
 
 
 @dataclass
@@ -79,6 +81,8 @@ class Outcome:
     notes: sentences for the user.
     seconds: from start to end.
     settings, timings, initial: see :class:`DivRegNetLib.result.Result`.
+    error_map: voxels and index-to-RAS matrix of the map of the expected error, which is not in the scene;
+        :func:`DivRegNetModule.maps.error_map_steps` puts it there.
     changes: to the scene.
     """
 
@@ -93,6 +97,7 @@ class Outcome:
     settings: dict
     timings: dict
     initial: np.ndarray
+    error_map: "tuple | None"
     changes: Changes = field(repr=False)
 
     def undo(self) -> None:
@@ -197,6 +202,7 @@ class Run:
             settings=files.settings,
             timings=files.timings,
             initial=files.initial,
+            error_map=content.error_map,
             changes=changes,
         )
 
@@ -219,8 +225,15 @@ class Run:
         inputs = yield from images_from_nodes_steps(request.fixed, request.moving, **self._options())
         references = yield from self._references()
         inverse = request.inverse is not None
+        options = {"error_map": True} | inputs.options
         worker = Worker(
-            inputs.fixed, inputs.moving, references=references, keep_files=True, inverse=inverse, **inputs.options
+            inputs.fixed,
+            inputs.moving,
+            references=references,
+            keep_files=True,
+            inverse=inverse,
+            standby=STANDBY,
+            **options,
         )
         self._worker = worker
         del inputs, references  # large
@@ -266,7 +279,7 @@ class Run:
             fixed = yield from segments_steps(self.request.segmentations[0])
             moving = yield from segments_steps(self.request.segmentations[1])
             references = replace(references, fixed_segments=fixed, moving_segments=moving)
-        if self._pairs is not None:
+        if self._pairs is not None and self._pairs.labels:
             points = {"fixed_points": self._pairs.fixed, "moving_points": self._pairs.moving}
             references = replace(references, **points, labels=self._pairs.labels)
         measured = references.fixed_segments is not None or references.fixed_points is not None

@@ -15,7 +15,7 @@ from DivRegNetModule.mrml.checks import check_volume, is_scalar_volume
 from DivRegNetModule.mrml.geometry import is_empty
 from DivRegNetModule.mrml.registration import content_of_files
 from DivRegNetModule.mrml.scene import Changes, all_or_nothing, is_a, name_of
-from DivRegNetModule.run import STEP_SECONDS, WAIT
+from DivRegNetModule.run import STANDBY, STEP_SECONDS, WAIT
 from DivRegNetModule.steps import Steps
 
 LARGEST_BYTES = 2e9  # of all displacement fields together, beyond which they are not kept
@@ -192,7 +192,8 @@ class SequenceRun:
     def _register(self, i: int, count: int, fixed, masks: dict) -> Steps["mrml.registration.Content"]:
         node = self.sequence.GetNthDataNode(i)
         moving = yield from volumes.volume_image_steps(node)
-        self._worker = worker = Worker(fixed, moving, keep_files=True, inverse=False, **masks, **self._options)
+        arguments = {"keep_files": True, "inverse": False, "standby": STANDBY} | masks | self._options
+        self._worker = worker = Worker(fixed, moving, **arguments)
         yield from worker.starting()
         while worker.running:
             for event in worker.poll():

@@ -2,21 +2,42 @@
 
 import html
 
-from DivRegNetLib.quality.verdict import AMBER, GREEN, RED, Verdict
+from DivRegNetLib.quality.verdict import AMBER, GREEN, RED, Verdict, two_digits
 from DivRegNetModule import _, translated
 
+NAME = 22  # characters of a volume's name
 BACKGROUND = {GREEN: "#2e7d32", AMBER: "#b35900", RED: "#c62828"}
 
 
+def word(verdict: Verdict) -> str:
+    """The level of a verdict."""
+    return {GREEN: _("GREEN"), AMBER: _("AMBER"), RED: _("RED")}[verdict.level]
+
+
+def error_text(verdict: Verdict) -> str:
+    """The expected error with its unit; empty where there is none."""
+    return "" if verdict.expected_error_mm is None else f"{two_digits(verdict.expected_error_mm)} mm"
+
+
 def as_html(verdict: Verdict) -> str:
-    """The verdict for a label: the level as a word on its color, the headline, and the reasons as a list."""
-    word = {GREEN: _("GREEN"), AMBER: _("AMBER"), RED: _("RED")}[verdict.level]
+    """The verdict for a label: the level as a word on its color, the expected error, the headline, and the reasons as a
+    list."""
     reasons = "".join(f"<li>{html.escape(translated(reason))}</li>" for reason in verdict.reasons)
+    color, level = BACKGROUND[verdict.level], word(verdict)
+    error = _("expected error {mm}.").format(mm=error_text(verdict)) if error_text(verdict) else ""
     return (
-        f"<p><span style='background-color:{BACKGROUND[verdict.level]}; color:white'><b>&nbsp;{word}&nbsp;</b></span> "
+        f"<p style='margin: 0'><span style='background-color:{color}; color:white'><b>&nbsp;{level}&nbsp;</b></span> "
+        f"{html.escape(error)} "
         f"<b>{html.escape(translated(verdict.headline))}</b></p>"
-        f"<ul style='-qt-list-indent: 0; margin-left: 14px'>{reasons}</ul>"
+        f"<ul style='-qt-list-indent: 0; margin: 2px 0 0 14px'>{reasons}</ul>"
     )
+
+
+def pair(moving: str, fixed: str, *, shortened: bool = True) -> str:
+    """Which volumes a result is of; long names are shortened in the middle, as what tells them apart is often at the end."""
+    if shortened:
+        moving, fixed = (n if len(n) <= NAME else f"{n[: NAME // 2]}…{n[-NAME // 2 :]}" for n in (moving, fixed))
+    return _("{moving} to {fixed}").format(moving=moving, fixed=fixed)
 
 
 def rows(quality: dict, seconds: float | None = None, device: str = "") -> list[tuple[str, str]]:

@@ -9,15 +9,18 @@ Conventions, everywhere in this file:
   (``align_corners=False``), so halving the resolution doubles the spacing exactly and keeps the extent.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from DivRegNetLib.core.determinants import determinant
+
 CACHED_MATRICES = 128  # per function
-CACHED_GRIDS = 6  # per function; as large as a field, so only those of one registration
+CACHED_GRIDS = 8  # per function; as large as a field, so only those of one registration (three levels use seven)
 SAMPLING_PARTS = 16  # into which the points of one image are divided, so that the threads of a CPU share them
 MULTILEVEL_SIDE = 16  # shortest side, in voxels, from which on an inversion starts from half the resolution
 TRUNCATION = 2.5  # radius of a Gaussian kernel in standard deviations
@@ -32,14 +35,34 @@ def cached(make: Callable[..., Tensor], *, size: int = CACHED_MATRICES) -> Calla
 
     @functools.lru_cache(size)
     def cached_make(numbers: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
+        if _used is not None:
+            raise RuntimeError("the cache must be filled before")
         with torch.inference_mode(False), torch.no_grad():
             return make(*numbers, like=torch.empty(0, dtype=dtype, device=device))
 
     @functools.wraps(make)
     def lookup(*numbers: float, like: Tensor) -> Tensor:
-        return cached_make(numbers, like.dtype, like.device)
+        found = cached_make(numbers, like.dtype, like.device)
+        if _used is not None:
+            _used.append(found)
+        return found
 
     return lookup
+
+
+_used: list[Tensor] | None = None
+
+
+@contextlib.contextmanager
+def collecting_cached(used: list[Tensor]) -> Iterator[None]:
+    """Adds the results of :func:`cached` functions to a list, which keeps them when their cache does not. What is not in its
+    cache is an error (RuntimeError) meanwhile."""
+    global _used
+    before, _used = _used, used
+    try:
+        yield
+    finally:
+        _used = before
 
 
 @cached
@@ -290,5 +313,4 @@ def jacobian_determinant(displacement: Tensor) -> Tensor:
         column = list(difference[tuple(crop)].unbind(1))
         column[axis] = column[axis] + 1
         columns.append(column)
-    (a, d, g), (b, e, h), (c, f, i) = columns
-    return a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g)
+    return determinant([*zip(*columns, strict=True)])

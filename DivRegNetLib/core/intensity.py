@@ -50,8 +50,19 @@ def without_padding(image: sitk.Image) -> sitk.Image:
 
 def _limits(values: "Tensor") -> "tuple[Tensor, Tensor]":
     """The 0.5th percentile of the values, and the 99.5th of the foreground, which are the values above their mean."""
+    if values.is_cuda:
+        return _limits_by_sorting(values)
     foreground = values[values > values.mean()]
     return _quantile(values, 0.005), _quantile(foreground if len(foreground) else values, 0.995)
+
+
+def _limits_by_sorting(values: "Tensor") -> "tuple[Tensor, Tensor]":
+    """The same without a wait for the number of foreground values."""
+    ordered, count = values.sort().values, len(values)
+    of_foreground = (values > values.mean()).sum()
+    of_foreground = of_foreground.where(of_foreground > 0, count)
+    high = count - of_foreground + (0.995 * (of_foreground.double() - 1)).round().long()
+    return ordered[round(0.005 * (count - 1))], ordered.gather(0, high[None])[0]
 
 
 def _quantile(values: "Tensor", share: float) -> "Tensor":

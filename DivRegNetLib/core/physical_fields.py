@@ -1,6 +1,7 @@
-"""From a displacement on the working grid to transforms in physical space (LPS, mm), slab by slab.
+"""From a displacement on the working grid to transforms in physical space (LPS, mm).
 
-Transforms are composites as in :mod:`DivRegNetLib.core.composites`.
+They are computed on the displacement's device, slab by slab, and kept in main memory. Transforms are composites as in
+:mod:`DivRegNetLib.core.composites`.
 """
 
 import math
@@ -26,7 +27,7 @@ def forward_transform(displacement: Tensor, grid: Grid, initial: np.ndarray, fix
     """``T(p) = initial(p + u(p))``, which maps fixed points to moving points (LPS, mm), with a field on the fixed grid.
 
     Args:
-        displacement: u, (1, 3, D, H, W) on the CPU, in voxels of ``grid``; beyond the grid its border values continue.
+        displacement: u, (1, 3, D, H, W) in voxels of ``grid``; beyond the grid its border values continue.
         grid: working grid, in fixed space.
         initial: (4, 4) LPS, maps fixed points to moving points.
     """
@@ -53,7 +54,7 @@ def inverse_transform(
         start = _sampler(inverse, to_working, padded)
 
         def sampled(slab: slice) -> Tensor:
-            at, v = _points(to_working, padded, slab), start(slab)
+            at, v = _points(to_working, padded, slab, displacement.device), start(slab)
             for _ in range(iterations):
                 v = -fields.sample(displacement, at + v)
             return v
@@ -76,14 +77,14 @@ def _sampler(field: Tensor, to_working: np.ndarray, grid: Grid) -> Callable[[sli
     )  # the axis of the grid that each axis of the working grid is nearest to
 
     def sampled(slab: slice) -> Tensor:
-        return fields.sample(field, _points(to_working, grid, slab))
+        return fields.sample(field, _points(to_working, grid, slab, field.device))
 
     def sampled_along_axes(slab: slice) -> Tensor:
         values = field
         for axis in np.argsort(-along):  # first the axis that the slab is cut from
             at = np.arange(grid.size[along[axis]])[slab if along[axis] == 2 else slice(None)]
             at = to_working[axis, along[axis]] * at + to_working[axis, 3]
-            values = fields.sample_along(values, 4 - axis, torch.from_numpy(at))
+            values = fields.sample_along(values, 4 - axis, torch.from_numpy(at).to(field.device))
         return values.permute(0, 1, *(4 - np.argsort(along)[::-1]))
 
     others = np.abs(to_working[:3, :3]).sum(1) - np.abs(to_working[range(3), along])
@@ -91,14 +92,14 @@ def _sampler(field: Tensor, to_working: np.ndarray, grid: Grid) -> Callable[[sli
     return sampled_along_axes if straight else sampled
 
 
-def _points(to_working: np.ndarray, grid: Grid, slab: slice) -> Tensor:
+def _points(to_working: np.ndarray, grid: Grid, slab: slice, device: torch.device) -> Tensor:
     """Positions of the voxels of some slices of a grid, (1, 3, d, h, w) in voxels of the working grid."""
-    return torch.stack(_mapped(to_working, grid, slab))[None].to(torch.float32)
+    return torch.stack(_mapped(to_working, grid, slab, device))[None].to(torch.float32)
 
 
-def _mapped(matrix: np.ndarray, grid: Grid, slab: slice) -> list[Tensor]:
+def _mapped(matrix: np.ndarray, grid: Grid, slab: slice, device: torch.device) -> list[Tensor]:
     """The voxels of some slices of a grid through a (4, 4) map: x, y and z, each (d, h, w) in double precision."""
-    k, j, i = (torch.arange(n, dtype=torch.float64) for n in grid.shape)
+    k, j, i = (torch.arange(n, dtype=torch.float64, device=device) for n in grid.shape)
     j, k = j[:, None], k[slab, None, None]
     return [a * i + b * j + c * k + d for a, b, c, d in matrix[:3].tolist()]
 
@@ -110,8 +111,7 @@ def _faded_field(grid: Grid, to_mm: np.ndarray, sampled_on: Callable[[Grid], Cal
         to_mm: (3, 3), voxels of the working grid -> mm.
         sampled_on: a grid -> some slices of it -> displacement there, (1, 3, d, h, w) in voxels of the working grid.
     """
-    in_mm = torch.from_numpy(to_mm).to(torch.float32)
-    margin = _margin(grid, _largest_at_border(grid, in_mm, sampled_on))
+    margin = _margin(grid, _largest_at_border(grid, to_mm, sampled_on))
     offset = np.eye(4)
     offset[:3, 3] = -margin
     padded = Grid(tuple(np.array(grid.size) + 2 * margin), grid.matrix @ offset)
@@ -122,22 +122,27 @@ def _faded_field(grid: Grid, to_mm: np.ndarray, sampled_on: Callable[[Grid], Cal
     slices = max(CHUNK_VOXELS // (height * width), 1)
     for first in range(0, depth, slices):
         slab = slice(first, min(first + slices, depth))
-        in_space = torch.tensordot(in_mm, sampled(slab)[0], 1).to(torch.float64)
-        in_space *= z[slab, None, None] * y[:, None] * x
-        values = in_space.permute(1, 2, 3, 0).contiguous().numpy()
+        in_space = _in_mm(sampled(slab)[0], to_mm).to(torch.float64)
+        in_space *= (z[slab, None, None] * y[:, None] * x).to(in_space.device)
+        values = in_space.permute(1, 2, 3, 0).contiguous().cpu().numpy()
         field[:, :, slab] = sitk.GetImageFromArray(
             values, isVector=True
         )  # in place, so that the field is in memory once
     return padded.stamp(field)
 
 
-def _largest_at_border(grid: Grid, in_mm: Tensor, sampled_on: Callable[[Grid], Callable[[slice], Tensor]]) -> float:
+def _in_mm(displacement: Tensor, to_mm: np.ndarray) -> Tensor:
+    """A displacement (3, d, h, w) in voxels multiplied by a (3, 3) matrix."""
+    return torch.tensordot(torch.from_numpy(to_mm).to(displacement), displacement, 1)
+
+
+def _largest_at_border(grid: Grid, to_mm: np.ndarray, sampled_on: Callable[[Grid], Callable[[slice], Tensor]]) -> float:
     """Approximate length (mm) of the largest displacement on the six sides of a grid."""
     every = np.maximum((np.array(grid.size) - 1) / (FACE_POINTS - 1), 1)
     size = np.floor((np.array(grid.size) - 1) / every + 1e-6).astype(int) + 1
     every = np.where(size > 1, (np.array(grid.size) - 1) / np.maximum(size - 1, 1), 1)
     coarse = Grid(tuple(size), grid.matrix @ np.diag([*every, 1]))
-    length = torch.linalg.vector_norm(torch.tensordot(in_mm, sampled_on(coarse)(slice(None))[0], 1), dim=0)
+    length = torch.linalg.vector_norm(_in_mm(sampled_on(coarse)(slice(None))[0], to_mm), dim=0).cpu()
     return max(float(length.select(axis, end).max()) for axis in range(3) for end in (0, -1))
 
 

@@ -12,17 +12,18 @@ DEVICE_TYPES = ("cpu", "cuda")  # for which autocast may be on
 
 @contextlib.contextmanager
 def default_state() -> Iterator[None]:
-    """Single precision, the CPU as default device, no autocast, gradients on, no inference mode and no demand for
-    deterministic algorithms. Afterwards the settings of the program are restored.
+    """Single precision, also in products of matrices, the CPU as default device, no autocast, gradients on, no inference mode
+    and no demand for deterministic algorithms. Afterwards the settings of the program are restored.
 
-    The default data type and that demand belong to the process: threads that compute at the same time see them change, if
-    the program has set them to something else.
+    The default data type, the precision of products and that demand belong to the process: threads that compute at the same
+    time see them change, if the program has set them to something else.
     """
     _prepare_after_fork()
     with contextlib.ExitStack() as stack:
         if (dtype := torch.get_default_dtype()) != torch.float32:
             torch.set_default_dtype(torch.float32)
             stack.callback(torch.set_default_dtype, dtype)
+        stack.enter_context(_full_products())
         if torch.are_deterministic_algorithms_enabled():
             only_warn = torch.is_deterministic_algorithms_warn_only_enabled()
             torch.use_deterministic_algorithms(False)
@@ -37,6 +38,30 @@ def default_state() -> Iterator[None]:
         if not torch.is_grad_enabled():
             stack.enter_context(torch.enable_grad())
         yield
+
+
+@contextlib.contextmanager
+def _full_products() -> Iterator[None]:
+    """Products of matrices, and convolutions on the CPU, are not rounded to bfloat16 or TF32 inside."""
+    backends = [torch.backends.mkldnn, torch.backends.cuda]
+    kinds = [getattr(b, name, None) for b in backends for name in ("matmul", "conv")]
+    kinds = [kind for kind in kinds if hasattr(kind, "fp32_precision")]
+    if kinds:  # PyTorch 2.9 and later
+        before = [(kind, kind.fp32_precision) for kind in kinds if kind.fp32_precision in ("bf16", "tf32")]
+        for kind, _ in before:
+            kind.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            for kind, precision in before:
+                kind.fp32_precision = precision
+    else:
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(precision)
 
 
 def _prepare_after_fork() -> None:

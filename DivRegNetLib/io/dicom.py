@@ -81,6 +81,12 @@ def read_series(folder: Path) -> sitk.Image:
     paths = [Path(os.fsdecode(name.encode())) for name in files[series[0]]]
     if len(paths) == 1:
         return read_file(paths[0])
+    with unchanged(*paths):
+        return _read_slices(folder, paths)
+
+
+def _read_slices(folder: Path, paths: list[Path]) -> sitk.Image:
+    """The volume of the files of one series."""
     headers = [_read_header(path) for path in paths]
     if any(int(header.get("NumberOfFrames") or 1) > 1 for header in headers):
         raise InputError(f"{folder}: the series has several multi-frame files; {CONVERT}")
@@ -90,7 +96,7 @@ def read_series(folder: Path) -> sitk.Image:
     order, grid = _arrange(folder, slices, "slice")
     paths, slices = [paths[k] for k in order], [slices[k] for k in order]
     try:
-        with unchanged(*paths), file_access():
+        with file_access():
             if len({s.storage for s in slices}) == 1:
                 image = sitk.ReadImage([utf8_name(path) for path in paths])
             else:  # as of a PET: each slice has a rescale slope of its own, or another type
@@ -108,6 +114,12 @@ def read_file(path: Path) -> sitk.Image:
     Raises:
         InputError: names the file, what is wrong with it and what to do.
     """
+    with unchanged(path):
+        return _read_frames(path)
+
+
+def _read_frames(path: Path) -> sitk.Image:
+    """The volume of one multi-frame file."""
     header = _read_header(path)
     if int(header.get("NumberOfFrames") or 1) < 2:
         raise InputError(
@@ -116,7 +128,7 @@ def read_file(path: Path) -> sitk.Image:
     frames = list(_frames(path, header))
     order, grid = _arrange(path, frames, "frame", header)
     try:
-        with unchanged(path), file_access():
+        with file_access():
             image = sitk.ReadImage(utf8_name(path))
         array = sitk.GetArrayFromImage(image)
         if len({f.storage for f in frames}) > 1:

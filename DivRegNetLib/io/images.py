@@ -12,6 +12,7 @@ from DivRegNetLib.io.atomic import write_atomically
 from DivRegNetLib.io.damage import reason_why_incomplete
 from DivRegNetLib.io.itk import file_access
 from DivRegNetLib.io.paths import check_ending, check_file, unchanged, utf8_name
+from DivRegNetLib.io.volume_files import files_of
 
 WRITTEN_VOLUMES = (".nii", ".nii.gz", ".nrrd", ".mha")  # formats that hold a 3D volume and its geometry in one file
 
@@ -30,7 +31,7 @@ def read_image(path: str | Path) -> sitk.Image:
     if dicom.is_dicom(path):
         return dicom.read_file(path)
     try:
-        with unchanged(path), file_access():
+        with unchanged(*files_of(path)), file_access():
             header = nifti.check_complete(path)
             if missing := reason_why_incomplete(path):
                 raise RuntimeError(f"it lacks {missing}")
@@ -93,7 +94,10 @@ def write_image(image: sitk.Image, path: Path) -> None:
 
     def write(part: Path) -> None:
         with file_access():
-            sitk.WriteImage(image, utf8_name(part), useCompression=True)
+            if part.name.endswith(".nii.gz") and image.GetNumberOfComponentsPerPixel() > 1:
+                nifti.write_vectors(image, part)
+            else:
+                sitk.WriteImage(image, utf8_name(part), useCompression=True)
             nifti.check_complete(part)  # ITK does not notice a full disk when it writes NIfTI
 
     write_atomically(path, write)

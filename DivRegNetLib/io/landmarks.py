@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,10 +26,12 @@ class Landmarks:
 
     points: (n, 3) LPS, mm; NaN where undefined.
     labels: n strings.
+    numbered: the file has no labels; they are the numbers of the points.
     """
 
     points: np.ndarray
     labels: tuple[str, ...]
+    numbered: bool = False
 
     @property
     def defined(self) -> np.ndarray:
@@ -52,30 +55,51 @@ class LandmarkPairs:
 
 
 def pair_landmarks(fixed: Landmarks, moving: Landmarks) -> LandmarkPairs:
-    """Pairs of defined landmarks: by label where both lists have the same unique labels, else by their order.
+    """Pairs of landmarks that are defined in both lists, see :func:`match_labels`.
 
     Raises:
-        InputError: the lists have different numbers of landmarks, or no pair is defined.
+        InputError: the lists have different numbers of landmarks and no labels in common, or no pair is defined.
     """
-    numbers = [len(m.labels) for m in (fixed, moving)]
-    if numbers[0] != numbers[1]:
+    unnamed = fixed.numbered or moving.numbered
+    labels = [("",) * len(m.labels) if unnamed else m.labels for m in (fixed, moving)]
+    matches = match_labels(*labels)
+    if matches is None:
         raise InputError(
-            f"{numbers[0]} fixed landmarks but {numbers[1]} moving ones: they must be pairs, with the same labels or in one "
-            "order; a point without a partner can be listed as undefined"
+            f"{len(fixed.labels)} fixed landmarks but {len(moving.labels)} moving ones: they must be pairs, with the same "
+            "labels or in one order; a point without a partner can be listed as undefined"
         )
-    order, notes = list(range(numbers[0])), []
-    if set(fixed.labels) == set(moving.labels) and len(set(fixed.labels)) == numbers[0]:
-        order = [moving.labels.index(label) for label in fixed.labels]
-        if order != sorted(order):
-            notes.append("the landmarks are in different orders and were paired by their labels")
-    both = fixed.defined & moving.defined[order]
-    if not both.all():
-        left_out = [fixed.labels[i] or f"number {i + 1}" for i in np.flatnonzero(~both)]
+    notes = []
+    if [j for _, j in matches] != sorted(j for _, j in matches):
+        notes.append("the landmarks are in different orders and were paired by their labels")
+    for name, landmarks, matched in zip(("fixed", "moving"), (fixed, moving), zip(*matches, strict=True), strict=True):
+        if alone := [_name(landmarks, i) for i in range(len(landmarks.labels)) if i not in matched]:
+            notes.append(f"{name} landmarks left out because no other has their label: {_listed(alone)}")
+    both = [(i, j) for i, j in matches if fixed.defined[i] and moving.defined[j]]
+    if left_out := [_name(fixed, i) for i, j in matches if (i, j) not in both]:
         notes.append(f"landmarks left out because they are undefined in one list or both: {_listed(left_out)}")
-    if not both.any():
+    if not both:
         raise InputError("no landmark is defined in both lists")
-    labels = tuple(label for label, kept in zip(fixed.labels, both, strict=True) if kept)
-    return LandmarkPairs(fixed.points[both], moving.points[order][both], labels, tuple(notes))
+    chosen = [list(side) for side in zip(*both, strict=True)]
+    names = tuple(fixed.labels[i] for i in chosen[0])
+    return LandmarkPairs(fixed.points[chosen[0]], moving.points[chosen[1]], names, tuple(notes))
+
+
+def match_labels(fixed: Sequence[str], moving: Sequence[str]) -> list[tuple[int, int]] | None:
+    """Numbers (in the first, in the second list) of the landmarks that belong together.
+
+    Where no label occurs twice in a list, and some occur in both lists, landmarks with the same label belong together, and
+    the others to none. Otherwise the order counts, and the lists must have the same length; None if they do not. Case and
+    surrounding blanks are ignored.
+    """
+    lists = [[label.strip().casefold() for label in labels] for labels in (fixed, moving)]
+    unique = all(len(set(labels)) == len(labels) and all(labels) for labels in lists)
+    if unique and set(lists[0]) & set(lists[1]):
+        return [(i, lists[1].index(label)) for i, label in enumerate(lists[0]) if label in lists[1]]
+    return [(i, i) for i in range(len(fixed))] if len(fixed) == len(moving) else None
+
+
+def _name(landmarks: Landmarks, number: int) -> str:
+    return landmarks.labels[number] or f"number {number + 1}"
 
 
 def _listed(labels: list[str], most: int = 10) -> str:
@@ -110,7 +134,11 @@ UNDEFINED = (np.nan, np.nan, np.nan)
 
 
 def _landmarks(points: list, labels: list[str], ras: bool) -> Landmarks:
-    """Raises ValueError for no point at all, or a defined one that is not finite."""
+    """Points with their labels; numbers where none has a label.
+
+    Raises:
+        ValueError: there is no point at all, or a defined one is not finite.
+    """
     if not points:
         raise ValueError("it holds no landmark")
     if bad := [
@@ -118,7 +146,9 @@ def _landmarks(points: list, labels: list[str], ras: bool) -> Landmarks:
     ]:
         raise ValueError(f"the landmark {bad[0]!r} has a coordinate that is not finite")
     array = np.array(points, dtype=float).reshape(len(points), 3)
-    return Landmarks(array @ LPS_FROM_RAS[:3, :3] if ras else array, tuple(labels))
+    numbered = not any(labels)
+    names = map(str, range(1, len(points) + 1)) if numbered else labels
+    return Landmarks(array @ LPS_FROM_RAS[:3, :3] if ras else array, tuple(names), numbered)
 
 
 def _is_ras(system: str) -> bool:
@@ -137,7 +167,7 @@ def _parse_markups(text: str) -> Landmarks:
         for point in markup["controlPoints"]:
             defined = point.get("positionStatus", "defined") == "defined"
             points.append(point["position"] if defined else UNDEFINED)
-            labels.append(str(point.get("label", len(labels) + 1)))
+            labels.append(str(point.get("label", "")))
     if len(systems) > 1:
         raise ValueError("some of its points are in RAS, others in LPS")
     return _landmarks(points, labels, ras=systems == {True})
@@ -153,7 +183,7 @@ def _parse_fcsv(text: str) -> Landmarks:
         elif line.strip():
             row = next(csv.reader([line]))
             points.append([float(v) for v in row[1:4]])
-            labels.append(row[11] if len(row) > 11 and row[11] else str(len(labels) + 1))
+            labels.append(row[11] if len(row) > 11 else "")
     return _landmarks(points, labels, ras)
 
 
@@ -168,12 +198,12 @@ def _parse_csv(text: str) -> Landmarks:
     for axes in (("x", "y", "z"), ("l", "p", "s"), ("r", "a", "s")):
         if set(axes) <= set(names):
             points, labels = [], []
-            for i, (line, row) in enumerate(table.rows):
+            for line, row in table.rows:
                 defined = row.get(names.get("defined", ""), "") not in ("0", "false", "False")
                 if defined and not all(row[names[a]] for a in axes):
                     raise ValueError(f"line {line} has too few columns")
                 points.append([number(row, a) for a in axes] if defined else UNDEFINED)
-                labels.append(row[names["label"]] if "label" in names else str(i + 1))
+                labels.append(row[names["label"]] if "label" in names else "")
             return _landmarks(points, labels, ras=axes[0] == "r")
     raise ValueError("the first line must name the columns x, y, z (LPS), l, p, s or r, a, s")
 

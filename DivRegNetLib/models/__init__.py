@@ -4,6 +4,7 @@ from DivRegNetLib.models.card import Card, read_card
 from DivRegNetLib.models.store import (
     DEFAULT,
     ENVIRONMENT,
+    Cache,
     Model,
     bundled_folder,
     card_files,
@@ -19,6 +20,7 @@ from DivRegNetLib.models.store import (
 __all__ = [
     "DEFAULT",
     "ENVIRONMENT",
+    "Cache",
     "Card",
     "Model",
     "bundled_folder",

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,7 @@ from DivRegNetLib.models.card import FORMAT, Card, read_card
 if TYPE_CHECKING:
     import torch
 
+    from DivRegNetLib.core.recording import Recorder
     from DivRegNetLib.registration.regnet import RegNet
     from DivRegNetLib.similarity.classes import ClassNet
     from DivRegNetLib.similarity.kldivnet import KLDivNet
@@ -43,16 +44,26 @@ class Model:
     regnet: "RegNet | None"
     kldivnet: "KLDivNet | None"
     classnet: "ClassNet | None" = None
+    kept: dict = field(default_factory=dict, compare=False, repr=False)
 
     def on(self, device: "torch.device") -> "Model":
         """The same model with its networks on a device: copies, unless they are there already. This model is not changed."""
 
-        def placed(network):
-            if network is None or all(p.device == device for p in network.parameters()):
-                return network
-            return copy.deepcopy(network).to(device)
+        def is_there(network) -> bool:
+            places = {p.device for p in network.parameters()}
+            return all(p.type == device.type and device.index in (None, p.index) for p in places)
 
-        return Model(self.card, placed(self.regnet), placed(self.kldivnet), placed(self.classnet))
+        networks = (self.regnet, self.kldivnet, self.classnet)
+        if all(network is None or is_there(network) for network in networks):
+            return self
+        copies = (None if network is None else copy.deepcopy(network).to(device) for network in networks)
+        return Model(self.card, *copies)
+
+    def recorder(self) -> "Recorder":
+        """Keeps the recordings of the methods on a GPU."""
+        from DivRegNetLib.core.recording import Recorder
+
+        return self.kept.setdefault("recorder", Recorder())
 
 
 def bundled_folder() -> Path:
@@ -136,6 +147,24 @@ def load(name: str | Path, device: "torch.device | str" = "cpu") -> Model:
     card, weights, content = _read(file)
     with default_state(), torch.random.fork_rng(devices=[]):  # new networks draw numbers that the weights then replace
         return _build(file, card, weights, content, device)
+
+
+class Cache:
+    """Loads models as :func:`load` does and keeps the last one, which it gives again while name, device and files are the
+    same. For a process that does one registration after another; not for several threads at once."""
+
+    def __init__(self) -> None:
+        self._key: object = None
+        self._model: Model | None = None
+
+    def load(self, name: str | Path, device: "torch.device | str" = "cpu") -> Model:
+        """The model; see :func:`load`. Its files are read and compared with their checksum each time."""
+        file = find(name)
+        key = (file, _read(file)[0], str(device))
+        if self._model is None or key != self._key:
+            self._model = None  # not two models at once
+            self._model, self._key = load(name, device), key
+        return self._model
 
 
 def _read(file: Path) -> tuple[Card, Path, bytes]:

@@ -74,6 +74,7 @@ class Calibration:
     mean: mean error, in voxels of the box, from the numbers of an :class:`~DivRegNetLib.quality.evidence.Evidence`.
     cell: error of a cell, in any unit, from its cells.
     factor: within which the stated error is of the true one in nine of ten registrations of held-out subjects.
+    largest_voxels: expected error, in voxels of the box, from which on it is only known to be large.
     green_mm, red_mm: largest expected error of a green, smallest of a red verdict, of an image whose diagonal is at
         least ``diagonal_mm``; less in proportion for smaller ones.
     """
@@ -81,6 +82,7 @@ class Calibration:
     mean: Regression
     cell: Regression
     factor: float
+    largest_voxels: float
     green_mm: float
     red_mm: float
     diagonal_mm: float
@@ -89,6 +91,10 @@ class Calibration:
         """The largest expected error (mm) of a green and the smallest of a red verdict, for an image."""
         scale = min(numbers["diagonal_mm"] / self.diagonal_mm, 1.0)
         return self.green_mm * scale, self.red_mm * scale
+
+    def is_told(self, error_mm: float, numbers: dict) -> bool:
+        """Whether the size of an expected error (mm) is meant, and not only that it is large."""
+        return error_mm < self.largest_voxels * numbers["voxel_mm"]
 
 
 @functools.cache
@@ -101,7 +107,7 @@ def calibration(file: Path = FILE) -> Calibration:
     values = json.loads(file.read_text(encoding="utf-8"))
     if values.get("format") != FORMAT:
         raise ValueError(f"{file}: format {FORMAT} is expected, got {values.get('format')!r}")
-    names = ("factor", "green_mm", "red_mm", "diagonal_mm")
+    names = ("factor", "largest_voxels", "green_mm", "red_mm", "diagonal_mm")
     regressions = (Regression.from_dict(values[name]) for name in ("mean", "cell"))
     return Calibration(*regressions, *(values[name] for name in names))
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from DivRegNetLib.core.determinants import determinant
 from DivRegNetLib.core.grid import Grid
 
 
@@ -17,7 +18,7 @@ def displacement_length(field: np.ndarray) -> np.ndarray:
 
 
 def jacobian_determinant(field: np.ndarray, grid: Grid) -> np.ndarray:
-    """Determinant of the Jacobian of ``p -> p + u(p)``, (D, H, W): below 1 where the map shrinks
+    """Determinant of the Jacobian of ``p -> p + u(p)`` by central differences, (D, H, W): below 1 where the map shrinks
     volumes, above 1 where it enlarges them, not positive where the map folds.
 
     Args:
@@ -29,16 +30,14 @@ def jacobian_determinant(field: np.ndarray, grid: Grid) -> np.ndarray:
 
 
 def jacobian_determinant_slabs(field: np.ndarray, grid: Grid, step: int) -> Iterator[np.ndarray]:
-    """As :func:`jacobian_determinant`, in consecutive parts of ``step`` slices."""
-    to_index = np.linalg.inv(grid.matrix[:3, :3])  # mm -> voxels along x, y, z
+    """As :func:`jacobian_determinant`, in consecutive parts of ``step`` slices. Derivatives are central differences."""
+    # The determinant of dq/dp, where q = p + u, is that of dq/d(i, j, k) divided by that of dp/d(i, j, k).
+    axes = grid.matrix[:3, :3].astype(np.float32)
+    scale = np.float32(1 / np.linalg.det(grid.matrix[:3, :3]))
     for start in range(0, len(field), step):
-        end = min(start + step, len(field))
-        first, last = max(start - 1, 0), min(end + 1, len(field))
-        slab = np.asarray(field[first:last], np.float32)
-        along = np.gradient(slab, axis=(2, 1, 0))  # du / d(i, j, k)
-        # d u_a / d p_b = sum over indices n of (d u_a / d n) (d n / d p_b)
-        jacobian = sum(d[..., :, None] * to_index[n].astype(np.float32) for n, d in enumerate(along))
-        jacobian = jacobian[start - first : end - first]
-        jacobian[..., [0, 1, 2], [0, 1, 2]] += 1
-        (a, b, c), (d, e, f), (g, h, i) = np.moveaxis(jacobian, (-2, -1), (0, 1))
-        yield a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g)
+        at = np.arange(start, min(start + step, len(field)))
+        above, below = np.minimum(at + 1, len(field) - 1), np.maximum(at - 1, 0)
+        slab = np.asarray(field[at[0] : at[-1] + 1], np.float32)
+        along_k = (field[above] - field[below]) / (above - below).astype(np.float32)[:, None, None, None]
+        along = (np.gradient(slab, axis=2), np.gradient(slab, axis=1), along_k)  # du / d(i, j, k)
+        yield scale * determinant([[du[..., x] + axes[x, n] for n, du in enumerate(along)] for x in range(3)])

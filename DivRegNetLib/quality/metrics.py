@@ -25,8 +25,12 @@ LARGEST_TABLE = 250_000  # distances between two small surfaces that are compute
 
 def dice(fixed: np.ndarray, warped: np.ndarray) -> float:
     """Dice coefficient of two boolean arrays; NaN where both are empty."""
-    total = int(fixed.sum()) + int(warped.sum())
-    return 2 * int((fixed & warped).sum()) / total if total else float("nan")
+    return dice_of_counts(int((fixed & warped).sum()), int(fixed.sum()), int(warped.sum()))
+
+
+def dice_of_counts(common: int, fixed: int, warped: int) -> float:
+    """Dice coefficient of two regions by their numbers of voxels, in common and of each; NaN where both are empty."""
+    return float(2 * common / (fixed + warped)) if fixed + warped else float("nan")
 
 
 def surface_distances(fixed: np.ndarray, warped: np.ndarray, grid: Grid) -> dict[str, float]:
@@ -97,7 +101,7 @@ def label_overlap(fixed: sitk.Image, warped: sitk.Image) -> dict:
     scores = {}
     for n, label in enumerate(labels.tolist()):
         if label != 0:
-            overlap = {"dice": float(2 * common_sizes[n] / (sizes[0][n] + sizes[1][n]))}
+            overlap = {"dice": dice_of_counts(common_sizes[n], sizes[0][n], sizes[1][n])}
             scores[str(int(label))] = overlap | _distances(*(points[n] for points in surfaces), grid)
     common = [s for s in scores.values() if all(np.isfinite(v) for v in s.values())]
     mean = {

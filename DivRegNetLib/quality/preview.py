@@ -16,7 +16,8 @@ from DivRegNetLib.io import atomic
 GRID_MM = 10.0
 LONGEST_PIXELS = 320  # of the fixed image's longest side
 SQUARES = 6  # of a checkerboard, along the longer side
-INCHES = 15.6  # width of the picture
+PIXELS = 1560  # width of the picture
+LINES = "#ffc04d"  # color of the deformed grid
 COLUMNS = ("fixed", "moving, initially aligned", "warped", "fixed | moving", "fixed | warped", "deformation")
 PLANES = (("axial", 2), ("coronal", 1), ("sagittal", 0))
 
@@ -85,9 +86,6 @@ def write_preview(fixed: sitk.Image, moving: sitk.Image, result, path: Path) -> 
     Args:
         result: of :func:`DivRegNetLib.register`.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.collections import LineCollection
-    from matplotlib.figure import Figure
 
     def displacement(grid: Grid) -> np.ndarray:
         return sitk.GetArrayFromImage(displacement_on(result.transform, grid))
@@ -108,20 +106,40 @@ def write_preview(fixed: sitk.Image, moving: sitk.Image, result, path: Path) -> 
         lines += [*positions[:, ::every].swapaxes(0, 1), *positions[::every]]
         corners.append(top)
 
-    # One axes and one image: matplotlib takes seconds to lay out eighteen.
-    figure = Figure(figsize=(INCHES, INCHES * canvas.shape[0] / canvas.shape[1]), facecolor="black")
-    FigureCanvasAgg(figure)
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set_axis_off()
-    axes.imshow(canvas, cmap="gray", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
-    axes.add_collection(LineCollection(lines, colors="#ffc04d", linewidths=0.6))
-    for column, title in enumerate(COLUMNS):
-        axes.text((column + 0.5) * width, gap / 2, title, color="white", fontsize=10, ha="center", va="center")
-    for plane, top in zip(planes, corners, strict=True):
-        axes.text(1, top, plane.name, color="white", fontsize=8, va="bottom")
-    picture = io.BytesIO()  # an error in drawing is not an error in writing
-    figure.savefig(picture, dpi=100, facecolor="black")
-    atomic.write_atomically(path, lambda part: part.write_bytes(picture.getvalue()))
+    titles = [((column + 0.5) * width, gap / 2, title) for column, title in enumerate(COLUMNS)]
+    names = [(1, top, plane.name) for plane, top in zip(planes, corners, strict=True)]
+    picture = _drawn(canvas, lines, titles, names)  # an error in drawing is not an error in writing
+    atomic.write_atomically(path, lambda part: part.write_bytes(picture))
+
+
+def _drawn(canvas: np.ndarray, lines: list[np.ndarray], titles: list[tuple], names: list[tuple]) -> bytes:
+    """A PNG of a canvas (rows, columns) from 0 to 1 with lines and texts, PIXELS wide.
+
+    Args:
+        lines: each (n, 2), column and row of the canvas; NaN interrupts a line.
+        titles, names: (column, row, text); a title is centered there, the name of a plane stands on it.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    scale = PIXELS / canvas.shape[1]
+    size = PIXELS, round(canvas.shape[0] * scale)
+    gray = Image.fromarray((255 * canvas).astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
+    finer = Image.new(
+        "L", (2 * size[0], 2 * size[1])
+    )  # lines are drawn at twice the resolution, so that they are smooth
+    pen = ImageDraw.Draw(finer)
+    for line in lines:
+        known = np.isfinite(line).all(1)
+        for part in np.split(line, np.flatnonzero(np.diff(known)) + 1):
+            if len(part) > 1 and np.isfinite(part).all():
+                pen.line([tuple(point) for point in (2 * scale * (part + 0.5)).tolist()], fill=255, width=2)
+    picture = Image.composite(Image.new("RGB", size, LINES), gray.convert("RGB"), finer.reduce(2))
+    pen = ImageDraw.Draw(picture)
+    for (x, y, text), points, anchor in (*((t, 14, "mm") for t in titles), *((n, 11, "ld") for n in names)):
+        pen.text((x * scale, y * scale), text, fill="white", font=ImageFont.load_default(points), anchor=anchor)
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
 
 
 def _middle(grid: Grid, axis: int) -> Grid:

@@ -6,6 +6,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from DivRegNetLib.core.points import map_points
+from DivRegNetLib.quality.metrics import dice_of_counts
 from DivRegNetLib.result import Result
 from DivRegNetLib.words import marker
 
@@ -91,9 +92,10 @@ def _dice(fixed: Segments, moving: Segments, result: Result) -> dict[str, dict[s
             counts, of_fixed, of_moving = _joint_counts(target, resampled[m, stage])
             for name in names:
                 a, b = fixed.values[name][1], moving.values[name][1]
-                total = of_fixed.get(a, 0) + of_moving.get(b, 0)
                 if of_fixed.get(a, 0):  # an empty segment has no overlap to measure
-                    scores.setdefault(name, {})[stage] = 2 * counts.get((a, b), 0) / total
+                    scores.setdefault(name, {})[stage] = dice_of_counts(
+                        counts.get((a, b), 0), of_fixed[a], of_moving.get(b, 0)
+                    )
     return {name: scores[name] for name in common if name in scores}
 
 
@@ -111,10 +113,10 @@ def _joint_counts(
     for start in range(0, len(a), step):
         slabs = (x[start : start + step].ravel() for x in (a, b))
         (values_a, index_a), (values_b, index_b) = (np.unique(slab, return_inverse=True) for slab in slabs)
-        joint = np.bincount(index_a * len(values_b) + index_b, minlength=len(values_a) * len(values_b))
-        for i in np.flatnonzero(joint):
+        joint, numbers = np.unique(index_a * len(values_b) + index_b, return_counts=True)
+        for i, n in zip(joint.tolist(), numbers.tolist(), strict=True):
             key = int(values_a[i // len(values_b)]), int(values_b[i % len(values_b)])
-            counts[key] = counts.get(key, 0) + int(joint[i])
+            counts[key] = counts.get(key, 0) + n
     of_one: dict[int, int] = {}
     of_other: dict[int, int] = {}
     for (label, other_label), n in counts.items():

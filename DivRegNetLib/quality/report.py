@@ -19,7 +19,7 @@ from DivRegNetLib import __version__
 from DivRegNetLib.core.grid import Grid
 from DivRegNetLib.io import atomic
 from DivRegNetLib.quality.preview import COLUMNS, GRID_MM, Plane, cut_planes
-from DivRegNetLib.quality.verdict import AMBER, GREEN, RED, judge, with_references
+from DivRegNetLib.quality.verdict import AMBER, GREEN, RED, judge, two_digits, with_references
 
 LINE = np.array([255, 192, 77], np.uint8)
 FINER = 2  # pixels of the picture of the deformation to one of the others, so that its lines are thin
@@ -76,14 +76,16 @@ def as_html(registration: Registration) -> str:
     r = registration
     verdict = judge(r.quality)
     color = BACKGROUND[verdict.level]
+    error = "" if verdict.expected_error_mm is None else f"expected error {two_digits(verdict.expected_error_mm)} mm"
     reasons = "".join(f"<li>{html.escape(reason)}</li>" for reason in verdict.reasons)
     planes, spacing = cut_planes(r.fixed, r.moving, r.warped, r.displacement, r.initial)
     warnings = "".join(f"<li>{html.escape(warning)}</li>" for warning in r.warnings)
     landmarks = [(label, f"{before:.2f}", f"{after:.2f}") for label, before, after in r.landmarks]
+    segments = _segments(r.quality)
     parts = [
         f"<h1>Registration of {html.escape(r.names[1])} to {html.escape(r.names[0])}</h1>",
         f"<div class='verdict' style='border-color: {color}'><p><span class='level' style='background: {color}'>"
-        f"{verdict.level.upper()}</span> <b>{html.escape(verdict.headline)}</b></p><ul>{reasons}</ul></div>",
+        f"{verdict.level.upper()}</span> {error}<br><b>{html.escape(verdict.headline)}</b></p><ul>{reasons}</ul></div>",
         f"<h2>Warnings</h2><ul>{warnings}</ul>" if warnings else "",
         "<h2>Pictures</h2>",
         _pictures(planes, max(round(GRID_MM / spacing), 2)),
@@ -91,11 +93,11 @@ def as_html(registration: Registration) -> str:
         "<h2>Quality</h2>",
         _table([("", "before", "aligned", "after"), *_stages(r.quality)]),
         _table(_numbers(r.quality)),
+        f"<h2>Segments (Dice)</h2>{_table([('', 'before', 'after'), *segments])}" if segments else "",
         f"<h2>Landmarks (error in mm)</h2>{_table([('', 'before', 'after'), *landmarks])}" if landmarks else "",
         "<h2>Settings</h2>",
         _table([(name, _shown(value)) for name, value in r.settings.items()]),
-        "<h2>Time</h2>",
-        _table([(stage, f"{seconds:.2f} s") for stage, seconds in r.seconds.items()]),
+        f"<h2>Time</h2>{_table([(stage, f'{s:.2f} s') for stage, s in r.seconds.items()])}" if r.seconds else "",
         f"<p>DivRegNet {__version__}, {time.strftime('%Y-%m-%d %H:%M')}. A research tool, not a medical device.</p>",
     ]
     title = html.escape(f"{r.names[1]} to {r.names[0]}")
@@ -115,6 +117,16 @@ def _stages(quality: dict) -> list[tuple[str, ...]]:
             numbers = (values.get(stage) for stage in ("before", "aligned", "after"))
             rows.append((label, *("" if n is None else f"{n:.3f}" for n in numbers)))
     return rows
+
+
+def _segments(quality: dict) -> list[tuple[str, str, str]]:
+    """(name, Dice before, Dice after) of each segment or label, the worst first."""
+    each = {name: (dice["before"], dice["after"]) for name, dice in quality.get("segments", {}).items()}
+    if "labels" in quality:
+        stages = [quality["labels"][stage]["labels"] for stage in ("before", "after")]
+        each |= {f"label {name}": tuple(s[name]["dice"] for s in stages) for name in stages[1] if name in stages[0]}
+    known = [(name, *dice) for name, dice in each.items() if None not in dice]
+    return [(name, f"{a:.3f}", f"{b:.3f}") for name, a, b in sorted(known, key=lambda row: row[2])]
 
 
 def _numbers(quality: dict) -> list[tuple[str, str]]:

@@ -74,6 +74,7 @@ def judge(quality: dict) -> Verdict:
     """
     quality = with_references(quality)
     expected, reasons = _expected(quality)
+    reasons += _deformation(quality)
     reasons += [*_similarity(quality), *_folding(quality), *_size(quality), *_inverse(quality), *_reference(quality)]
     level = max((level for level, sentence in reasons), key=LEVELS.index, default=AMBER)
     reasons.sort(key=lambda reason: -LEVELS.index(reason[0]))
@@ -91,6 +92,11 @@ def with_references(quality: dict) -> dict:
     return summary
 
 
+def two_digits(value: float) -> str:
+    """A number with two significant digits, without an exponent: 0.61, 2.5, 110."""
+    return f"{float(f'{value:.2g}'):.12g}"
+
+
 def _expected(quality: dict) -> tuple[float | None, Reasons]:
     """The expected error (mm), or None, and what the evidence says in words."""
     if "evidence" not in quality:
@@ -101,8 +107,12 @@ def _expected(quality: dict) -> tuple[float | None, Reasons]:
     known, error = calibration(), expected_error_mm(numbers)
     green, red = known.limits(numbers)
     level = GREEN if error <= green else RED if error >= red else AMBER
-    text = _("The expected error is {mm:.2g} mm on average (nine times in ten from {low:.2g} to {high:.2g} mm).")
-    reasons: Reasons = [(level, text.format(mm=error, low=error / known.factor, high=error * known.factor))]
+    if known.is_told(error, numbers):
+        text = _("The expected error is {mm} mm on average (nine times in ten from {low} to {high} mm).")
+    else:
+        text = _("The expected error is {mm} mm on average; it may be far more, which the images cannot tell.")
+    values = {"mm": error, "low": error / known.factor, "high": error * known.factor}
+    reasons: Reasons = [(level, text.format(**{name: two_digits(mm) for name, mm in values.items()}))]
     moved, edges, covered = (numbers.get(name) for name in ("moved 1", "fixed edges 1", "covered"))
     if level != GREEN and moved is not None and moved > MOVED:
         text = _("At {percent:.0f} % of all places the images would fit better if one was shifted.")
@@ -116,6 +126,21 @@ def _expected(quality: dict) -> tuple[float | None, Reasons]:
         )
         reasons.append((AMBER if covered < HARDLY_COVERED else GREEN, text.format(percent=100 * covered)))
     return error, reasons
+
+
+def _deformation(quality: dict) -> Reasons:
+    """How stiff the deformation is, where that was chosen for the pair."""
+    chosen = quality.get("deformation") or {}
+    if not chosen.get("scores"):
+        return []
+    factor = chosen.get("stiffness")
+    if factor is None and chosen["chosen"] == "none":
+        return [(GREEN, _("No deformation: by the evidence, the images agree best as they were aligned."))]
+    if factor is None:
+        return []
+    if factor == 1:
+        return [(GREEN, _("Stiffness chosen: the model's own."))]
+    return [(GREEN, _("Stiffness chosen: {factor:g} times the model's.").format(factor=factor))]
 
 
 def _similarity(quality: dict) -> Reasons:

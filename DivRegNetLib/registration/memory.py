@@ -16,6 +16,7 @@ from pathlib import Path
 import SimpleITK as sitk
 
 from DivRegNetLib.core.composites import LARGEST_GROWTH
+from DivRegNetLib.core.control_groups import control_groups, read_kernel_file
 from DivRegNetLib.core.grid import Grid
 from DivRegNetLib.errors import DeviceError
 from DivRegNetLib.models.card import FINEST_MM, Card
@@ -81,16 +82,19 @@ def estimate(
     spacing: float | None = None,
     refine: int = 0,
     fields: tuple[Grid, Grid] | None = None,
+    region: Grid | None = None,
 ) -> Estimate:
     """Memory for one registration, its files included.
 
     Args:
-        fixed, moving: grids of the volumes; the working grid covers all of the fixed one.
+        fixed, moving: grids of the volumes.
         spacing: working resolution in mm; None: the model's.
         refine: refinement steps; any number above 0 takes the same memory.
         fields: grids of the displacement field and its inverse; None: those of the volumes.
+        region: what the working grid covers; None: all of the fixed grid.
     """
-    grid = working_grid(card, fixed, max(spacing or card.working_spacing(fixed, moving), FINEST_MM))
+    region = region or fixed
+    grid = working_grid(card, region, max(spacing or card.working_spacing(region, moving), FINEST_MM))
     channels = (16, 32) if card.regnet is None else card.regnet.get("channels") or (16, 32)
     network = FIELDS + PER_CHANNEL * sum(channels[:2]) / _stride(card) ** 3 + (REFINEMENT if refine else 0)
     if card.classnet is not None:  # it runs before the others, and its probabilities are kept
@@ -108,23 +112,33 @@ def estimate(
     return Estimate(grid.size, int(EXTRA + grid.voxels * max(network, INVERSION)), int(EXTRA + host))
 
 
-def plan(card: Card, fixed: Grid, moving: Grid, spacing: float, refine: int, fits: Callable[[Estimate], bool]) -> Plan:
+def plan(
+    card: Card,
+    fixed: Grid,
+    moving: Grid,
+    spacing: float,
+    refine: int,
+    fits: Callable[[Estimate], bool],
+    region: Grid | None = None,
+) -> Plan:
     """The finest working resolution, from ``spacing`` (mm) to COARSEST times the model's, at which a registration fits.
 
     Where displacement fields do not fit at full resolution, they are stored at the working resolution.
 
     Args:
         fits: whether an estimate fits into the memory.
+        region: what the working grid covers; None: all of the fixed grid.
     Raises:
         DeviceError: not even the coarsest fits; the message states what it takes.
     """
-    coarsest = max(spacing, COARSEST * card.working_spacing(fixed, moving))
+    region = region or fixed
+    coarsest = max(spacing, COARSEST * card.working_spacing(region, moving))
     for step in range(math.ceil(math.log(coarsest / spacing) / math.log(COARSER) - 1e-9) + 1):
         mm = min(spacing * COARSER**step, coarsest)
         for grids in ((fixed, moving), (fixed.thinned(mm), moving.thinned(mm))):
-            needed = estimate(card, fixed, moving, spacing=mm, refine=refine, fields=grids)
+            needed = estimate(card, fixed, moving, spacing=mm, refine=refine, fields=grids, region=region)
             if fits(needed):
-                return Plan(working_grid(card, fixed, mm), *grids)
+                return Plan(working_grid(card, region, mm), *grids)
     sizes = " and ".join(" x ".join(map(str, grid.size)) for grid in (fixed, moving))
     raise DeviceError(
         f"the memory is too small for volumes of {sizes} voxels: even at {mm:.3g} mm their registration takes "
@@ -132,10 +146,10 @@ def plan(card: Card, fixed: Grid, moving: Grid, spacing: float, refine: int, fit
     )
 
 
-def working_grid(card: Card, fixed: Grid, spacing: float) -> Grid:
-    """The network's grid at a resolution (mm). Its sides are multiples of what RegNet pads to (``RegNetConfig.multiple``, which
-    needs torch)."""
-    return fixed.working_grid(spacing, multiple=_stride(card) * 4)
+def working_grid(card: Card, region: Grid, spacing: float) -> Grid:
+    """The network's grid over a region at a resolution (mm). Its sides are multiples of what RegNet pads to
+    (``RegNetConfig.multiple``, which needs torch)."""
+    return region.working_grid(spacing, multiple=_stride(card) * 4)
 
 
 def room(limit: float | None, *images: sitk.Image) -> float:
@@ -160,7 +174,7 @@ def available(root: Path = Path("/")) -> float:
     Args:
         root: of the file system that is read, for tests.
     """
-    limits = [_meminfo(root / "proc/meminfo"), *map(_left_in_group, _groups(root))]
+    limits = [_meminfo(root / "proc/meminfo"), *map(_left_in_group, control_groups(root, "memory"))]
     if reported := [n for n in limits if n is not None]:
         return max(min(reported), 0)
     for name in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"):
@@ -172,8 +186,8 @@ def available(root: Path = Path("/")) -> float:
 def give_back() -> None:
     """Returns free memory to the system, after each pair of a cohort and where the memory ran out.
 
-    Collects objects that refer to each other, such as the parts of a matplotlib figure, and lets glibc return free memory,
-    of which it otherwise keeps a quarter of a megabyte more with each pair.
+    Collects objects that refer to each other, and lets glibc return free memory, of which it otherwise keeps a quarter of a
+    megabyte more with each pair.
     """
     gc.collect()
     if sys.platform == "linux":
@@ -188,32 +202,16 @@ def text(size: float) -> str:
 
 def _meminfo(file: Path) -> float | None:
     with contextlib.suppress(OSError, ValueError, IndexError):
-        return 1024 * int(file.read_text().split("MemAvailable:")[1].split()[0])
+        return 1024 * int(read_kernel_file(file).split("MemAvailable:")[1].split()[0])
     return None
-
-
-def _groups(root: Path) -> list[Path]:
-    """The folders of this process's control group and those above it, of either version."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    groups = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers in ("", "memory"):
-            mount = root / "sys/fs/cgroup" / controllers
-            group = mount / path.lstrip("/")
-            groups += [mount, *(g for g in (group, *group.parents) if mount in g.parents)]
-    return groups
 
 
 def _left_in_group(group: Path) -> float | None:
     """Bytes that the limit of a control group leaves; file caches count as free, as the system drops them."""
     for limit, usage in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
         with contextlib.suppress(OSError, ValueError):
-            most, used = int((group / limit).read_text()), int((group / usage).read_text())
-            statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            most, used = (int(read_kernel_file(group / name)) for name in (limit, usage))
+            statistics = dict(line.split() for line in read_kernel_file(group / "memory.stat").splitlines())
             return most - used + int(statistics.get("inactive_file", 0))
     return None
 

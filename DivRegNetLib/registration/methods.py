@@ -7,15 +7,19 @@ import torch
 from torch import Tensor
 
 from DivRegNetLib.core import fields
+from DivRegNetLib.core.recording import Recorder
 from DivRegNetLib.registration import METHODS, discrete
 from DivRegNetLib.registration.regnet import RegNet
 from DivRegNetLib.registration.variational.equations import Valid
 from DivRegNetLib.registration.variational.features import Features
 from DivRegNetLib.registration.variational.method import register
+from DivRegNetLib.registration.variational.schedule import schedule
 from DivRegNetLib.registration.variational.settings import VariationalSettings
-from DivRegNetLib.similarity.classes import ClassNet
+from DivRegNetLib.similarity.classes import ClassNet, shared
 
 Progress = Callable[[float], None]
+Run = Callable[..., "Coarse"]
+"""A function such as :func:`run`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +48,19 @@ class Images:
         images = (image if mask is None else image * mask for image, mask in pairs)
         return tuple(x.contiguous(memory_format=torch.channels_last_3d) for x in images)
 
+    def taken_apart(self) -> "tuple[list[Tensor | None], Callable[[list[Tensor | None]], Images]]":
+        """The tensors, and a function that makes images of the same kind of others."""
+        valid = self.valid or (None, None)
+        classes = (None, None) if self.classes is None else (self.classes.fixed, self.classes.moving)
+
+        def rebuild(tensors: list[Tensor | None]) -> Images:
+            fixed, moving, fixed_mask, moving_mask, *valid, of_fixed, of_moving = tensors
+            features = None if self.classes is None else replace(self.classes, fixed=of_fixed, moving=of_moving)
+            valid = None if self.valid is None else tuple(valid)
+            return Images(fixed, moving, fixed_mask, moving_mask, valid, self.measured, features)
+
+        return [self.fixed, self.moving, self.fixed_mask, self.moving_mask, *valid, *classes], rebuild
+
     def measured_in_masks(self) -> Valid | None:
         """Where the images were measured, without what is outside their masks."""
         masks = self.fixed_mask, self.moving_mask
@@ -54,11 +71,29 @@ class Images:
 
 
 def with_classes(images: Images, classnet: ClassNet) -> Images:
-    """The images, and how probable each class is at every voxel of them, in the network's eyes."""
+    """The images, and how probable each class that they share is at every voxel of them, in the network's eyes."""
     inside = images.measured_in_masks() or (None, None)
     pairs = zip((images.fixed, images.moving), inside, strict=True)
     probabilities = (classnet.probabilities(image, where) for image, where in pairs)
-    return replace(images, classes=Features(*probabilities, stride=classnet.config.stride))
+    return replace(images, classes=Features(*shared(*probabilities), stride=classnet.config.output_stride))
+
+
+@dataclass(frozen=True, eq=False)
+class Coarse:
+    """A displacement as a method returns it, on its output grid.
+
+    displacement: (N, 3, d, h, w) in voxels of the output grid.
+    grid: stride of the output grid, and the multiple of voxels that the images were padded to.
+    shape: (D, H, W) of the working grid.
+    """
+
+    displacement: Tensor
+    grid: tuple[int, int]
+    shape: tuple[int, int, int]
+
+    def fine(self) -> Tensor:
+        """The displacement in voxels of the working grid, (N, 3, D, H, W)."""
+        return fields.upsample(self.displacement, self.grid[0], self.shape).contiguous()
 
 
 def deform(
@@ -68,6 +103,18 @@ def deform(
     regnet: RegNet | None,
     progress: Progress = lambda fraction: None,
 ) -> Tensor:
+    """The displacement of :func:`run`, (N, 3, D, H, W) in voxels of the working grid."""
+    return run(images, names, variational, regnet, progress).fine()
+
+
+def run(
+    images: Images,
+    names: tuple[str, ...],
+    variational: VariationalSettings,
+    regnet: RegNet | None,
+    progress: Progress = lambda fraction: None,
+    start: Coarse | None = None,
+) -> Coarse:
     """Runs methods in order, each from the displacement of the one before.
 
     RegNet and the discrete start get the images multiplied by their masks, and know of no masks beside that; so does the
@@ -77,15 +124,15 @@ def deform(
         names: of METHODS, at least one.
         regnet: for the method "regnet"; not needed without it.
         progress: called with the fraction that is done; what it raises ends the registration.
-    Returns:
-        (N, 3, D, H, W) in voxels of the working grid.
+        start: displacement before the first method; None: the identity.
     Raises:
         ValueError: an unknown method, none, or "regnet" without a network.
     """
     check_methods(names)
     if "regnet" in names and regnet is None:
         raise ValueError("method 'regnet' needs a network")
-    displacement, grid, shape = None, None, images.fixed.shape[2:]
+    shape = tuple(images.fixed.shape[2:])
+    displacement, grid = (None, None) if start is None else (start.displacement, start.grid)
     for i, name in enumerate(names):
 
         def report(fraction: float, i: int = i) -> None:
@@ -102,7 +149,54 @@ def deform(
             report(0.0)
             displacement = regnet.register(*images.multiplied(), displacement, images.valid)
             report(1.0)
-    return fields.upsample(displacement, grid[0], shape).contiguous()
+    return Coarse(displacement, grid, shape)
+
+
+def recorded_run(recorder: Recorder, *, room: bool) -> Run:
+    """:func:`run`, on a CUDA device as recordings that are played again for images of the same shape.
+
+    Args:
+        recorder: belongs to the network.
+        room: whether there is memory to keep recordings.
+    """
+
+    def recorded(
+        images: Images,
+        names: tuple[str, ...],
+        variational: VariationalSettings,
+        regnet: RegNet | None,
+        progress: Progress = lambda fraction: None,
+        start: Coarse | None = None,
+    ) -> Coarse:
+        if images.fixed.device.type != "cuda" or not is_recordable(images, names, variational):
+            return run(images, names, variational, regnet, progress, start)
+        tensors, rebuild = images.taken_apart()
+        tensors.append(None if start is None else start.displacement)
+        present = tuple(t is not None for t in tensors)
+        stages = tuple(schedule(variational, images.measured)) if "variational" in names else ()
+
+        def displacement(*given: Tensor) -> Tensor:
+            rest = iter(given)
+            *parts, before = (next(rest) if there else None for there in present)
+            before = None if before is None else replace(start, displacement=before)
+            return run(rebuild(parts), names, variational, regnet, start=before).displacement
+
+        progress(0.0)
+        key = names, variational, stages, present, None if start is None else start.grid
+        given = (t for t in tensors if t is not None)
+        moved = recorder(key, displacement, *given, room=room)
+        progress(1.0)
+        return Coarse(moved, _output_grid(names[-1], variational, regnet), tuple(images.fixed.shape[2:]))
+
+    return recorded
+
+
+def is_recordable(images: Images, names: tuple[str, ...], settings: VariationalSettings) -> bool:
+    """Whether the operations of :func:`run` depend on nothing but shapes: no voxels are counted, and no gain is measured."""
+    if "variational" not in names:
+        return True
+    excluded = settings.masks == "exclude" and (images.fixed_mask is not None or images.moving_mask is not None)
+    return images.measured is not None and settings.min_gain is None and not excluded
 
 
 def refine(
@@ -151,8 +245,10 @@ def variational_steps(
         measured = measured if valid is images.valid else None
     else:
         (fixed, moving), valid = images.multiplied(), images.valid
-    known = images.classes is not None and settings.class_weight
-    features = (replace(images.classes, weight=settings.class_weight),) if known else ()
+    features = ()
+    if images.classes is not None and settings.class_weight:
+        features = (images.classes.of_classes(settings.class_weight, settings.class_temperature),)
+        settings = settings.with_classes()
     return register(
         fixed, moving, settings, start=start, valid=valid, measured=measured, features=features, progress=progress
     )

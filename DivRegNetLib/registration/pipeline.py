@@ -2,7 +2,7 @@
 
 Data flows one way, each value made by a function of those before it::
 
-    images -> Inputs -> (4, 4) alignment -> Sampled -> displacement -> Fields -> Result
+    images -> Inputs -> Alignment -> Sampled -> displacement -> Fields -> Result
            check     align              sample    deform, refine    fields    outputs
 
 :func:`register` runs these stages. Where the memory runs out, it goes on with the smaller
@@ -20,18 +20,23 @@ import torch
 from torch import Tensor
 
 from DivRegNetLib import models
-from DivRegNetLib.core import fields, physical_fields, resampling
+from DivRegNetLib.core import fields, physical_fields, resampling, torch_resampling
+from DivRegNetLib.core.device import free_memory
+from DivRegNetLib.core.foreground import covered_region
 from DivRegNetLib.core.grid import Grid, affine_matrix
 from DivRegNetLib.core.intensity import AIR_HU, normalize
+from DivRegNetLib.core.recording import SPARE
 from DivRegNetLib.core.torch_state import default_state
 from DivRegNetLib.errors import Cancelled, DivRegNetError, InputError, is_out_of_memory
-from DivRegNetLib.options import INTERPOLATIONS, STAGES, Options, Progress
+from DivRegNetLib.options import INTERPOLATIONS, LANDMARK_ALIGNMENTS, STAGES, Options, Progress
 from DivRegNetLib.quality import evidence, expected_error, metrics
 from DivRegNetLib.quality.evidence import Evidence
-from DivRegNetLib.registration import alignment, memory, methods
+from DivRegNetLib.registration import alignment, memory, methods, selection
+from DivRegNetLib.registration.alignment import Alignment
 from DivRegNetLib.registration.check import check_default, check_image, check_mask
 from DivRegNetLib.registration.methods import Images
-from DivRegNetLib.registration.resources import Resources, no_memory
+from DivRegNetLib.registration.resources import Load, Resources, no_memory
+from DivRegNetLib.registration.selection import Choice
 from DivRegNetLib.result import Result
 from DivRegNetLib.similarity.kldivnet import patches
 
@@ -50,6 +55,7 @@ def register(
     moving_mask: sitk.Image | None = None,
     progress: Progress | None = None,
     model: models.Model | str | None = None,
+    load: Load = models.load,
     **options,
 ) -> Result:
     """Registers the moving to the fixed image.
@@ -59,6 +65,7 @@ def register(
         fixed_mask, moving_mask: non-zero where the image is compared, on any grid.
         progress: called with the stage and the fraction that is done; returning False cancels.
         model: name, path of a card, or a :class:`~DivRegNetLib.models.Model` already loaded, which is not changed.
+        load: how a model is loaded by name; that of a :class:`~DivRegNetLib.models.Cache` keeps it for the next time.
         options: fields of :class:`~DivRegNetLib.options.Options`.
     Raises:
         InputError: an image, mask or option that cannot be used; the message says which and why.
@@ -73,15 +80,16 @@ def register(
     stages = Stages(progress)
     try:
         inputs = stages.run("check", check, fixed, moving, fixed_mask, moving_mask, options)
-        resources = stages.run("check", Resources.choose, options, inputs.fixed, inputs.moving, loaded)
+        resources = stages.run("check", Resources.choose, options, inputs.fixed, inputs.moving, loaded, load)
     except OutOfMemory as error:
         raise no_memory(error.stage) from error
-    matrix = None
+    aligned = None
     while True:
         try:
-            if matrix is None:
-                matrix = stages.run("align", align, inputs, options, resources.device, progress=True)
-            return _deform_and_warp(inputs, matrix, resources, options, stages)
+            if aligned is None:
+                aligned = stages.run("align", align, inputs, options, resources.device, progress=True)
+                resources = stages.run("align", cover, inputs, aligned.matrix, resources)
+            return _deform_and_warp(inputs, aligned, resources, options, stages)
         except OutOfMemory as error:
             stage = error.stage
         # The exception, and with it the memory of the attempt, is released here.
@@ -128,20 +136,23 @@ class Fields:
 
 
 def _deform_and_warp(
-    inputs: Inputs, matrix: np.ndarray, resources: Resources, options: Options, stages: "Stages"
+    inputs: Inputs, aligned: Alignment, resources: Resources, options: Options, stages: "Stages"
 ) -> Result:
     """The stages after the alignment, with the device and the grids that ``resources`` names.
 
     Raises:
         OutOfMemory: names the stage.
     """
+    matrix = aligned.matrix
     sampled = stages.run("sample", sample, inputs, matrix, resources, progress=True)
-    displacement = stages.run("deform", deform, sampled, resources, options, progress=True)
-    displacement = stages.run("refine", refine, sampled, displacement, resources, options, progress=True)
+    chosen = stages.run("deform", deform, sampled, resources, options, progress=True)
+    displacement = stages.run("refine", refine, sampled, chosen, resources, options, progress=True)
     both = stages.run("fields", to_physical, displacement, sampled.grid, matrix, resources, progress=True)
     default = default_value(options, inputs.moving)
-    warped = stages.run("outputs", warp, inputs, both.transform, options, default)
+    warped = stages.run("outputs", warp, inputs, both.transform, options, default, resources.device)
     quality, known = stages.run("outputs", measure, sampled, both, resources.model, progress=True)
+    if options.method != "none":
+        quality["deformation"] = chosen.as_dict()
     stages.finish()
     return Result(
         warped=warped,
@@ -151,7 +162,7 @@ def _deform_and_warp(
         quality=quality,
         timings=stages.seconds,
         settings=options.as_dict() | resources.settings() | {"default_value": default},
-        warnings=tuple(resources.compromises()),
+        warnings=(*aligned.warnings, *resources.compromises()),
         card=resources.model.card,
         error_map=map_error(known, sampled.grid) if options.error_map else None,
     )
@@ -176,16 +187,21 @@ def check(
     return Inputs(fixed, moving, *masks)
 
 
-def align(inputs: Inputs, options: Options, device: torch.device, *, progress: Callable[[float], None]) -> np.ndarray:
-    """The initial alignment: (4, 4) matrix that maps fixed points to moving points (LPS, mm).
+def align(inputs: Inputs, options: Options, device: torch.device, *, progress: Callable[[float], None]) -> Alignment:
+    """The initial alignment: that of the options, or the one that the images suggest.
 
     Raises:
         InputError: the images do not overlap after it.
     """
     if isinstance(options.align, sitk.Transform):
-        matrix = affine_matrix(options.align)
+        aligned = Alignment(affine_matrix(options.align))
+    elif options.align in LANDMARK_ALIGNMENTS:
+        raise InputError(
+            f"the initial alignment {options.align!r} needs landmarks, which only files come with; fit a transform to yours "
+            "(DivRegNetLib.registration.landmark_alignment) and give it instead"
+        )
     else:
-        matrix = alignment.align(
+        aligned = alignment.find(
             inputs.fixed,
             inputs.moving,
             options.align,
@@ -195,10 +211,16 @@ def align(inputs: Inputs, options: Options, device: torch.device, *, progress: C
             progress=progress,
         )
     moving = Grid.of(inputs.moving)
-    if not Grid.of(inputs.fixed).overlaps(Grid(moving.size, np.linalg.inv(matrix) @ moving.matrix)):
+    if not Grid.of(inputs.fixed).overlaps(Grid(moving.size, np.linalg.inv(aligned.matrix) @ moving.matrix)):
         remedy = "; choose an initial alignment" if options.align == "none" else " after the initial alignment"
         raise InputError("fixed and moving image do not overlap in physical space" + remedy)
-    return matrix
+    return aligned
+
+
+def cover(inputs: Inputs, matrix: np.ndarray, resources: Resources) -> Resources:
+    """The resources with a working grid that covers what the fixed image shows, and not the air around it."""
+    masks = inputs.fixed_mask, inputs.moving_mask
+    return resources.covering(covered_region(inputs.fixed, inputs.moving, matrix, *masks))
 
 
 def sample(inputs: Inputs, matrix: np.ndarray, resources: Resources, *, progress: Callable[[float], None]) -> Sampled:
@@ -226,46 +248,50 @@ def sample(inputs: Inputs, matrix: np.ndarray, resources: Resources, *, progress
     return Sampled(grid, images, unaligned)
 
 
-def deform(sampled: Sampled, resources: Resources, options: Options, *, progress: Callable[[float], None]) -> Tensor:
-    """The displacement that the methods compute, (1, 3, D, H, W) in voxels of the working grid.
+def deform(sampled: Sampled, resources: Resources, options: Options, *, progress: Callable[[float], None]) -> Choice:
+    """The deformation that the methods compute, with the stiffness of the options or the one that suits the pair.
 
     Raises:
         InputError: the option ``method`` asks for a network that the model does not have.
     """
     if options.method == "none":
-        return sampled.images.fixed.new_zeros(1, 3, *sampled.grid.shape)
+        return selection.no_deformation(sampled.images)
     card = resources.model.card
-    names = card.methods if options.method == "auto" else options.method.split("+")
+    names = tuple(card.methods if options.method == "auto" else options.method.split("+"))
     if "regnet" in names and resources.model.regnet is None:
         raise InputError(f"method {options.method!r} needs a RegNet, which model {card.name!r} does not have")
-    settings = card.variational_settings.with_effort(options.effort)
-    return methods.deform(sampled.images, tuple(names), settings, resources.model.regnet, progress)
+    run = methods.run
+    if resources.device.type == "cuda":
+        room = free_memory(resources.device) > SPARE * resources.estimate().device
+        run = methods.recorded_run(resources.model.recorder(), room=room)
+    settings, regnet = card.variational_settings.with_effort(options.effort), resources.model.regnet
+    return selection.deform(sampled.images, names, settings, regnet, options.stiffness, run=run, progress=progress)
 
 
 def refine(
-    sampled: Sampled, displacement: Tensor, resources: Resources, options: Options, *, progress: Callable[[float], None]
+    sampled: Sampled, chosen: Choice, resources: Resources, options: Options, *, progress: Callable[[float], None]
 ) -> Tensor:
-    """The displacement after refinement, if the options ask for it and it improves the objective."""
-    if not options.refine or options.method == "none":
-        return displacement
+    """The displacement (1, 3, D, H, W) in voxels of the working grid after refinement, if the options ask for it, there is a
+    deformation, and it improves the objective."""
+    if not options.refine or chosen.candidate.name == selection.NO_DEFORMATION:
+        return chosen.displacement
     settings = replace(resources.model.card.refinement_settings, steps=options.refine)
-    return methods.refine(sampled.images, displacement, settings, progress)
+    settings = selection.stiffened(settings, chosen.candidate.stiffness or 1.0)
+    return methods.refine(sampled.images, chosen.displacement, settings, progress)
 
 
 def to_physical(
     displacement: Tensor, grid: Grid, matrix: np.ndarray, resources: Resources, *, progress: Callable[[float], None]
 ) -> Fields:
-    """Displacement fields in mm, forward and inverse, composed with the initial alignment.
-
-    Computed on the CPU: at full resolution in double precision they are large.
-    """
+    """Displacement fields in mm, forward and inverse, composed with the initial alignment. They are kept in main memory: at
+    full resolution in double precision they are large."""
     inverse_displacement = fields.invert(displacement)
     progress(0.2)
-    u, inverse_u = displacement.cpu(), inverse_displacement.cpu()
-    transform = physical_fields.forward_transform(u, grid, matrix, resources.grids.fixed)
+    transform = physical_fields.forward_transform(displacement, grid, matrix, resources.grids.fixed)
     progress(0.5)
-    inverse = physical_fields.inverse_transform(u, inverse_u, grid, matrix, resources.grids.moving)
-    return Fields(displacement, inverse_displacement, transform, inverse)
+    both = displacement, inverse_displacement
+    inverse = physical_fields.inverse_transform(*both, grid, matrix, resources.grids.moving)
+    return Fields(*both, transform, inverse)
 
 
 def default_value(options: Options, moving: sitk.Image) -> float:
@@ -275,14 +301,20 @@ def default_value(options: Options, moving: sitk.Image) -> float:
     return AIR_HU if float(sitk.GetArrayViewFromImage(moving).min()) <= AIR_IN_CT else 0.0
 
 
-def warp(inputs: Inputs, transform: sitk.Transform, options: Options, default: float) -> sitk.Image:
-    """The moving volume on the fixed grid.
+def warp(
+    inputs: Inputs, transform: sitk.CompositeTransform, options: Options, default: float, device: torch.device
+) -> sitk.Image:
+    """The moving volume on the fixed grid. On a graphics card it is resampled there, if it has the memory.
 
     Raises:
         InputError: the warped volume is constant.
     """
-    interpolator = INTERPOLATIONS[options.interpolation]
-    warped = resampling.resample(inputs.moving, inputs.fixed, transform, interpolator, default)
+    interpolator, grid, warped = INTERPOLATIONS[options.interpolation], Grid.of(inputs.fixed), None
+    on_card = device.type == "cuda" and interpolator == sitk.sitkLinear
+    if on_card and torch_resampling.memory(inputs.moving, grid) < free_memory(device) * memory.SPARE:
+        warped = torch_resampling.resample(inputs.moving, grid, transform, default, device)
+    if warped is None:
+        warped = resampling.resample(inputs.moving, inputs.fixed, transform, interpolator, default)
     values = sitk.GetArrayViewFromImage(warped)
     if values.min() == values.max():
         raise InputError(
@@ -414,9 +446,9 @@ class Stages:
         keywords = {"progress": partial(self.report, stage)} if progress else {}
         started = time.perf_counter()
         try:
-            # Inference mode is faster than no_grad alone. But the alignment takes gradients, and a model that is loaded
-            # in inference mode could never be trained.
-            with torch.no_grad(), torch.inference_mode(stage not in ("check", "align")):
+            # Inference mode is faster than no_grad alone. But a model that is loaded in inference mode could never be
+            # trained.
+            with torch.no_grad(), torch.inference_mode(stage != "check"):
                 return function(*arguments, **keywords)
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, DivRegNetError) or not is_out_of_memory(error):

@@ -3,6 +3,7 @@
 This is the only place that falls back: to a coarser working resolution, and from a graphics card to the CPU.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import SimpleITK as sitk
@@ -16,6 +17,8 @@ from DivRegNetLib.models.card import WORKING_VOXELS
 from DivRegNetLib.options import STAGES, Options
 from DivRegNetLib.registration import memory
 
+Load = Callable[[str, torch.device], models.Model]
+"""Loads the model of a name onto a device, as :func:`DivRegNetLib.models.load` does."""
 ON_WORKING_GRID = STAGES[STAGES.index("sample") :]  # stages that take less memory on a coarser working grid
 
 THOROUGH = 3.4  # times the voxels of the working grid, two thirds of the spacing, where time does not matter
@@ -28,6 +31,7 @@ class Resources:
     fixed, moving: the images; they are in memory already, which the plan takes into account.
     given_model: as it was given or loaded; it is not changed.
     model: the same, its networks on ``device``.
+    region: the part of fixed space that the working grid covers.
     first_device: the device that the options name.
     device: where this attempt computes.
     grids: the working grid, and the grids of the displacement field and its inverse.
@@ -38,24 +42,41 @@ class Resources:
     moving: sitk.Image
     given_model: models.Model
     model: models.Model
+    region: Grid
     first_device: torch.device
     device: torch.device
     grids: memory.Plan
 
     @classmethod
-    def choose(cls, options: Options, fixed: sitk.Image, moving: sitk.Image, model: models.Model | None) -> "Resources":
+    def choose(
+        cls,
+        options: Options,
+        fixed: sitk.Image,
+        moving: sitk.Image,
+        model: models.Model | None,
+        load: Load = models.load,
+    ) -> "Resources":
         """The device that the options name, or the CPU if its memory is too small, and the finest grids that fit.
 
         Args:
-            model: already loaded; None: the one that the options name.
+            model: already loaded; None: the one that the options name, which ``load`` loads.
         Raises:
             DeviceError: the device cannot be used, or not even the coarsest grids fit.
             ModelError: the model cannot be used.
         """
         device = pick_device(options.device)
-        model = model or models.load(options.model, device)
-        unplanned = cls(options, fixed, moving, model, model, device, device, memory.Plan(*[Grid.of(fixed)] * 3))
+        model = model or load(options.model, device)
+        region = Grid.of(fixed)
+        unplanned = cls(options, fixed, moving, model, model, region, device, device, memory.Plan(*[region] * 3))
         return unplanned._on(device)
+
+    def covering(self, region: Grid) -> "Resources":
+        """The same, with a working grid that covers a part of fixed space: as many voxels as before, which are smaller.
+
+        Raises:
+            DeviceError: as :meth:`choose`.
+        """
+        return self if region == self.region else replace(self, region=region)._on(self.device)
 
     @property
     def working(self) -> Grid:
@@ -66,12 +87,18 @@ class Resources:
     def usual_spacing(self) -> float:
         """The model's own working resolution for this pair, mm."""
         voxels = WORKING_VOXELS * (THOROUGH if self.options.effort == "thorough" else 1)
-        return self.given_model.card.working_spacing(Grid.of(self.fixed), Grid.of(self.moving), voxels)
+        return self.given_model.card.working_spacing(self.region, Grid.of(self.moving), voxels)
 
     @property
     def requested_spacing(self) -> float:
         """The working resolution that the options ask for, mm."""
         return self.options.spacing or self.usual_spacing
+
+    def estimate(self) -> memory.Estimate:
+        """The memory of this attempt."""
+        grids = Grid.of(self.fixed), Grid.of(self.moving)
+        spacing = self.working.spacing[0]
+        return memory.estimate(self.model.card, *grids, spacing=spacing, refine=self.options.refine)
 
     def smaller(self, stage: str) -> "Resources":
         """The resources of the next attempt after the memory ran out in a stage: a coarser working grid, then the CPU.
@@ -91,7 +118,7 @@ class Resources:
     def compromises(self) -> list[str]:
         """Sentences on how the registration deviates from the options, and why."""
         sentences, fixed, asked = [], Grid.of(self.fixed), self.requested_spacing
-        fine, coarse = memory.working_grid(self.model.card, fixed, asked).spacing[0], self.working.spacing[0]
+        fine, coarse = memory.working_grid(self.model.card, self.region, asked).spacing[0], self.working.spacing[0]
         if coarse > asked * 1.001:
             reason = "the fixed image is so large" if coarse < fine * 1.001 else "there is so little memory"
             sentences.append(f"{reason} that the working resolution was lowered from {asked:g} to {coarse:.2g} mm")
@@ -140,7 +167,7 @@ class Resources:
             return needed.host <= room and needed.device <= on_device
 
         grids = Grid.of(self.fixed), Grid.of(self.moving)
-        return replace(self, grids=memory.plan(self.model.card, *grids, finest, self.options.refine, fits))
+        return replace(self, grids=memory.plan(self.model.card, *grids, finest, self.options.refine, fits, self.region))
 
 
 def no_memory(stage: str, where: str = "") -> DeviceError:

@@ -11,6 +11,8 @@ import sys
 from collections.abc import MutableMapping
 from pathlib import Path
 
+from DivRegNetLib.core.control_groups import control_groups, read_kernel_file
+
 COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS")
 
 
@@ -45,28 +47,12 @@ def usable_processors(root: Path = Path("/")) -> int:
 def _quota(root: Path) -> int:
     """Processors that the control group and those above it may use, rounded up."""
     quotas = [math.inf]
-    for group in _groups(root):
+    for group in control_groups(root, "cpu"):
         with contextlib.suppress(OSError, ValueError):
-            quota, period = (group / "cpu.max").read_text().split()
+            quota, period = read_kernel_file(group / "cpu.max").split()
             quotas.append(int(quota) / int(period))
         with contextlib.suppress(OSError, ValueError):
-            quota, period = (int((group / f"cpu.cfs_{n}_us").read_text()) for n in ("quota", "period"))
+            quota, period = (int(read_kernel_file(group / f"cpu.cfs_{n}_us")) for n in ("quota", "period"))
             quotas.append(quota / period if quota > 0 else math.inf)
     smallest = min(quotas)
     return sys.maxsize if math.isinf(smallest) else max(math.ceil(smallest - 1e-6), 1)
-
-
-def _groups(root: Path) -> list[Path]:
-    """The folders of this process's control group and those above it, of either version."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    groups = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "" or "cpu" in controllers.split(","):
-            mount = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
-            group = mount / path.lstrip("/")
-            groups += [mount, *(g for g in (group, *group.parents) if mount in g.parents)]
-    return groups

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 SLOPE = 0.01  # of the leaky ReLU below 0
+SHARED = 0.25  # smaller volume of a class over its larger one in a pair, below which the class counts less
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,15 @@ class ClassNetConfig:
     classes: how many there are, class 0 being background: air, padding, what lies outside the field of view, and all that
         no other class is.
     channels: features of each level, finest first; every level has half the resolution of the one before.
-    stride: 1 tells the class of every voxel, 2 of every second one along each axis (an eighth of the time).
+    stride: 1 has features at every voxel, 2 at every second one along each axis (an eighth of the time).
+    subvoxel: with stride 2, features at every second voxel still tell the class of every one, as the last convolution has an
+        output for each of the eight voxels (sub-pixel convolution, Shi et al., CVPR 2016).
     """
 
     classes: int
     channels: tuple[int, ...] = (16, 32, 64, 64)
     stride: int = 1
+    subvoxel: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "channels", tuple(self.channels))
@@ -46,11 +50,18 @@ class ClassNetConfig:
             raise ValueError(f"ClassNet has 2 to 6 levels of 1 to 1024 channels, got channels={self.channels}")
         if self.stride not in (1, 2):
             raise ValueError(f"ClassNet's stride is 1 (full resolution) or 2 (half), got {self.stride}")
+        if not isinstance(self.subvoxel, bool):
+            raise ValueError(f"ClassNet's subvoxel is true or false, got {self.subvoxel!r}")
 
     @property
     def multiple(self) -> int:
         """Images are padded to a multiple of this number of voxels per axis."""
         return self.stride * 2 ** (len(self.channels) - 1)
+
+    @property
+    def output_stride(self) -> int:
+        """Voxels of the image per voxel of the probabilities, along each axis."""
+        return 1 if self.subvoxel else self.stride
 
     def as_dict(self) -> dict:
         return asdict(self) | {"channels": list(self.channels)}
@@ -85,7 +96,7 @@ class ClassNet(nn.Module):
         self.decoders = nn.ModuleList(
             Block(below + here, here) for here, below in reversed(list(itertools.pairwise(c)))
         )
-        self.head = nn.Conv3d(c[0], config.classes, 1)
+        self.head = nn.Conv3d(c[0], config.classes * (config.stride // config.output_stride) ** 3, 1)
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits of the classes.
@@ -93,7 +104,7 @@ class ClassNet(nn.Module):
         Args:
             image: (N, 1, D, H, W), normalized, 0 outside the field of view; sides multiples of ``config.multiple``.
         Returns:
-            (N, classes, D/stride, H/stride, W/stride).
+            (N, classes, D/stride, H/stride, W/stride), with ``config.output_stride``.
         """
         skips, x = [], image
         for encoder in self.encoders:
@@ -102,7 +113,7 @@ class ClassNet(nn.Module):
         skips.pop()
         for decoder in self.decoders:
             x = decoder(torch.cat((F.interpolate(x, scale_factor=2, mode="nearest"), skips.pop()), 1))
-        return self.head(x)
+        return _interleaved(self.head(x), self.config.classes)
 
     @torch.no_grad()
     def probabilities(self, image: Tensor, inside: Tensor | None = None) -> Tensor:
@@ -112,10 +123,10 @@ class ClassNet(nn.Module):
             image: (N, 1, D, H, W), normalized as the network's card says; any sides.
             inside: (N, 1, D, H, W) bool, the field of view; outside it is background. None: everywhere.
         Returns:
-            (N, classes, d, h, w) of the image's type, with ``d = ceil(D / stride)`` and so on; the classes of a voxel add up
-            to 1.
+            (N, classes, d, h, w) of the image's type, with ``d = ceil(D / config.output_stride)`` and so on; the classes of a
+            voxel add up to 1.
         """
-        stride, shape, multiple = self.config.stride, image.shape[2:], self.config.multiple
+        stride, shape, multiple = self.config.output_stride, image.shape[2:], self.config.multiple
         share = torch.ones_like(image) if inside is None else inside.to(image.dtype)
         # At least two voxels a side at the deepest level, as one alone has no variance.
         more = [n for side in reversed(shape) for n in (0, max(-side % multiple, 2 * multiple - side))]
@@ -125,3 +136,31 @@ class ClassNet(nn.Module):
         found = found.mul_(share)
         found[:, :1] += 1 - share
         return found[(..., *(slice(0, -(-n // stride)) for n in shape))]
+
+
+def _interleaved(x: Tensor, channels: int) -> Tensor:
+    """(N, channels * r^3, D, H, W) to (N, channels, D r, H r, W r): r^3 channels become the voxels of a cube."""
+    ratio = round((x.shape[1] / channels) ** (1 / 3))
+    if ratio == 1:
+        return x
+    n, _, d, h, w = x.shape
+    cubes = x.view(n, channels, ratio, ratio, ratio, d, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4)
+    return cubes.reshape(n, channels, d * ratio, h * ratio, w * ratio)
+
+
+def shared(fixed: Tensor, moving: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities of a pair's images without classes that one image alone has, which would be moved to nowhere.
+
+    A class whose volume in one image is less than ``SHARED`` of that in the other fades into the background, in both.
+
+    Args:
+        fixed, moving: (N, classes, d, h, w), background first.
+    """
+    volumes = [x.mean((2, 3, 4), keepdim=True) for x in (fixed, moving)]
+    ratio = torch.minimum(*volumes) / torch.maximum(*volumes).clamp_min(torch.finfo(fixed.dtype).tiny)
+    kept = (ratio / SHARED).clamp_max(1)[:, 1:]
+    both = []
+    for x in (fixed, moving):
+        known = x[:, 1:] * kept
+        both.append(torch.cat((x[:, :1] + (x[:, 1:] - known).sum(1, keepdim=True), known), 1))
+    return both[0], both[1]

@@ -161,8 +161,9 @@ def patches(image: Tensor, patch: int, chosen: Tensor | None = None) -> Tensor:
     every = image[:, 0].unfold(1, patch, patch).unfold(2, patch, patch).unfold(3, patch, patch)
     if chosen is None:
         return every.flatten(4).flatten(1, 3)
-    z, y, x = torch.unravel_index(chosen, every.shape[1:4])
-    return every[:, z, y, x].flatten(2)
+    rows, columns = every.shape[2:4]  # torch.unravel_index would copy them to a GPU and wait for it
+    line = chosen // columns
+    return every[:, line // rows, line % rows, chosen % columns].flatten(2)
 
 
 def standardize(image: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:

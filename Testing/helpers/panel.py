@@ -93,3 +93,18 @@ def wait_for(condition, seconds: float = 60.0) -> None:
         assert time.monotonic() < end, "it does not come"
         slicer.app.processEvents()
         time.sleep(0.005)
+
+
+def layers() -> list[tuple]:
+    """Background, foreground, opacity and link of each slice view."""
+    import slicer
+
+    return [
+        (
+            view.GetBackgroundVolumeID(),
+            view.GetForegroundVolumeID(),
+            view.GetForegroundOpacity(),
+            view.GetLinkedControl(),
+        )
+        for view in slicer.util.getNodesByClass("vtkMRMLSliceCompositeNode")
+    ]

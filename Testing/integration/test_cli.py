@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +12,10 @@ import pytest
 import SimpleITK as sitk
 
 from DivRegNetLib import models
+from DivRegNetLib.core.grid import Grid
 from DivRegNetLib.io import images, landmarks
 from DivRegNetLib.options import STAGES
+from DivRegNetLib.quality.verdict import two_digits
 from DivRegNetLib.run.cli import main
 
 QUICK = ["--device", "cpu", "--align", "center", "--spacing", "6"]
@@ -50,6 +55,32 @@ def test_register_writes_every_file_and_scores_before_and_after(pair, references
     assert "landmark error mm" in capsys.readouterr().out
 
 
+def test_the_preview_can_be_left_out_and_nothing_that_is_not_needed_is_imported(pair, tmp_path):
+    """torch's optimizers import its compiler, which takes as long as torch itself."""
+    code = (
+        "import sys\nfrom DivRegNetLib.run.cli import main\nassert main(sys.argv[1:]) == 0\n"
+        "print({'PIL', 'matplotlib', 'sympy', 'torch._dynamo', 'dask'} & set(sys.modules), file=sys.stderr)\n"
+    )
+    output = tmp_path / "out"
+    command = [sys.executable, "-c", code, "register", *pair, *QUICK, "--output", str(output), "--no-preview"]
+    root = Path(__file__).resolve().parents[2]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert done.stderr.splitlines()[-1] == "set()"
+    assert (output / "quality.json").exists() and not (output / "preview.png").exists()
+
+
+def test_displacements_are_read_back_as_they_were(grid, tmp_path):
+    """They are compressed in another way than ITK's."""
+    values = np.random.default_rng(0).normal(size=(*grid.shape, 3)).astype(np.float32)
+    field = grid.image(values)
+    images.write_image(field, tmp_path / "field.nii.gz")
+    for found in (images.read_image(tmp_path / "field.nii.gz"), sitk.ReadImage(str(tmp_path / "field.nii.gz"))):
+        assert np.array_equal(sitk.GetArrayFromImage(found), values)
+        assert Grid.of(found).matrix == pytest.approx(grid.matrix, abs=1e-3)
+    assert [p.name for p in tmp_path.iterdir()] == ["field.nii.gz"]
+
+
 def test_the_verdict_is_printed_and_kept_and_can_be_an_exit_code(pair, tmp_path, capsys):
     fixed = images.read_image(Path(pair[0]))
     noise = np.random.default_rng(0).integers(0, 1000, fixed.GetSize()[::-1]).astype(np.int16)
@@ -61,7 +92,8 @@ def test_the_verdict_is_printed_and_kept_and_can_be_an_exit_code(pair, tmp_path,
     report = json.loads((tmp_path / "out" / "quality.json").read_text())
     assert report["verdict"]["level"] == "red"
     printed = capsys.readouterr().out
-    assert f"verdict: RED. {report['verdict']['headline']}" in printed and report["verdict"]["reasons"][0] in printed
+    line = f"verdict: RED, expected error {two_digits(report['verdict']['expected_error_mm'])} mm. "
+    assert line + report["verdict"]["headline"] in printed and report["verdict"]["reasons"][0] in printed
     error = images.read_image(tmp_path / "out" / "error_map.nii.gz")
     assert error.GetSize() == fixed.GetSize()
     values = sitk.GetArrayViewFromImage(error)

@@ -8,7 +8,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 
-from DivRegNetLib import models
+from DivRegNetLib import __version__, models
 from DivRegNetLib.io import images
 from DivRegNetLib.run.cli import main
 from DivRegNetLib.run.cohort import QUALITY, TABLE
@@ -52,6 +52,14 @@ def test_what_is_the_same_is_kept(cohort, tmp_path):
     assert [row["message"] for row in rows.values()] == ["", ""]
 
 
+def test_a_cohort_without_previews_gets_none_and_is_not_registered_again_for_them(cohort):
+    cohort("--no-preview")
+    assert not list(cohort.folder.rglob("preview.png"))
+    before = times(cohort.folder)
+    cohort()
+    assert times(cohort.folder) == before
+
+
 def replaced_image(folder: Path) -> None:
     images.write_image(images.read_image(folder / "a.nii.gz") * 2, folder / "a.nii.gz")
 
@@ -78,6 +86,17 @@ def report_of_an_older_version(folder: Path) -> None:
     path.write_text(json.dumps(report))
 
 
+def missing_output(folder: Path) -> None:
+    (folder / "out" / "a" / "warped.nii.gz").unlink()
+
+
+def made_by_another_version(folder: Path) -> None:
+    path = folder / "out" / "a" / QUALITY
+    report = json.loads(path.read_text())
+    report["origin"]["version"] = "0.0.9"
+    path.write_text(json.dumps(report))
+
+
 CHANGES = {
     "an input": (replaced_image, {}, "a", "moving differs"),
     "an input of both": (replaced_mask, {}, "ab", "fixed mask differs"),
@@ -91,6 +110,8 @@ CHANGES = {
     ),
     "a damaged report": (damaged_report, {}, "a", "they do not say what they were made from"),
     "an older version": (report_of_an_older_version, {}, "a", "they do not say what they were made from"),
+    "another version": (made_by_another_version, {}, "a", f"DivRegNet was version 0.0.9 and is {__version__}"),
+    "a file that was removed": (missing_output, {}, "a", "warped.nii.gz is missing"),
 }
 
 
@@ -134,3 +155,17 @@ def test_a_file_that_is_replaced_while_it_is_read_is_named(cohort, tmp_path, mon
     with (cohort.folder / TABLE).open(newline="") as file:
         row = next(csv.DictReader(file))
     assert "a.nii.gz: was changed while it was read; wait until it is complete" in row["message"]
+
+
+def test_voxels_beside_a_header_count_as_the_file(cohort, tmp_path):
+    moving = images.read_image(tmp_path / "a.nii.gz")
+    sitk.WriteImage(moving, str(tmp_path / "a.mhd"))
+    table = tmp_path / "pairs.csv"
+    table.write_text(table.read_text().replace("a.nii.gz", "a.mhd"))
+    cohort()
+    before = times(cohort.folder)
+    sitk.WriteImage(moving * 2, str(tmp_path / "other.mhd"))
+    (tmp_path / "a.raw").write_bytes((tmp_path / "other.raw").read_bytes())
+    assert "moving differs" in cohort()["a"]["message"]
+    after = times(cohort.folder)
+    assert after["a"] != before["a"] and after["b"] == before["b"]

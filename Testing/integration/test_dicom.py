@@ -6,6 +6,7 @@ import SimpleITK as sitk
 
 from DivRegNetLib.core.grid import Grid
 from DivRegNetLib.errors import InputError
+from DivRegNetLib.io import dicom
 from DivRegNetLib.io.images import read_image
 
 pydicom = pytest.importorskip("pydicom")
@@ -218,3 +219,16 @@ def test_a_dose_lies_where_its_offsets_say(truth, tmp_path):
     assert read.GetSpacing() == pytest.approx((3.0, 2.5, 3.0))
     assert read.GetOrigin() == pytest.approx((-42.0, -48.0, -30.0))
     np.testing.assert_array_equal(sitk.GetArrayFromImage(read), sitk.GetArrayFromImage(truth))
+
+
+def test_a_slice_that_is_replaced_between_header_and_voxels_is_named(truth, tmp_path, monkeypatch):
+    folder = series(tmp_path / "s", truth)
+    other = series(tmp_path / "other", truth + 5)
+    arrange = dicom._arrange
+
+    def exchanged(*arguments):
+        (other / "003.dcm").replace(folder / "003.dcm")
+        return arrange(*arguments)
+
+    monkeypatch.setattr(dicom, "_arrange", exchanged)
+    refused(folder, "003.dcm: was changed while it was read; wait until it is complete")

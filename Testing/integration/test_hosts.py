@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from DivRegNetLib import models
 from DivRegNetLib.io import images
 from DivRegNetLib.io.itk import file_access
 from DivRegNetLib.registration.pipeline import register
+from DivRegNetLib.run.cli import main
 from DivRegNetLib.run.threads import prepare_threads, usable_processors
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,8 +94,6 @@ def usual(pair, tiny_model):
 
 
 ENVIRONMENTS = {
-    "a notebook's matplotlib": {"MPLBACKEND": "module://matplotlib_inline.backend_inline"},
-    "a matplotlib backend that is none": {"MPLBACKEND": "nonsense"},
     "warnings are errors": {"PYTHONWARNINGS": "error"},
     "ASCII only": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"},
     "no home": {"HOME": None, "DIVREGNET_MODELS": None},
@@ -101,6 +101,8 @@ ENVIRONMENTS = {
     "a temporary folder that is not there": {"TMPDIR": "/nowhere"},
     "threads that make no sense": {"OMP_NUM_THREADS": "many", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS": "-3"},
     "no terminal": {"TERM": None, "COLUMNS": "x"},
+    "encodings must be named": {"PYTHONWARNDEFAULTENCODING": "1", "PYTHONWARNINGS": "error::EncodingWarning"},
+    "no docstrings": {"PYTHONOPTIMIZE": "2"},
 }
 
 
@@ -119,16 +121,9 @@ def test_the_command_line_runs_in_every_environment(kind, command_line, usual):
 
 
 @posix
-def test_matplotlibs_settings_of_the_user_do_not_count(command_line, tmp_path):
-    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.size: 60\nsavefig.dpi: 5\n")
-    done, report = command_line(MATPLOTLIBRC=str(tmp_path))
-    assert done.returncode == 0 and "preview.png" in report["files"]
-
-
-@posix
 def test_a_picture_that_cannot_be_drawn_is_said_and_the_registration_kept(command_line, tmp_path):
-    (tmp_path / "hidden" / "matplotlib").mkdir(parents=True)
-    (tmp_path / "hidden" / "matplotlib" / "__init__.py").write_text("raise RuntimeError('this one is broken')")
+    (tmp_path / "hidden" / "PIL").mkdir(parents=True)
+    (tmp_path / "hidden" / "PIL" / "__init__.py").write_text("raise RuntimeError('this one is broken')")
     done, report = command_line(PYTHONPATH=f"{tmp_path / 'hidden'}:{ROOT}")
     assert done.returncode == 0
     assert any("no preview" in warning and "this one is broken" in warning for warning in report["warnings"])
@@ -189,6 +184,24 @@ def test_a_user_without_name_home_and_rights_can_register(command_line, usual, t
         pytest.skip("the interpreter is not readable for others here")
     assert done.returncode == 0, done.stderr
     assert numbers(report).items() >= usual.items()
+
+
+@posix
+def test_an_output_folder_that_cannot_be_written_is_refused_before_the_work(tmp_path, files, tiny_model):
+    name = os.fsdecode(bytes(tmp_path / "out") + b"\xff")
+    code = main(["register", *files, "--model", tiny_model, "--device", "cpu", "--output", name])
+    assert code == 2
+    assert not list(tmp_path.glob("out*"))
+
+
+@posix
+def test_a_full_disk_is_told_with_the_name_of_the_file(command_line, tmp_path):
+    done, report = command_line(prefix="ulimit -f 16 &&")
+    assert done.returncode == 2 and report is None
+    message = done.stderr.decode().splitlines()[-1]
+    assert message.startswith(f"divregnet: {tmp_path}/out/") and "cannot be written" in message
+    assert ".divregnet-" not in message
+    assert not (tmp_path / "out").exists()
 
 
 # --- locales
@@ -286,6 +299,21 @@ def deterministic():
     torch.use_deterministic_algorithms(False)
 
 
+@contextlib.contextmanager
+def rounded_products():
+    torch.set_float32_matmul_precision("medium")
+    yield
+    assert torch.get_float32_matmul_precision() == "medium"
+    torch.set_float32_matmul_precision("highest")
+
+
+@contextlib.contextmanager
+def errors_of_numpy_and_warnings():
+    with np.errstate(all="raise"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
 PROGRAMS = {
     "double precision": double_precision,
     "another default device": another_device,
@@ -294,6 +322,9 @@ PROGRAMS = {
     "no gradients": torch.no_grad,
     "inference mode": torch.inference_mode,
     "deterministic algorithms": deterministic,
+    "products in bfloat16": rounded_products,
+    "warnings and floating-point errors raise": errors_of_numpy_and_warnings,
+    "anomalies are looked for": torch.autograd.detect_anomaly,
 }
 
 
@@ -384,6 +415,19 @@ def test_threads_wait_without_spinning_unless_the_user_wants_it():
     assert (environment["OMP_WAIT_POLICY"], environment["OMP_NUM_THREADS"]) == ("ACTIVE", "3")
 
 
+@pytest.mark.parametrize("given, expected", [({}, 3), ({"OMP_NUM_THREADS": "1"}, 1), ({"OMP_NUM_THREADS": "64"}, 3)])
+def test_workers_on_one_machine_share_its_processors(given, expected, monkeypatch):
+    from DivRegNetLib.run.cohort import dask
+
+    monkeypatch.setattr(dask, "usable_processors", lambda: 7)
+    variables = dask.threads_of_worker(2, given)
+    assert variables["OMP_NUM_THREADS"] == str(expected)
+    assert variables["ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"] == "3"
+    assert variables["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert dask.threads_of_worker(2, {"OMP_WAIT_POLICY": "ACTIVE"})["OMP_WAIT_POLICY"] == "ACTIVE"
+    assert dask.threads_of_worker(20, given)["OMP_NUM_THREADS"] == "1"
+
+
 @pytest.mark.parametrize(
     "files, expected",
     [
@@ -407,3 +451,20 @@ def test_a_quota_of_processors_limits_the_threads(files, expected, tmp_path):
         path.write_text(content)
     here = len(os.sched_getaffinity(0))
     assert usable_processors(tmp_path) == min(expected or here, here)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="control groups are Linux's")
+def test_a_control_group_whose_name_is_odd_is_no_obstacle(tmp_path):
+    name = b"caf\xc3\xa9 \xff:x"
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_bytes(b"garbage\n0::/" + name + b"\n")
+    group = tmp_path / "sys/fs/cgroup" / os.fsdecode(name)
+    group.mkdir(parents=True)
+    (group / "cpu.max").write_text("100000 100000")
+    code = f"""
+from pathlib import Path
+from DivRegNetLib.run.threads import usable_processors
+assert usable_processors(Path({str(tmp_path)!r})) == 1
+"""
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], env=os.environ | ascii_only, check=True)

@@ -88,6 +88,45 @@ def test_identical_inputs_hardly_move(pair):
     assert result.quality["largest_displacement_mm"] < 0.2 * result.settings["spacing"]
 
 
+def in_another_contrast(image: sitk.Image) -> sitk.Image:
+    """The same anatomy in other grays, not monotone, with noise."""
+    array = sitk.GetArrayFromImage(image).astype(float)
+    unit = (array / np.percentile(array, 99.5)).clip(0, 1)
+    noise = np.random.default_rng(0).normal(0, 0.02, array.shape)
+    return Grid.of(image).image((0.8 * np.sin(np.pi * unit) + 0.2 * unit + noise).clip(0).astype(np.float32))
+
+
+def test_two_contrasts_that_are_aligned_are_left_as_they_are(pair):
+    fixed = pair[0]
+    result = register(fixed, in_another_contrast(fixed), align="none", device="cpu")
+    assert result.quality["mean_displacement_mm"] < 0.1 * result.settings["spacing"]
+    chosen = result.quality["deformation"]
+    assert set(chosen) == {"chosen", "stiffness", "scores"} and "none" in chosen["scores"]
+    words = " ".join(map(str, result.verdict.reasons))
+    assert ("No deformation" if chosen["chosen"] == "none" else "Stiffness chosen") in words
+
+
+def test_the_stiffness_is_chosen_and_said_or_that_of_the_options(pair, result):
+    chosen = result.quality["deformation"]
+    assert chosen["stiffness"] in (1.0, 0.2) and len(chosen["scores"]) == 4
+    assert any("Stiffness chosen" in str(reason) for reason in result.verdict.reasons)
+    stiff = register(*pair[:2], align=affine_transform(result.initial), device="cpu", stiffness=100, spacing=4)
+    loose = register(*pair[:2], align=affine_transform(result.initial), device="cpu", stiffness=0.5, spacing=4)
+    assert stiff.quality["deformation"] == {"chosen": "stiffness 100", "stiffness": 100, "scores": {}}
+    assert stiff.quality["log_jacobian_sd"] < 0.7 * loose.quality["log_jacobian_sd"]
+    assert not any("Stiffness chosen" in str(reason) for reason in stiff.verdict.reasons)
+
+
+def test_air_around_the_fixed_image_does_not_lower_the_resolution(pair, result):
+    """In a field of view of four times the volume."""
+    fixed = pair[0]
+    wide = sitk.ConstantPad(fixed, [n // 2 for n in fixed.GetSize()], [n // 8 for n in fixed.GetSize()], 0)
+    far = register(wide, pair[1], device="cpu")
+    assert far.settings["spacing"] < 1.15 * result.settings["spacing"]
+    assert errors_mm(far.transform, *pair[2:]).mean() < errors_mm(result.transform, *pair[2:]).mean() + 0.1
+    assert far.warped.GetSize() == wide.GetSize()
+
+
 def test_where_the_headers_put_the_volumes_does_not_matter(pair, result):
     """Both volumes moved by one rigid motion along the axes' permutation and far off: the same error in mm."""
     shift = sitk.Euler3DTransform((0, 0, 0), 0, 0, 0, (350.0, -420.0, 777.0))

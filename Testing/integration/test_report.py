@@ -9,7 +9,8 @@ import zlib
 import numpy as np
 import pytest
 
-from DivRegNetLib.quality.report import encode_png
+from DivRegNetLib.quality.report import _segments, encode_png
+from DivRegNetLib.quality.verdict import two_digits
 from DivRegNetLib.run.cli import main
 
 
@@ -44,7 +45,10 @@ def test_the_page_holds_verdict_numbers_settings_landmarks_and_pictures_and_need
 ):
     assert main(["report", str(results), "--output", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    quality = json.loads((results / "quality.json").read_text(encoding="utf-8"))["quality"]
+    content = json.loads((results / "quality.json").read_text(encoding="utf-8"))
+    quality, verdict = content["quality"], content["verdict"]
+    assert f"{verdict['level'].upper()}</span> expected error {two_digits(verdict['expected_error_mm'])} mm" in page
+    assert "nine times in ten from" in page
     assert re.search("GREEN|AMBER|RED", page) and "Registration of moving_T2.nii.gz to fixed_T1.nii.gz" in page
     assert f"{quality['nmi']['after']:.3f}" in page and "align" in page and "Hippocampus" in page
     assert not re.search(r"(?:src|href)=[\"'](?!data:)", page)  # nothing is fetched
@@ -53,6 +57,13 @@ def test_the_page_holds_verdict_numbers_settings_landmarks_and_pictures_and_need
     fixed, *_, deformation = pictures[:6]
     assert (np.ptp(fixed, axis=-1) == 0).all() and fixed.std() > 20
     assert (np.ptp(deformation.astype(int), axis=-1) > 100).mean() > 0.05  # the colored lines of the grid
+
+
+def test_segments_and_labels_are_listed_the_worst_first():
+    segments = {"liver": {"before": 0.5, "after": 0.9}, "spleen": {"before": 0.4, "after": 0.6}}
+    assert _segments({"segments": segments}) == [("spleen", "0.400", "0.600"), ("liver", "0.500", "0.900")]
+    labels = {s: {"labels": {"1": {"dice": d}, "2": {"dice": None}}} for s, d in (("before", 0.25), ("after", 0.75))}
+    assert _segments({"labels": labels}) == [("label 1", "0.250", "0.750")] and _segments({}) == []
 
 
 def test_without_results_the_report_says_so(tmp_path, capsys):

@@ -6,7 +6,7 @@ import SimpleITK as sitk
 
 from DivRegNetLib import register
 from DivRegNetLib.core.composites import displacement_on
-from DivRegNetLib.core.grid import Grid
+from DivRegNetLib.core.grid import Grid, apply_matrix
 
 FAST = {"device": "cpu"}
 
@@ -47,6 +47,29 @@ def test_a_head_that_lies_the_wrong_way_is_red(heads, matrix):
     result = register(fixed, _turned(moving, matrix), align="none", **FAST)
     assert result.verdict.level == "red"
     assert result.verdict.expected_error_mm > 5
+
+
+@pytest.mark.parametrize(
+    ("matrix", "said"),
+    [
+        (np.diag([-1, 1, -1]), "degrees about the front-back axis"),
+        (np.array([[0, -1, 0], [1, 0, 0], [0, 0, 1]]), "degrees about the head-foot axis"),
+    ],
+    ids=["feet first", "on the side"],
+)
+def test_a_head_that_lies_the_wrong_way_is_turned_and_a_warning_says_so(heads, matrix, said):
+    fixed, moving = heads
+    right, result = (register(fixed, x, **FAST) for x in (moving, _turned(moving, matrix)))
+    assert any(said in warning for warning in result.warnings)
+    assert right.warnings == ()
+    points = Grid.of(fixed).to_physical(
+        np.stack(np.meshgrid(*[[10.0, 25.0, 40.0]] * 3, indexing="ij"), -1).reshape(-1, 3)
+    )
+    turn = np.eye(4)
+    center = Grid.of(moving).center
+    turn[:3, :3], turn[:3, 3] = matrix, center - matrix @ center
+    apart = apply_matrix(result.initial, points) - apply_matrix(turn @ right.initial, points)
+    assert np.linalg.norm(apart, axis=-1).mean() < 2
 
 
 def test_a_head_that_is_shifted_by_a_third_is_red(heads):

@@ -208,7 +208,7 @@ def test_a_computer_without_memory_gets_a_coarser_resolution_and_is_told(pair, t
         import DivRegNetLib.registration.pipeline
         from DivRegNetLib.run.worker import child
         pages = int(Path("/proc/self/statm").read_text().split()[0])
-        limit = pages * resource.getpagesize() + 250 * 2**20
+        limit = pages * resource.getpagesize() + 400 * 2**20
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         child.main(folder)
     """)
@@ -318,7 +318,10 @@ def test_garbage_on_the_pipe_is_log_and_changes_nothing(pair, tiny_model, script
     "body, words",
     [
         ('print(\'{"divregnet": "done"}\', flush=True); time.sleep(600)', "result cannot be read"),
-        ("(folder / 'result.json').write_text('[]'); print('{\"divregnet\": \"done\"}', flush=True)", "cannot be read"),
+        (
+            "(folder / 'job-1' / 'result.json').write_text('[]'); print('{\"divregnet\": \"done\"}', flush=True)",
+            "cannot be read",
+        ),
         ("sys.exit(0)", "ended with exit code 0"),
         ('print(\'{"divregnet": "done"\', flush=True); sys.exit(3)', "ended with exit code 3"),
         (
@@ -481,7 +484,7 @@ def test_a_worker_is_started_once_and_waited_for_only_then(pair, tiny_model):
             worker.result(timeout=0.01)
 
 
-def test_a_folder_without_a_job_is_refused_and_left_alone(tmp_path):
+def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path):
     (tmp_path / "precious").write_text("")
     done = subprocess.run(
         [sys.executable, "-m", "DivRegNetLib.run.worker", str(tmp_path)],
@@ -492,7 +495,7 @@ def test_a_folder_without_a_job_is_refused_and_left_alone(tmp_path):
         cwd=Path(__file__).resolve().parents[2],
     )
     assert done.returncode != 0
-    assert "there is no job.json" in done.stderr
+    assert "there is no worker.json" in done.stderr
     assert (tmp_path / "precious").is_file()
 
 

@@ -77,7 +77,13 @@ def app():
 
 
 @pytest.fixture
-def module(app, tmp_path, monkeypatch):
+def prepared() -> list[dict]:
+    """Options of the processes that the panel asked for in advance; none is started, as each would cost seconds."""
+    return []
+
+
+@pytest.fixture
+def module(app, tmp_path, monkeypatch, prepared):
     """The module file, as Slicer loads it; with a tiny model of random weights as the only one."""
     import torch
     from render_panel import load_module
@@ -90,7 +96,12 @@ def module(app, tmp_path, monkeypatch):
     for name in (models.DEFAULT, "other"):
         models.save(folder, card(name=name, regnet=config.as_dict(), spacing_mm=4.0), RegNet(config), None)
     monkeypatch.setenv(models.ENVIRONMENT, str(folder))
-    return load_module(app)
+    loaded = load_module(app)
+    from DivRegNetModule.run import STANDBY
+
+    monkeypatch.setattr(STANDBY, "prepare", lambda **options: prepared.append(options))
+    yield loaded
+    STANDBY.close()
 
 
 @pytest.fixture

@@ -153,7 +153,11 @@ class Walk:
         return ""
 
     def maps(self) -> str:
-        for button in (self.widget.ui.displacementMapButton, self.widget.ui.jacobianMapButton):
+        for button in (
+            self.widget.ui.displacementMapButton,
+            self.widget.ui.jacobianMapButton,
+            self.widget.ui.errorMapButton,
+        ):
             button.click()
             self.wait(lambda: not self.widget._task.running, "the map")
         slicer.app.processEvents()
@@ -222,9 +226,13 @@ class Walk:
         for view in self.composites:
             volume = slicer.mrmlScene.GetNodeByID(view.GetBackgroundVolumeID() or "")
             assert volume is not None, f"{view.GetLayoutName()} is black"
+            over = slicer.mrmlScene.GetNodeByID(view.GetForegroundVolumeID() or "")
+            assert over is not None, f"{view.GetLayoutName()} shows the fixed volume alone"
         assert not any(n.GetVisibility() for n in slicer.util.getNodesByClass("vtkMRMLTransformDisplayNode")), (
             "the grid is on"
         )
+        assert self.widget.ui.verdictLabel.visible, "the verdict has not come back with the scene"
+        assert not self.widget.ui.undoButton.enabled
         self.widget._parameterNode.refineSteps = 0
         return ""
 

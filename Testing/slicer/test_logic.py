@@ -40,7 +40,13 @@ def test_the_logic_measures_segmentations_and_landmarks(module, pair):
     extra = landmarks[1]
     extra.AddControlPoint(0, 0, 0)
     outcome = module.DivRegNetLogic().process(*pair, align="none", device="cpu", landmarks=landmarks)
-    assert len(outcome.quality["landmarks"]) == 1 and "has 1 points" in outcome.notes[0]
+    assert "landmarks" not in outcome.quality and "has 1 points" in outcome.notes[0]
+    for node in landmarks:
+        node.SetNthControlPointLabel(0, "nose")
+    outcome = module.DivRegNetLogic().process(*pair, align="none", device="cpu", landmarks=landmarks)
+    assert (
+        outcome.quality["landmark_error_mm"]["before"] == pytest.approx(3.0) and "has their label" in outcome.notes[0]
+    )
     landmarks[0].RemoveAllControlPoints()
     outcome = module.DivRegNetLogic().process(*pair, align="none", device="cpu", landmarks=landmarks)
     assert "landmark_error_mm" not in outcome.quality and "no landmark error was measured" in str(outcome.notes)

@@ -119,6 +119,16 @@ def test_segments_are_offered_where_the_mask_is_a_segmentation(ready, pair):
     assert p.fixedSegment == "" and inputs.request(p).options["fixed_mask"] is None
 
 
+@pytest.mark.parametrize("there_is_a_browser", [True, False])
+def test_help_opens_the_guide_or_says_where_it_is(widget, module, monkeypatch, there_is_a_browser):
+    import qt
+
+    asked = []
+    monkeypatch.setattr(qt.QDesktopServices, "openUrl", lambda url: asked.append(url.toString()) or there_is_a_browser)
+    widget.ui.helpButton.click()
+    assert asked == [module.HELP] and (module.HELP in widget.ui.messageLabel.text) != there_is_a_browser
+
+
 def test_the_settings_are_saved_with_the_scene(ready, pair, tmp_path):
     import slicer
 

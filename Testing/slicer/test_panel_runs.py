@@ -79,6 +79,43 @@ def test_a_registration_runs_in_another_process_and_its_result_can_be_looked_at_
     assert not ready.ui.resultCollapsibleButton.visible
 
 
+def test_the_next_click_and_a_script_use_the_process_of_the_first(ready, pair, module):
+    from DivRegNetModule.run import STANDBY
+
+    ready.onRegister()
+    pid = worker_pid(ready)
+    wait(ready)
+    assert ready._outcome is not None and STANDBY.pid == pid
+    ready.onRegister()
+    assert worker_pid(ready) == pid and STANDBY.pid is None
+    wait(ready)
+    module.DivRegNetLogic().process(*pair, align="none", device="cpu")
+    assert STANDBY.pid == pid
+    ready.cleanup()
+    assert not alive(pid)
+
+
+def test_a_process_is_asked_for_once_the_panel_is_open_and_two_volumes_are_chosen(widget, pair, prepared, monkeypatch):
+    widget.parent.isEntered = False
+    p = widget._parameterNode
+    p.fixedVolume, p.movingVolume = pair
+    assert prepared == []
+    widget.parent.isEntered = True
+    p.device = "cpu"
+    assert prepared[-1] == {"model": p.model, "device": "cpu"}
+    prepared.clear()
+    p.movingVolume = None
+    assert prepared == []
+    widget.enter()
+    assert prepared  # it chooses a volume
+
+
+def test_no_process_is_asked_for_without_torch(widget, pair, prepared, without_torch):
+    prepared.clear()
+    widget._parameterNode.fixedVolume, widget._parameterNode.movingVolume = pair
+    assert prepared == []
+
+
 def test_undo_gives_an_overwritten_volume_its_content_back(ready, pair):
     import slicer
 

@@ -1,5 +1,7 @@
 """Scenes that are saved, opened and closed, and nodes that come and go, while the panel is shown."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from mrml_scenes import add_segmentation
@@ -117,6 +119,63 @@ def test_a_scene_saved_while_it_is_compared_opens_with_the_fixed_volume_and_with
         assert view.GetBackgroundVolumeID() == fixed.GetID()
         over = slicer.mrmlScene.GetNodeByID(view.GetForegroundVolumeID() or "")
         assert over is None or over.GetName() == "moving warped to fixed"
+
+
+@pytest.mark.parametrize("compared", [True, False])
+def test_the_result_comes_back_with_its_scene_and_is_compared_if_it_was(ready, pair, tmp_path, compared):
+    """A scene that was saved while its result was compared opened with the fixed volume alone, and without the verdict."""
+    import slicer
+    from panel import layers
+
+    points = []
+    for name, shift in (("pf", 0.0), ("pm", 3.0)):
+        points.append(slicer.mrmlScene.AddNewNodeByClass("vtkMRMLMarkupsFiducialNode", name))
+        points[-1].AddControlPoint(1 + shift, 2, 3, "nose")
+    ready._parameterNode.fixedLandmarks, ready._parameterNode.movingLandmarks = points
+    ready.onRegister()
+    wait(ready)
+    ui = ready.ui
+    verdict, initial = ui.verdictLabel.text, ready._outcome.initial
+    if not compared:
+        ui.restoreViewsButton.click()
+    file = save(tmp_path)
+    slicer.mrmlScene.Clear(0)
+    assert not ui.resultCollapsibleButton.visible
+    load(file)
+    assert ui.resultCollapsibleButton.visible and ui.verdictLabel.text == verdict
+    assert ui.pairLabel.text == "moving to fixed" and ui.landmarksTable.item(0, 0).text() == "nose"
+    assert not ui.undoButton.enabled  # what the nodes held before is not in the scene
+    assert np.array_equal(ready._outcome.initial, initial)
+    over = {slicer.mrmlScene.GetNodeByID(foreground or "") for _background, foreground, *_ in layers()}
+    if compared:
+        assert {node.GetName() for node in over} == {"moving warped to fixed"}
+    else:
+        assert over == {None}
+    ui.beforeButton.click()
+    assert all(slicer.mrmlScene.GetNodeByID(foreground).GetName() == "moving" for _b, foreground, *_ in layers())
+    ready._parameterNode.movingVolume = None  # what is shown next is no registration of the two
+    ready._forgetOutcome()
+    ready.enter()
+    assert not ui.resultCollapsibleButton.visible
+
+
+@pytest.mark.parametrize(("saved_as", "expected"), [("CENTRE", "center"), ("BANANA", "affine")])
+def test_a_scene_of_another_version_is_opened_all_the_same(ready, pair, tmp_path, saved_as, expected):
+    """Slicer saves the name of an enumeration's member, and raises at a name it does not find. Version 0.1 had "CENTRE", and
+    up to 1000 steps of refinement."""
+    import slicer
+
+    ready._parameterNode.alignment = type(ready._parameterNode.alignment).CENTER
+    file = Path(save(tmp_path))
+    text = file.read_text()
+    assert "CENTER" in text and "refineSteps 0" in text
+    slicer.mrmlScene.Clear(0)
+    file.write_text(text.replace("CENTER", saved_as).replace("refineSteps 0", "refineSteps 700"))
+    load(str(file))
+    p = ready._parameterNode
+    assert (p.alignment.value, p.refineSteps, p.fixedVolume.GetName()) == (expected, 200, "fixed")
+    assert ready.ui.alignmentComboBox.currentText == p.alignment.label() and ready.ui.refineSpinBox.value == 200
+    assert "wrong" not in ready.ui.messageLabel.text
 
 
 def test_closing_the_scene_during_a_run_is_said(ready, app):

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from panel import add_blob, alive, census, wait
 
+from DivRegNetLib.quality.verdict import two_digits
+
 
 @pytest.fixture
 def sequence(ready, pair):
@@ -28,9 +30,15 @@ def worker_pid(widget) -> int:
     return widget._sequenceRun._worker.pid
 
 
-def test_every_frame_is_registered_and_has_a_verdict(ready, sequence, pair):
+def test_every_frame_is_registered_and_has_a_verdict(ready, sequence, pair, monkeypatch):
+    import DivRegNetModule
     import slicer
 
+    from DivRegNetLib.run.worker import Worker
+
+    monkeypatch.setattr(DivRegNetModule, "translate", lambda context, text: f"translated: {text}")
+    pids, closing = [], Worker.closing
+    monkeypatch.setattr(Worker, "closing", lambda self: pids.append(self.pid) or closing(self))
     before = census()
     ready.ui.registerSequenceButton.click()
     assert ready._sequenceRun is not None, ready.ui.messageLabel.text
@@ -38,10 +46,14 @@ def test_every_frame_is_registered_and_has_a_verdict(ready, sequence, pair):
     wait(ready)
     outcome = ready._sequenceOutcome
     assert outcome is not None, ready.ui.messageLabel.text
+    assert len(pids) == 3 and len(set(pids)) == 1  # one process for all frames
     table = ready.ui.sequenceTable
     assert table.visible and table.rowCount == 3
     assert [table.item(i, 0).text() for i in range(3)] == ["0", "1", "2"]
     assert {table.item(i, 1).text() for i in range(3)} <= {"GREEN", "AMBER", "RED"}
+    errors = [table.item(i, 2).text() for i in range(3)]
+    assert errors == [f"{two_digits(frame.verdict.expected_error_mm)} mm" for frame in outcome.frames]
+    assert all(table.item(i, 3).text().startswith("translated: The ") for i in range(3))
     assert outcome.warped.GetNumberOfDataNodes() == outcome.transforms.GetNumberOfDataNodes() == 3
     assert (outcome.warped.GetName(), outcome.warped.GetIndexUnit()) == ("heart warped to fixed", "s")
     frames = [outcome.warped.GetNthDataNode(i) for i in range(3)]
@@ -53,6 +65,8 @@ def test_every_frame_is_registered_and_has_a_verdict(ready, sequence, pair):
     assert outcome.browser.GetName() == "browser" and outcome.browser.IsSynchronizedSequenceNode(outcome.warped, True)
     table.cellClicked.emit(2, 0)
     assert outcome.browser.GetSelectedItemNumber() == 2
+    table.cellActivated.emit(1, 0)  # by the keyboard
+    assert outcome.browser.GetSelectedItemNumber() == 1
     outcome.undo()
     assert census() >= before and not slicer.mrmlScene.IsNodePresent(outcome.warped)
 
@@ -75,7 +89,8 @@ def test_a_frame_that_fails_is_a_row_and_the_others_are_registered(ready, sequen
     wait(ready)
     table = ready.ui.sequenceTable
     assert [table.item(i, 1).text() == "FAILED" for i in range(3)] == [False, True, False]
-    assert "constant" in table.item(1, 2).text() and "2 frames were registered, 1 failed" in ready.ui.messageLabel.text
+    assert table.item(1, 2).text() == ""
+    assert "constant" in table.item(1, 3).text() and "2 frames were registered, 1 failed" in ready.ui.messageLabel.text
     assert ready._sequenceOutcome.warped.GetNumberOfDataNodes() == 2
 
 

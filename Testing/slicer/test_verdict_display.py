@@ -7,7 +7,7 @@ pytest.importorskip("slicer")
 import DivRegNetModule
 from DivRegNetModule import verdict
 
-from DivRegNetLib.quality.verdict import judge
+from DivRegNetLib.quality.verdict import judge, two_digits
 
 QUALITY = {
     "nmi": {"before": 1.05, "aligned": 1.10, "after": 1.15},
@@ -24,6 +24,16 @@ QUALITY = {
 def test_the_level_is_a_word_and_the_reasons_are_listed(folded, word):
     shown = verdict.as_html(judge(QUALITY | {"folded_percent": folded}))
     assert word in shown and "resemble each other more than before (NMI 1.050 to 1.150)" in shown
+
+
+def test_the_expected_error_is_beside_the_level_whatever_the_reasons_say():
+    numbers = {"motion 1": 0.2, "moved 1": 0.0, "voxel_mm": 2.0, "diagonal_mm": 250.0}
+    judgment = judge(QUALITY | {"evidence": numbers, "folded_percent": 3.0})
+    shown = verdict.as_html(judgment)
+    head, reasons = shown.split("<ul")
+    assert f"expected error {two_digits(judgment.expected_error_mm)} mm" in head and "RED" in head
+    assert "nine times in ten from" in reasons
+    assert "expected error" not in verdict.as_html(judge(QUALITY))
 
 
 def test_the_librarys_sentences_are_translated_before_their_values_are_filled_in(monkeypatch):

@@ -1,9 +1,13 @@
 """What the slice views show after a registration, and that one click takes them back."""
 
+import time
+
 import numpy as np
 import pytest
 from mrml_scenes import bump, put_under
-from panel import add_blob, census, wait, wait_for
+from panel import add_blob, census, layers, wait, wait_for
+
+from DivRegNetLib.quality.verdict import judge
 
 
 def planes() -> list[np.ndarray]:
@@ -14,18 +18,14 @@ def planes() -> list[np.ndarray]:
     ]
 
 
-def layers() -> list[tuple]:
-    import slicer
+def settle(app) -> None:
+    """Lets the views take the sizes of a new layout."""
+    from DivRegNetModule.comparison import LAYOUT_MS
 
-    return [
-        (
-            view.GetBackgroundVolumeID(),
-            view.GetForegroundVolumeID(),
-            view.GetForegroundOpacity(),
-            view.GetLinkedControl(),
-        )
-        for view in slicer.util.getNodesByClass("vtkMRMLSliceCompositeNode")
-    ]
+    end = time.monotonic() + 1.5 * LAYOUT_MS / 1000
+    while time.monotonic() < end:
+        app.processEvents()
+        time.sleep(0.005)
 
 
 def along_axes_of(node) -> bool:
@@ -107,11 +107,19 @@ def test_side_by_side_shows_both_in_linked_views_with_the_same_field_of_view(sho
     assert composites["Red"].GetBackgroundVolumeID() == pair[0].GetID()
     assert composites["Yellow"].GetBackgroundVolumeID() == ready._outcome.registration.warped_node.GetID()
     assert composites["Red"].GetLinkedControl() and composites["Yellow"].GetLinkedControl()
+    settle(app)
     assert nodes["Red"].GetFieldOfView() == pytest.approx(nodes["Yellow"].GetFieldOfView())
+    bounds = [0.0] * 6
+    pair[0].GetSliceBounds(bounds, nodes["Red"].GetSliceToRAS())
+    for axis in (0, 1):  # all of the volume is seen, though the view has become narrow
+        assert nodes["Red"].GetFieldOfView()[axis] >= 0.99 * (bounds[2 * axis + 1] - bounds[2 * axis])
     one, other = (slicer.util.arrayFromVTKMatrix(nodes[name].GetSliceToRAS()) for name in ("Red", "Yellow"))
     assert one == pytest.approx(other)
     ready.ui.sideBySideButton.click()
-    assert app.views.layout == 3
+    settle(app)
+    assert app.views.layout == 3 and all(node.GetDimensions()[1] == 330 for node in nodes.values())
+    heights = [node.GetFieldOfView()[1] for node in nodes.values()]
+    assert max(heights) < 1.5 * min(heights)  # none is left as it was for another size
 
 
 def test_the_checkerboard_of_a_fixed_volume_under_a_non_linear_transform(ready, pair):
@@ -150,6 +158,67 @@ def test_maps_of_the_deformation_are_volumes_with_a_color_scale_and_are_undone(r
     assert bounds[0] == pytest.approx(bounds[1])
     ready.onUndo()
     assert census() == before
+
+
+def test_the_map_of_the_expected_error_is_added_and_shown_when_it_is_asked_for(ready, pair):
+    import slicer
+
+    from DivRegNetLib.quality.expected_error import calibration
+
+    before = census()
+    ready.onRegister()
+    wait(ready)
+    outcome = ready._outcome
+    assert not [n for n in census() if "expected error" in slicer.mrmlScene.GetNodeByID(n).GetName()]  # off by default
+    ready.ui.errorMapButton.click()
+    wait_for(lambda: not ready._task.running)
+    node = slicer.util.getNode("moving to fixed: expected error (mm)")
+    values = slicer.util.arrayFromVolume(node)
+    inside = values > 0
+    expected = judge(outcome.quality).expected_error_mm
+    assert values[inside].mean() == pytest.approx(expected, rel=0.3) and 0.02 < inside.mean() < 0.9
+    background, foreground, opacity, _ = layers()[0]
+    assert (background, foreground) == (pair[0].GetID(), node.GetID()) and 0 < opacity < 1
+    display = node.GetDisplayNode()
+    assert display.GetColorNodeID() == "vtkMRMLColorTableNodeFileInferno.txt"
+    assert display.GetApplyThreshold() and display.GetLowerThreshold() > 0  # nothing is drawn where nothing is known
+    red = calibration().limits(outcome.quality["evidence"])[1]
+    assert display.GetWindowLevelMin() == 0
+    assert display.GetWindowLevelMax() == pytest.approx(max(red, values.max()))
+    lies, fixed_lies = [0.0] * 6, [0.0] * 6
+    node.GetRASBounds(lies)
+    pair[0].GetRASBounds(fixed_lies)
+    assert (np.array(lies)[::2] < np.array(fixed_lies)[::2] + 8).all()
+    assert (np.array(lies)[1::2] > np.array(fixed_lies)[1::2] - 8).all()
+    middle = np.array(fixed_lies).reshape(3, 2).mean(1)  # of the blob
+    matrix = slicer.util.arrayFromVTKMatrix(ijk_to_ras(node))
+    i, j, k = np.rint(np.linalg.solve(matrix, [*middle, 1]))[:3].astype(int)
+    assert inside[k, j, i]
+    ready.onUndo()
+    assert census() == before
+
+
+def ijk_to_ras(node):
+    import vtk
+
+    matrix = vtk.vtkMatrix4x4()
+    node.GetIJKToRASMatrix(matrix)
+    return matrix
+
+
+def test_air_stays_black_under_the_color_of_the_upper_volume(app):
+    """With a table that begins with white, everything outside the head turned gray."""
+    import slicer
+    from DivRegNetModule.comparison import TINT
+
+    scene, logic, colors = slicer.vtkMRMLScene(), slicer.vtkMRMLColorLogic(), []
+    logic.SetMRMLScene(scene)
+    table = scene.GetNodeByID(TINT)
+    for i in (0, table.GetNumberOfColors() - 1):
+        colors.append([0.0] * 4)
+        table.GetColor(i, colors[-1])
+    logic.SetMRMLScene(None)
+    assert colors == [[0, 0, 0, 1], [1, 0, 0, 1]]
 
 
 def test_nodes_that_are_drawn_for_looking_are_offered_nowhere(ready, pair):

@@ -3,6 +3,7 @@
     python Testing/tools/benchmark.py [--device cpu] [--refine N]
     python Testing/tools/benchmark.py --memory [SIZE@MM ...]
     python Testing/tools/benchmark.py --operations [--device cpu]
+    python Testing/tools/benchmark.py --table [--device cuda] [--data DIR]
 
 Two pairs: the bundled one, and the same on 256 x 256 x 180 voxels of 1 mm. Each runs in a process of its own, twice; the
 second run is timed (the first loads libraries), memory is the process's peak, libraries included.
@@ -13,6 +14,8 @@ registrations are planned by, for volumes of as many voxels of as many millimete
 With ``--operations`` the operations of a forward pass (the methods of the bundled model, after alignment and sampling) are
 counted: those that compute (each starts a kernel on a GPU), all calls that torch.profiler sees, with views and the parts of
 composite ones, and those at which a GPU would be waited for; and its milliseconds are measured.
+
+With ``--table`` all that matters of a device is printed, see ``device_table.py``.
 """
 
 import argparse
@@ -128,25 +131,14 @@ def count_operations(device: str) -> None:
 
 def measure(case: str, device: str, refine: int) -> dict:
     """Runs one case in this process."""
-    import SimpleITK as sitk
     import torch
 
     from DivRegNetLib import models
     from DivRegNetLib.core.device import pick_device
-    from DivRegNetLib.core.grid import Grid
-    from DivRegNetLib.io.images import read_image
     from DivRegNetLib.registration.pipeline import register
     from training.benchmarks.methods import peak
 
-    fixed, moving = (read_image(SAMPLE / f"{name}.nii.gz") for name in ("fixed_T1", "moving_T2"))
-    if case == "large":
-        images = []
-        for image in (fixed, moving):
-            grid = Grid.of(image)
-            origin = grid.center - grid.matrix[:3, :3] / grid.spacing @ ([(n - 1) / 2 for n in LARGE])
-            large = Grid.build(LARGE, (1, 1, 1), origin, grid.direction)
-            images.append(sitk.Resample(image, large.empty_image(), sitk.Transform(), sitk.sitkLinear, 0.0))
-        fixed, moving = (sitk.Cast(image, sitk.sitkInt16) for image in images)
+    fixed, moving = volumes(case)
     model = models.load(models.DEFAULT, pick_device(device))
     result = None
     for _ in range(2):
@@ -163,12 +155,33 @@ def measure(case: str, device: str, refine: int) -> dict:
     }
 
 
+def volumes(case: str) -> tuple:
+    """Fixed and moving image: the bundled pair, or for ``large`` the same on LARGE voxels of 1 mm."""
+    import SimpleITK as sitk
+
+    from DivRegNetLib.core.grid import Grid
+    from DivRegNetLib.io.images import read_image
+
+    fixed, moving = (read_image(SAMPLE / f"{name}.nii.gz") for name in ("fixed_T1", "moving_T2"))
+    if case == "large":
+        images = []
+        for image in (fixed, moving):
+            grid = Grid.of(image)
+            origin = grid.center - grid.matrix[:3, :3] / grid.spacing @ ([(n - 1) / 2 for n in LARGE])
+            large = Grid.build(LARGE, (1, 1, 1), origin, grid.direction)
+            images.append(sitk.Resample(image, large.empty_image(), sitk.Transform(), sitk.sitkLinear, 0.0))
+        fixed, moving = (sitk.Cast(image, sitk.sitkInt16) for image in images)
+    return fixed, moving
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--refine", type=int, default=0)
     parser.add_argument("--memory", nargs="*", metavar="SIZE@MM", help="compare peaks with the estimate")
     parser.add_argument("--operations", action="store_true", help="count those of a forward pass")
+    parser.add_argument("--table", action="store_true", help="all that matters of the device")
+    parser.add_argument("--data", type=Path, help="for --table: folder with hippocampus and brain_multicontrast")
     parser.add_argument("--case", choices=("demo", "large"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
@@ -179,6 +192,11 @@ def main() -> int:
         return 0
     if args.operations:
         count_operations(args.device)
+        return 0
+    if args.table:
+        from device_table import table
+
+        table(args.device, args.data)
         return 0
     rows = []
     for case in ("demo", "large"):

@@ -216,9 +216,9 @@ def content(path: Path):
 
         return {name: array.tobytes() for name, array in load_file(path).items()}
     if path.suffix == ".png":
-        from matplotlib.image import imread
+        from PIL import Image
 
-        return imread(path).tobytes()
+        return Image.open(path).tobytes()
     return path.read_bytes()
 
 

@@ -9,6 +9,7 @@ import argparse
 import importlib.util
 import json
 import sys
+import types
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,11 +69,10 @@ def add_volume(name: str, size=(192, 224, 160), spacing=(1.0, 1.0, 1.2), kind="v
 def show_result(widget, result: Path) -> None:
     """Fills the panel with the bundled pair and the quality card of a registration of it."""
     import slicer
-    from DivRegNetModule import verdict
 
     from DivRegNetLib import models
     from DivRegNetLib.io import images
-    from DivRegNetLib.quality.verdict import judge, with_references
+    from DivRegNetLib.quality.verdict import with_references
 
     report = json.loads((result / "quality.json").read_text(encoding="utf-8"))
     quality = with_references(report["quality"])
@@ -84,10 +84,17 @@ def show_result(widget, result: Path) -> None:
     p = widget._parameterNode
     p.fixedVolume, p.movingVolume = volumes
     p.alsoApplyTo, p.model = [labels], models.DEFAULT
-    widget.ui.verdictLabel.text = verdict.as_html(judge(quality))
-    rows = verdict.rows(quality, sum(report["seconds"].values()), report["settings"]["device"])
-    widget.ui.qualityLabel.text = verdict.table(rows)
-    widget.ui.resultCollapsibleButton.visible = True
+    outcome = types.SimpleNamespace(
+        fixed=volumes[0],
+        moving=volumes[1],
+        quality=quality,
+        settings=report["settings"],
+        seconds=sum(report["seconds"].values()),
+        changes=types.SimpleNamespace(added=volumes, overwritten=[]),
+        pairs=None,
+    )
+    widget._present(outcome)
+    widget._refresh()
 
 
 def settle(app) -> None:
@@ -106,6 +113,7 @@ def main(
         font: size relative to the usual one.
         open_all: with all sections open.
     """
+    from PIL import Image
     from PySide6.QtCore import Qt
     from PySide6.QtWidgets import QFrame, QScrollArea
 
@@ -138,6 +146,8 @@ def main(
                 area.resize(width, widget.parent.layout().totalHeightForWidth(width))
                 settle(app)
             area.grab().save(str(output))
+            picture = Image.open(output).convert("RGB")
+            picture.quantize(128, dither=Image.Dither.NONE).save(output, optimize=True)  # a third of the size
             area.takeWidget()
             area.close()
             widget.cleanup()

@@ -73,6 +73,13 @@ def test_a_label_stands_for_the_classes_that_it_names(two_cohorts):
     assert members(c, 0) == ["background", "one"]  # it was not said that there is no class one
 
 
+def test_labels_get_names_in_ascending_order(two_cohorts):
+    read = subjects.load(tiny(two_cohorts[0], names=["fluid", "gray", "white"]))
+    (a,) = read.stocks[0].subjects
+    assert read.names == ("background", "fluid", "gray", "white")
+    assert [read.sets[a.set_of[n]].tolist().index(1) for n in range(4)] == [0, 1, 2, 3]
+
+
 def test_a_label_that_a_volume_lacks_may_be_there_unless_the_source_says_otherwise(tmp_path, write_cohort, anatomy):
     images, labels, _ = anatomy((16, 16, 16), seed=1)
     lacking = np.where(labels == 3, 0, labels)
@@ -112,6 +119,7 @@ def test_a_class_that_a_coarse_label_names_may_be_where_there_is_no_label(two_co
         ({"sources": []}, "name a cohort"),
         ({"sources": [{"cohort": "FINE", "classes": {1: "nobody"}}], "names": ["one"]}, "nobody"),
         ({"sources": [{"cohort": "nowhere"}]}, "cohort.json is missing"),
+        ({"sources": [{"cohort": "FINE"}], "names": ["one", "two"]}, "2 names for 3 labels"),
     ],
 )
 def test_sources_that_cannot_be_say_why(two_cohorts, values, said):
@@ -208,9 +216,9 @@ def test_where_two_classes_are_possible_either_is_right():
     assert terms(logits + torch.tensor([20, 0, 0]).view(1, 3, 1, 1, 1), fractions, sets)[0] > 5
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-def test_a_killed_training_goes_on_bit_by_bit(two_cohorts, tmp_path, stride):
-    config = tiny(two_cohorts[0], stride=stride)
+@pytest.mark.parametrize(("stride", "subvoxel"), [(1, False), (2, False), (2, True)])
+def test_a_killed_training_goes_on_bit_by_bit(two_cohorts, tmp_path, stride, subvoxel):
+    config = tiny(two_cohorts[0], stride=stride, subvoxel=subvoxel)
     read = subjects.load(config)
     whole = fit(config, read, tmp_path / "whole")
 
@@ -231,12 +239,19 @@ def test_a_killed_training_goes_on_bit_by_bit(two_cohorts, tmp_path, stride):
     with pytest.raises(ValueError, match="holds a training already"):
         fit(config, read, tmp_path / "parts")
     with pytest.raises(ValueError, match="another learning_rate"):
-        fit(tiny(two_cohorts[0], stride=stride, learning_rate=0.1), read, tmp_path / "parts", resume=True)
+        fit(
+            tiny(two_cohorts[0], stride=stride, subvoxel=subvoxel, learning_rate=0.1),
+            read,
+            tmp_path / "parts",
+            resume=True,
+        )
     parts = fit(config, read, tmp_path / "parts", resume=True)
     for a, b in zip(whole.ema.state_dict().values(), parts.ema.state_dict().values(), strict=True):
         assert torch.equal(a, b)
     for name in (LOG, LAST, BEST):
         assert (tmp_path / "parts" / name).exists()
+    (tmp_path / "parts" / LOG).unlink()  # as of a process that was killed before it wrote the last one
+    fit(config, read, tmp_path / "parts", resume=True)
     logs = [list(csv.DictReader((tmp_path / n / LOG).open())) for n in ("whole", "parts")]
     assert logs[0] == logs[1] and float(logs[0][-1]["Dice"]) >= 0
 
@@ -334,6 +349,10 @@ def test_the_experiment_trains_on_few_cases_and_compares_on_pairs_it_never_saw(t
     assert [(row["fixed"], row["moving"]) for row in rows] == experiment.pairs(tmp_path)[:2]
     listed = json.loads((output / "cohort" / "cohort.json").read_text())["volumes"]
     assert {v["name"] for v in listed} == {"crop_0", "crop_1", "crop_2"}
+    monkeypatch.setattr(experiment, "HELD_OUT", 5)  # crop_2 is one of them now
+    monkeypatch.setattr("sys.argv", ["classes.py", *options, "--cohort", str(output / "cohort")])
+    assert experiment.main() == 2
+    assert "trains on crop_2" in capsys.readouterr().err
 
 
 SMALL = (
@@ -364,7 +383,7 @@ def train_model(tiny_cohort, tmp_path, monkeypatch):
 def test_a_model_of_a_labeled_cohort_has_a_class_network_that_its_registrations_use(train_model, tmp_path):
     assert train_model("--name", "told", "classes.steps=2") == 0
     model = models.load(str(tmp_path / "models" / "told.json"))
-    assert model.card.classes == ["background", "1", "2", "3"]
+    assert model.card.classes == ["background", "1", "2", "3"] and model.classnet.config.subvoxel
     assert "segmentation Dice" in model.card.scores and "cohort Dice" in model.card.scores
     run = tmp_path / "build" / "training" / "told"
     best = torch.load(run / BEST, weights_only=True)

@@ -108,6 +108,22 @@ def test_one_network_can_serve_all_tasks(template, tmp_path):
     assert [row["task"] for row in rows] == ["T1-T2", "T2-T2"]
 
 
+def test_networks_are_trained_side_by_side_and_register_as_far_as_they_are(template, tmp_path):
+    output, methods = tmp_path / "aal", ("RegNet + MI 16", "DivRegNet")
+    command = [ROOT / "training/experiments/aal_brain.py", "--cohort", template, "--output", output, "--pairs", 1]
+    command += ["--tasks", "T1-T2", "--device", "cpu", "--methods", *methods]
+    done = run(*command, "--jobs", 2, "--train-only", "--override", "steps=4", "validate_every=4", home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert {f.name for f in (output / "runs").glob("*.log")} == {"T1-T2_RegNet_MI_16.log", "T1-T2_DivRegNet.log"}
+    assert not (output / "rows").exists()
+    done = run(*command, "--unfinished", "--override", "validate_every=4", home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    with (output / "aal-brain.csv").open() as file:
+        assert [(row["method"], row["steps"]) for row in csv.DictReader(file)] == [(m, "4") for m in methods]
+    failed = run(*command, "--jobs", 2, "--train-only", "--override", "steps=4", "learning_rate=1", home=tmp_path)
+    assert failed.returncode == 2 and ".log says why" in failed.stderr
+
+
 def test_the_scores_of_the_true_deformation_are_perfect(template):
     from training.data.cohort import load
 
@@ -209,7 +225,7 @@ def test_the_papers_numbers_and_cohort_sizes_are_those_of_the_paper():
 
 @pytest.mark.parametrize("experiment", [AAL, *EXPERIMENTS.values()], ids=lambda e: e.name)
 def test_every_row_of_every_experiment_has_a_configuration(experiment, tmp_path):
-    settings = argparse.Namespace(preset="quick", cohort=tmp_path)
+    settings = argparse.Namespace(preset="quick", cohort=tmp_path, overrides=[])
     assert (comparison.SUPERVISED in experiment.methods) == (experiment is AAL)
     for method in set(experiment.methods) & set(comparison.NETWORKS):
         config = comparison._config(experiment, experiment.tasks, method, settings)

@@ -290,6 +290,15 @@ def test_a_worse_validation_does_not_replace_the_best(again):
     assert checkpoint(output / "last.pt")["log"][-1]["cohort Dice"] < state["log"][-1]["cohort Dice"] - 0.05
 
 
+def test_a_log_that_was_not_written_before_a_kill_is_completed(again):
+    """A process that is killed between the last checkpoint and its log has no step left that would write it."""
+    config, output = again
+    whole = (output / "log.csv").read_text()
+    (output / "log.csv").write_text("".join(whole.splitlines(keepends=True)[:-1]))
+    run(config, output, resume=True)
+    assert (output / "log.csv").read_text() == whole
+
+
 def test_a_finished_run_continues_to_more_steps_and_keeps_its_log(again):
     config, output = again
     before = checkpoint(output / "last.pt")["log"]

@@ -7,6 +7,7 @@ import SimpleITK as sitk
 from DivRegNetLib.core.grid import Grid, affine_transform, apply_matrix
 from DivRegNetLib.registration import alignment
 
+HEAD_CENTER = np.array([31.0, -47.0, 112.0])
 SHIFT = (12.0, -13.0, 9.2)  # 20 mm
 
 
@@ -68,6 +69,48 @@ def test_an_affine_map_is_recovered_to_a_millimeter_and_the_same_to_the_bit_each
     assert fractions == sorted(fractions)
     assert fractions[-1] == 1
     np.testing.assert_array_equal(alignment.align(*images, "affine"), found)
+
+
+@pytest.mark.parametrize("degrees", [(180, 0, 0), (0, 90, 0), (10, 180, 90), (0, 0, 120)])
+def test_a_head_is_found_however_it_lies_and_the_turn_is_said(degrees, pair, error, rigid):
+    truth = rigid(degrees, SHIFT)
+    found = alignment.find(*pair(truth), "rigid")
+    assert error(found.matrix, truth).max() < 1
+    (sentence,) = found.warnings
+    assert "turned by" in sentence
+
+
+@pytest.mark.parametrize("scale", [0.62, 1.55])
+def test_a_head_of_another_size_is_found_and_the_size_is_said(scale, pair, error, rigid):
+    about = rigid((0, 0, 0), HEAD_CENTER)
+    truth = rigid((20, -10, 15), SHIFT) @ about @ np.diag([scale, scale, scale, 1]) @ np.linalg.inv(about)
+    found = alignment.find(*pair(truth), "affine")
+    assert error(found.matrix, truth).max() < 1.5
+    (sentence,) = found.warnings
+    assert "as large as its header says" in sentence
+
+
+def test_a_specimen_of_a_millimeter_is_aligned_like_a_head(pair, error, rigid, landmarks):
+    """Nothing in the alignment is in millimeters."""
+    truth, images, shrink = rigid((8, -6, 90), SHIFT), [], np.diag([0.01, 0.01, 0.01, 1])
+    for image in pair(truth):
+        grid = Grid.of(image)
+        images.append(Grid(grid.size, shrink @ grid.matrix).stamp(sitk.Image(image)))
+    found = np.linalg.inv(shrink) @ alignment.align(*images, "rigid") @ shrink
+    assert error(found, truth).max() < 1
+
+
+def test_what_is_aligned_already_stays_where_it_is(pair, error):
+    found = alignment.find(*pair(np.eye(4)), "affine")
+    assert error(found.matrix, np.eye(4)).max() < 0.5
+    assert found.warnings == ()
+
+
+def test_a_mirror_image_is_said_to_be_one(pair, error, rigid):
+    mirror = rigid((0, 0, 0), HEAD_CENTER) @ np.diag([-1, 1, 1, 1]) @ rigid((0, 0, 0), -HEAD_CENTER)
+    found = alignment.find(*pair(rigid((10, 5, -8), SHIFT) @ mirror), "rigid")
+    assert np.linalg.det(found.matrix[:3, :3]) > 0
+    assert any("mirror image" in sentence for sentence in found.warnings)
 
 
 def test_centering_is_a_translation_that_brings_distant_heads_together(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from DivRegNetLib.similarity.classes import ClassNet, ClassNetConfig
+from DivRegNetLib.similarity.classes import SHARED, ClassNet, ClassNetConfig, shared
 
 
 def network(**values) -> ClassNet:
@@ -20,12 +20,12 @@ def test_probabilities_of_any_shape_add_up_to_one(stride):
     torch.testing.assert_close(probable.sum(1), torch.ones_like(probable[:, 0]))
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-def test_outside_the_field_of_view_is_background_whatever_the_image_holds_there(stride):
+@pytest.mark.parametrize(("stride", "subvoxel"), [(1, False), (2, False), (2, True)])
+def test_outside_the_field_of_view_is_background_whatever_the_image_holds_there(stride, subvoxel):
     inside = torch.ones(1, 1, 16, 16, 16, dtype=torch.bool)
     inside[..., :6] = False
-    image, net = torch.rand(1, 1, 16, 16, 16), network(stride=stride)
-    probable = net.probabilities(image, inside)
+    image, net = torch.rand(1, 1, 16, 16, 16), network(stride=stride, subvoxel=subvoxel)
+    probable, stride = net.probabilities(image, inside), net.config.output_stride
     assert (probable[:, 0, ..., : 6 // stride] == 1).all() and (probable[:, 1:, ..., : 6 // stride] == 0).all()
     assert torch.equal(probable, net.probabilities(torch.where(inside, image, 7.0), inside))
 
@@ -47,6 +47,34 @@ def test_the_network_moves_with_the_image():
     torch.testing.assert_close(here.roll((2, -2, 4), (2, 3, 4))[middle], there[middle], atol=1e-3, rtol=0)
 
 
+def test_with_subvoxels_the_class_of_every_voxel_is_told_where_it_lies():
+    """Of features at every second voxel: the outputs for the eight voxels of a cube lie as these do."""
+    net = network(stride=2, subvoxel=True)
+    image = torch.rand(2, 1, 13, 22, 9)
+    probable = net.probabilities(image)
+    assert probable.shape == (2, 4, 13, 22, 9)
+    torch.testing.assert_close(probable.sum(1), torch.ones_like(probable[:, 0]))
+    with torch.no_grad():
+        net.head.weight.zero_()
+        net.head.bias.copy_(torch.arange(32.0))
+        logits = net(torch.rand(1, 1, 32, 32, 32))
+    corner = torch.arange(8.0).view(2, 2, 2)
+    for number in range(4):
+        assert torch.equal(logits[0, number, 6:8, 10:12, 20:22], 8 * number + corner)
+
+
+def test_classes_fade_where_one_image_has_next_to_none_of_them():
+    volumes = torch.tensor([[0.2, 0.3, 0.2], [0.1, 0.3 * SHARED / 2, 0.0]])
+    fixed, moving = (torch.cat((1 - v.sum()[None], v)).view(1, 4, 1, 1, 1).expand(1, 4, 6, 6, 6) for v in volumes)
+    now = shared(fixed, moving)
+    for before, after in zip((fixed, moving), now, strict=True):
+        torch.testing.assert_close(after.sum(1), torch.ones(1, 6, 6, 6))
+        expected = before[:, 1:] * torch.tensor([1.0, 0.5, 0.0]).view(1, 3, 1, 1, 1)
+        torch.testing.assert_close(after[:, 1:], expected)
+    nothing = torch.tensor([1.0, 0, 0, 0]).view(1, 4, 1, 1, 1).expand(1, 4, 6, 6, 6)
+    assert all(torch.equal(x, nothing) for x in shared(nothing, nothing))
+
+
 def test_its_configuration_survives_json():
     config = ClassNetConfig(classes=3, channels=(2, 3), stride=2)
     assert ClassNetConfig(**config.as_dict()) == config
@@ -61,6 +89,7 @@ def test_its_configuration_survives_json():
         ({"channels": (4, 0)}, "1 to 1024 channels"),
         ({"classes": 2.0}, "whole numbers"),
         ({"stride": True}, "whole numbers"),
+        ({"subvoxel": 1}, "true or false"),
     ],
 )
 def test_a_configuration_that_cannot_be_says_why(values, said):

@@ -2,7 +2,9 @@
 
 import math
 
+import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from textures import other_contrast, textured
 
@@ -142,3 +144,12 @@ def test_foreground_is_what_is_not_air_and_what_that_encloses():
     found = evidence.foreground(image)
     assert found[ventricle].all()
     assert found[head].all() and (found != head).float().mean() < 0.06  # smoothing makes it a little larger
+
+
+@pytest.mark.parametrize("share", [0.15, 0.5, 0.85, 0.95])
+def test_opening_and_filling_are_those_of_simpleitk(share):
+    mask = np.random.default_rng(0).random((17, 20, 23)) < share
+    image = sitk.GetImageFromArray(mask.astype(np.uint8))
+    opened, filled = sitk.BinaryMorphologicalOpening(image, [1] * 3), sitk.BinaryFillhole(image)
+    assert np.array_equal(evidence._opened(mask), sitk.GetArrayViewFromImage(opened) > 0)
+    assert np.array_equal(evidence._filled(mask), sitk.GetArrayViewFromImage(filled) > 0)

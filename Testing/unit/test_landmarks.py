@@ -56,9 +56,44 @@ def test_lists_with_other_labels_are_paired_in_their_order():
     assert pairs.notes == ()
 
 
+def test_a_point_that_one_list_lacks_does_not_shift_the_others():
+    """A reader deleted F-2 in one list and F-4 in the other: four points each, of which three belong together."""
+    kept = [0, 2, 3, 4], [0, 1, 2, 4]
+    fixed, moving = (Landmarks(POINTS[k] + 2 * i, tuple(LABELS[n] for n in k)) for i, k in enumerate(kept))
+    pairs = pair_landmarks(fixed, moving)
+    assert pairs.labels == ("F-1", "F-3", "F-5")
+    np.testing.assert_allclose(pairs.moving - pairs.fixed, 2)
+    assert pairs.notes == (
+        "fixed landmarks left out because no other has their label: F-4",
+        "moving landmarks left out because no other has their label: F-2",
+    )
+    pairs = pair_landmarks(Landmarks(POINTS, LABELS), Landmarks(POINTS[1:] + 1, LABELS[1:]))
+    np.testing.assert_allclose(pairs.moving - pairs.fixed, 1)
+    assert pairs.notes == ("fixed landmarks left out because no other has their label: F-1",)
+
+
+def test_numbers_of_lines_are_no_labels(tmp_path):
+    """Without a column of labels the third line of one table is not the third of another that lacks a line."""
+    rows = [f"{x},{y},{z}\n" for x, y, z in POINTS]
+    (tmp_path / "f.csv").write_text("x,y,z\n" + "".join(rows))
+    (tmp_path / "m.csv").write_text("x,y,z\n" + "".join(rows[1:]))
+    fixed, moving = (read_landmarks(tmp_path / f"{name}.csv") for name in "fm")
+    assert fixed.labels == ("1", "2", "3", "4", "5")
+    with pytest.raises(InputError, match="5 fixed landmarks but 4 moving ones"):
+        pair_landmarks(fixed, moving)
+    named = Landmarks(POINTS + 1, ("2", "1", "3", "4", "5"))
+    np.testing.assert_allclose(pair_landmarks(fixed, named).moving - POINTS, 1)
+
+
+def test_labels_are_compared_without_case_and_blanks():
+    fixed = Landmarks(POINTS[:2], ("Left eye", "nose"))
+    pairs = pair_landmarks(fixed, Landmarks(POINTS[1::-1] + 1, (" Nose", "left Eye")))
+    np.testing.assert_allclose(pairs.moving - pairs.fixed, 1)
+
+
 def test_lists_without_a_common_pair_are_refused():
     with pytest.raises(InputError, match="5 fixed landmarks but 4 moving ones"):
-        pair_landmarks(Landmarks(POINTS, LABELS), Landmarks(POINTS[:4], LABELS[:4]))
+        pair_landmarks(Landmarks(POINTS, LABELS), Landmarks(POINTS[:4], ("a", "b", "c", "d")))
     nothing = np.full((5, 3), np.nan)
     with pytest.raises(InputError, match="no landmark is defined in both lists"):
         pair_landmarks(Landmarks(POINTS, LABELS), Landmarks(nothing, LABELS))

@@ -179,6 +179,40 @@ def test_classes_bring_together_what_intensities_do_not():
     assert apart(without) > 0.5 * still
 
 
+def test_classes_that_are_unknown_in_both_images_change_nothing_but_the_window(images):
+    """A network that finds nothing in the images: everything is background, which pulls nowhere."""
+    nothing = torch.cat((torch.ones(1, 1, *SHAPE), torch.zeros(1, 3, *SHAPE)), 1)
+    pair = replace(images, classes=Features(nothing, nothing))
+    for window in (0.5, 1.0):
+        settings = replace(DEFAULT, class_window=window)
+        plain = deform(images, ("variational",), settings.with_classes(), None)
+        torch.testing.assert_close(deform(pair, ("variational",), settings, None), plain, atol=1e-4, rtol=0)
+    assert settings.with_classes() == settings
+    assert (
+        replace(DEFAULT, class_window=0.5).with_classes().first_smoothness.window
+        == 0.5 * DEFAULT.first_smoothness.window
+    )
+
+
+def test_a_class_that_one_image_alone_has_moves_nothing():
+    """A network that takes the bright ball of one image for class 1, and finds nothing in the other, which is dark."""
+    bright, dark = ball((10.0, 15.0, 12.0)), torch.zeros(1, 1, *SHAPE)
+    noise = torch.rand(2, 1, 1, *SHAPE, generator=torch.Generator().manual_seed(0))
+    for pair in (bright, dark), (dark, bright):
+        classes = methods.with_classes(Images(*pair), BrightIsOne()).classes
+        found = deform(Images(*noise, classes=classes), ("variational",), DEFAULT, None)
+        plain = deform(Images(*noise), ("variational",), DEFAULT.with_classes(), None)
+        torch.testing.assert_close(found, plain, atol=1e-3, rtol=0)
+
+
+def test_noise_instead_of_classes_folds_nothing(images):
+    """What a network may see where it knows no anatomy."""
+    random = torch.Generator().manual_seed(0)
+    noise = [torch.rand(1, 5, *SHAPE, generator=random).mul(9).softmax(1) for _ in range(2)]
+    found = deform(replace(images, classes=Features(*noise)), ("variational",), DEFAULT, None)
+    assert torch.isfinite(found).all() and fields.jacobian_determinant(found).min() > 0
+
+
 def test_a_refinement_that_classes_do_not_gain_by_is_undone():
     """Classes that fit already hold images back which only look as if they were to move."""
     moving, fixed, _ = deformed(SHAPE, 1.5, seed=0)

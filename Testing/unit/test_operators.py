@@ -9,6 +9,8 @@ from textures import deformed
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from DivRegNetLib import models
+from DivRegNetLib.core import fields
+from DivRegNetLib.core.recording import Recorder
 from DivRegNetLib.registration import methods
 from DivRegNetLib.registration.methods import Images
 
@@ -77,3 +79,80 @@ def test_the_operations_are_the_same_for_all_images_of_a_shape(model, names):
         played = recorded(second.fixed, second.moving, *second.valid)
         torch.testing.assert_close(played, run(second.fixed, second.moving, *second.valid), atol=0, rtol=0)
         assert (played - run(first.fixed, first.moving, *first.valid)).abs().max() > 0.5
+
+
+@pytest.mark.parametrize("names", ["variational", "variational+regnet"])
+def test_what_a_recorded_forward_pass_reads_from_outside_is_kept(model, names):
+    """A CUDA graph reads the memory where its constants were: those of the caches must not be given up with the cache."""
+    pair = images(1, masks=True)
+    tensors, rebuild = pair.taken_apart()
+    present = [t for t in tensors if t is not None]
+
+    def run(*given: torch.Tensor) -> torch.Tensor:
+        rest = iter(given)
+        return deform(
+            model, rebuild([None if t is None else next(rest) for t in tensors]), names, steps=5, min_voxels=1
+        )
+
+    used: list[torch.Tensor] = []
+    with torch.no_grad():
+        run(*present)  # fills the caches
+        with fields.collecting_cached(used):
+            recorded = make_fx(run)(*present)
+    kept = {t.untyped_storage().data_ptr() for t in (*used, *model.regnet.parameters(), *model.regnet.buffers())}
+    read = {node.target for node in recorded.graph.nodes if node.op == "get_attr"}
+    assert len(read) > 5
+    assert [n for n in read if getattr(recorded, n).untyped_storage().data_ptr() not in kept] == []
+
+
+def test_while_a_pass_is_recorded_no_cache_is_filled():
+    """The tensor would be made when the recording is played, and be used before."""
+    with fields.collecting_cached([]), pytest.raises(RuntimeError, match="cache"):
+        fields.constants(3.25, -1.5, 77.0, like=torch.ones(1))
+    assert fields.constants(3.25, -1.5, 77.0, like=torch.ones(1)).tolist() == [3.25, -1.5, 77.0]
+
+
+class FakeRecording:
+    """Stands in for a CUDA graph: notes what is recorded and played."""
+
+    made = 0
+
+    def __init__(self, function, *tensors) -> None:
+        type(self).made += 1
+        self.function = function
+
+    def __call__(self, *tensors):
+        return -self.function(*tensors)
+
+
+class OnCuda(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda:0")
+
+
+def test_what_is_called_a_second_time_with_the_same_shapes_is_recorded():
+    def on_cuda(*shape: int) -> torch.Tensor:
+        return torch.ones(shape).as_subclass(OnCuda)
+
+    FakeRecording.made, recorder = 0, Recorder(FakeRecording)
+    results = [float(recorder("a", torch.sum, on_cuda(2))) for _ in range(3)]
+    assert results == [2, -2, -2] and FakeRecording.made == 1
+    assert float(recorder("b", torch.sum, on_cuda(2))) == 2  # other settings
+    assert float(recorder("b", torch.sum, on_cuda(3))) == 3  # another shape
+    assert float(recorder("b", torch.sum, on_cuda(3), room=False)) == 3  # no memory to keep it
+    assert float(recorder("b", torch.sum, on_cuda(3))) == -3 and FakeRecording.made == 2
+    assert float(recorder("a", torch.sum, on_cuda(2))) == -2 and FakeRecording.made == 2  # kept beside the other
+    assert [float(recorder("c", torch.sum, torch.ones(2))) for _ in range(3)] == [2, 2, 2]  # on the CPU
+
+
+def test_a_pass_that_looks_at_its_data_is_not_recorded(model):
+    settings = model.card.variational_settings
+    pair = images(0)
+    assert methods.is_recordable(pair, ("variational",), settings)
+    assert not methods.is_recordable(replace(pair, measured=None), ("variational",), settings)
+    assert not methods.is_recordable(pair, ("variational",), replace(settings, min_gain=0.1))
+    masked = replace(pair, fixed_mask=torch.ones_like(pair.fixed, dtype=torch.bool))
+    assert not methods.is_recordable(masked, ("variational",), replace(settings, masks="exclude"))

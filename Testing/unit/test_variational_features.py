@@ -113,6 +113,22 @@ def test_features_of_images_of_any_size_stay_where_they_are(stride):
     assert fields.length(found).max() < 1e-3
 
 
+def test_probabilities_of_classes_are_sharpened_by_a_low_temperature():
+    fixed, moving = (torch.rand(2, 4, 5, 6, 7, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    given = Features(fixed / fixed.sum(1, keepdim=True), moving / moving.sum(1, keepdim=True), stride=2)
+    same = given.of_classes(weight=7.0, temperature=1.0)
+    assert torch.equal(same.fixed, given.fixed) and (same.weight, same.stride) == (7.0, 2)
+    sharp, sharpest = given.of_classes(7.0, 0.5), given.of_classes(7.0, 1e-3)
+    for before, now, last in (
+        (given.fixed, sharp.fixed, sharpest.fixed),
+        (given.moving, sharp.moving, sharpest.moving),
+    ):
+        torch.testing.assert_close(now, before.square() / before.square().sum(1, keepdim=True))
+        assert torch.equal(last.argmax(1), before.argmax(1)) and last.amax(1).mean() > 0.99
+    certain = Features(torch.eye(4).view(1, 4, 4, 1, 1), torch.eye(4).view(1, 4, 4, 1, 1)).of_classes(1.0, 0.01)
+    assert torch.isfinite(certain.fixed).all()
+
+
 # Descriptors
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import DivRegNetLib
-from DivRegNetLib.quality.verdict import judge
+from DivRegNetLib.quality.verdict import judge, two_digits
 
 GOOD = {
     "nmi": {"before": 1.05, "aligned": 1.10, "after": 1.15},
@@ -76,6 +76,17 @@ def test_evidence_decides_whether_the_similarity_rose_or_not():
     assert judge(GOOD).expected_error_mm is None
 
 
+def test_a_range_is_told_only_where_the_size_of_the_error_can_be():
+    told, large = (judge(GOOD | {"evidence": numbers}) for numbers in (RIGHT, WRONG))
+    assert "nine times in ten from" in told.reasons[0] and "far more" not in told.reasons[0]
+    assert "it may be far more" in large.reasons[0] and "nine times" not in large.reasons[0]
+
+
+@pytest.mark.parametrize(("value", "text"), [(0.6066, "0.61"), (2.49, "2.5"), (107.9, "110"), (20.0, "20")])
+def test_millimeters_have_two_digits_and_no_exponent(value, text):
+    assert two_digits(value) == text
+
+
 def test_images_without_anything_in_common_are_red():
     verdict = judge(GOOD | {"evidence": None})
     assert verdict.level == "red" and "next to nothing in common" in verdict.reasons[0]
@@ -112,3 +123,17 @@ def test_the_context_of_a_sentence_is_that_of_slicers_translation_tools():
     marked = {p: re.search(r"""= marker\("([^"]+)"\)""", p.read_text(encoding="utf-8")) for p in root.rglob("*.py")}
     contexts = {p: m.group(1) for p, m in marked.items() if m and p.name != "words.py"}
     assert contexts == {p: f"{p.parent.name}.{p.stem}" for p in contexts} and len(contexts) > 1
+
+
+@pytest.mark.parametrize(
+    ("deformation", "words"),
+    [
+        ({"chosen": "none", "stiffness": None, "scores": {"none": {}}}, "No deformation"),
+        ({"chosen": "stiffness 1", "stiffness": 1.0, "scores": {"none": {}}}, "Stiffness chosen: the model's own."),
+        ({"chosen": "regnet", "stiffness": 0.2, "scores": {"none": {}}}, "Stiffness chosen: 0.2 times the model's."),
+        ({"chosen": "stiffness 3", "stiffness": 3.0, "scores": {}}, ""),
+    ],
+)
+def test_how_stiff_the_deformation_is_is_said_where_it_was_chosen(deformation, words):
+    reasons = " ".join(map(str, judge({"folded_percent": 0.0, "deformation": deformation}).reasons))
+    assert words in reasons and ("tiffness" in reasons or "No deformation" in reasons) == bool(words)

@@ -279,7 +279,7 @@ def hippocampus_pairs() -> list[tuple[int, int]]:
 def painted(data: Path, fixed: str, moving: str, contrasts: tuple[str, str], seed: int) -> Material:
     """Two heads whose images are generated from label maps, see :func:`painted_image`."""
     random = np.random.default_rng(seed)
-    maps = [_cropped(read_labels(label_maps.file_of(data, name))) for name in (fixed, moving)]
+    maps = [cropped(read_labels(label_maps.file_of(data, name))) for name in (fixed, moving)]
     images = [painted_image(labels, contrast, random) for labels, contrast in zip(maps, contrasts, strict=True)]
     brain = sorted(label_maps.BRAIN)
     return Material(*images, *(relabeled(labels, [(n,) for n in brain]) for labels in maps))
@@ -311,7 +311,7 @@ def painted_image(labels: sitk.Image, contrast: str, random: np.random.Generator
     return Grid.of(labels).image(values.clip(0).astype(np.float32))
 
 
-def _cropped(labels: sitk.Image) -> sitk.Image:
+def cropped(labels: sitk.Image) -> sitk.Image:
     """A label map without the air more than 10 voxels away from the head."""
     shape = sitk.LabelShapeStatisticsImageFilter()
     shape.Execute(sitk.Cast(labels > 0, sitk.sitkUInt8))

@@ -101,13 +101,14 @@ class ClassTraining:
     """A training of the class network. Lengths of time are in steps.
 
     steps: 0: there is no class network.
-    names: of the classes but background, in their order; empty: those that the sources name, in the order of their labels.
+    names: of the classes but background, in their order; empty: those that the sources name, in the order of their labels. A
+        source that has no ``classes`` has one label for each name, in ascending order.
     sources: what is learned from.
     shape: sides (D, H, W) of the images that are looked at, in voxels; empty: those of the source's cohort. Smaller ones are
         parts that may lie anywhere.
     spacing: mm of their voxels, from and to, drawn anew each time; 0: that of the source's cohort.
     normalization: of the images, a key of :data:`DivRegNetLib.core.intensity.SCHEMES`; "": that of the first source's cohort.
-    channels, stride: see :class:`DivRegNetLib.similarity.classes.ClassNetConfig`.
+    channels, stride, subvoxel: see :class:`DivRegNetLib.similarity.classes.ClassNetConfig`.
     batch: images per step.
     learning_rate: largest, reached after ``warmup`` steps, falling to a hundredth by a cosine.
     weight_decay: of AdamW.
@@ -126,6 +127,7 @@ class ClassTraining:
     normalization: str = ""
     channels: list[int] = field(default_factory=lambda: [32, 64, 64])
     stride: int = 2
+    subvoxel: bool = False
     steps: int = 0
     batch: int = 4
     learning_rate: float = 3e-3

@@ -5,7 +5,7 @@ for a *set* of classes that are possible at a voxel. Background is class 0.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +93,7 @@ def load(config: ClassTraining, device: torch.device | str = "cpu") -> Subjects:
     sets: dict[frozenset[int], int] = {frozenset((0,)): OUTSIDE}
     stocks = []
     for source, cohort in zip(config.sources, read, strict=True):
+        source = _named(source, cohort, config.names)
         usable = _usable(cohort, source.kind, device)
         made = {v.name: _subject(v, cohort, source, names, sets) for v in usable}
         train = tuple(made[v.name] for v in usable if v.split == "train")[: source.cases or None]
@@ -108,6 +109,20 @@ def load(config: ClassTraining, device: torch.device | str = "cpu") -> Subjects:
     for members, number in sets.items():
         table[number, list(members)] = 1
     return Subjects(names, table.to(device), tuple(stocks), config.normalization or read[0].normalization)
+
+
+def _named(source: Source, cohort: cohorts.Cohort, names: Sequence[str]) -> Source:
+    """The source with a class for each label: in their order those that are named, where the source does not say which.
+
+    Raises:
+        ValueError: there are not as many names as labels.
+    """
+    if not names or source.classes is not None or source.kind not in LABELED:
+        return source
+    labels = sorted(_labels(cohort))
+    if len(labels) != len(names):
+        raise ValueError(f"names: {len(names)} names for {len(labels)} labels of {source.cohort}: {labels}")
+    return replace(source, classes=dict(zip(labels, names, strict=True)))
 
 
 def _usable(cohort: cohorts.Cohort, kind: str, device: torch.device | str) -> list[cohorts.Volume]:

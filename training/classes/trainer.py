@@ -39,8 +39,8 @@ class ClassTrainer:
         self.config, self.subjects, self.device = config, subjects, subjects.sets.device
         self.half = config.precision == "bf16" or (config.precision == "auto" and _fast_at_half(self.device))
         torch.manual_seed(config.seed)
-        net = ClassNet(ClassNetConfig(len(subjects.names), tuple(config.channels), config.stride))
-        self.multiple, self.net = net.config.multiple, net.to(self.device)
+        net = ClassNet(ClassNetConfig(len(subjects.names), tuple(config.channels), config.stride, config.subvoxel))
+        self.multiple, self.stride, self.net = net.config.multiple, net.config.output_stride, net.to(self.device)
         if self.device.type == "cuda":
             net.to(memory_format=torch.channels_last_3d)
         self.optimizer = torch.optim.AdamW(net.parameters(), config.learning_rate, weight_decay=config.weight_decay)
@@ -126,7 +126,7 @@ class ClassTrainer:
     def _fractions(self, sets: Tensor) -> Tensor:
         """(N, 1, D, H, W) numbers of sets to (N, S, d, h, w), how much of a voxel of the network's output each covers."""
         fractions = F.one_hot(sets[:, 0], len(self.subjects.sets)).movedim(-1, 1).float()
-        return F.avg_pool3d(fractions, self.config.stride) if self.config.stride > 1 else fractions
+        return F.avg_pool3d(fractions, self.stride) if self.stride > 1 else fractions
 
     def rate(self) -> float:
         """The learning rate of the present step."""
@@ -166,7 +166,7 @@ class ClassTrainer:
             probable = self.ema.module.probabilities(image)
             fractions = F.one_hot(sets[:, 0], len(self.subjects.sets)).movedim(-1, 1).float()
             certain, counts = certainty(fractions, self.subjects.sets)
-            if self.config.stride > 1:
+            if self.stride > 1:
                 probable = F.interpolate(probable, size=shape, mode="trilinear", align_corners=False)
             chosen = F.one_hot(probable.argmax(1), len(hits[0])).movedim(-1, 1) * counts
             over = (0, 2, 3, 4)
@@ -222,6 +222,8 @@ def fit(config: ClassTraining, subjects: Subjects, output: Path, *, resume: bool
     trainer = ClassTrainer(config, subjects)
     if checkpoint.exists():
         trainer.restore(torch.load(checkpoint, map_location=trainer.device, weights_only=True))
+        # A process that was killed may have written the checkpoint and not yet its log.
+        write_log(trainer.log, output / LOG)
         print(f"resumed at step {trainer.step_number}")
     sums, count = torch.zeros(3, device=trainer.device), 0
     with tqdm(total=config.steps, initial=trainer.step_number, desc=config.name, mininterval=10) as bar:

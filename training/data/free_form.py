@@ -15,6 +15,7 @@ import SimpleITK as sitk
 import torch
 from torch import Tensor
 
+from DivRegNetLib.core import fields
 from training.data.randomness import Random
 
 CONTROL_MM, SD_MM = 20.0, 6.0
@@ -47,15 +48,20 @@ def evaluate(control: Tensor, bases: Sequence[Tensor]) -> Tensor:
 def bspline_basis(n: int, spacing: float, device: torch.device) -> Tensor:
     """(n, controls): the weight of each control point at each of ``n`` voxels.
 
-    Control point i lies at (i - 1) * ``spacing`` voxels.
+    Control point i lies at (i - 1) * ``spacing`` voxels. The result must not be written to.
     """
-    x = torch.arange(n, device=device) / spacing
+    return _basis(n, spacing, like=torch.empty(0, device=device))
+
+
+@fields.cached
+def _basis(n: int, spacing: float, *, like: Tensor) -> Tensor:
+    x = torch.arange(n, device=like.device) / spacing
     t, first = x.frac(), x.floor().long()
     weights = torch.stack(
         ((1 - t) ** 3 / 6, (3 * t**3 - 6 * t**2 + 4) / 6, (-3 * t**3 + 3 * t**2 + 3 * t + 1) / 6, t**3 / 6), 1
     )
-    basis = torch.zeros(n, int(first.max()) + 4, device=device)
-    return basis.scatter_(1, first[:, None] + torch.arange(4, device=device), weights)
+    basis = torch.zeros(n, int(first.max()) + 4, device=like.device)
+    return basis.scatter_(1, first[:, None] + torch.arange(4, device=like.device), weights)
 
 
 def ffd_transform(image: sitk.Image, seed: int) -> sitk.BSplineTransform:

@@ -48,13 +48,15 @@ class Pair:
 
 def random_affine(random: Random, degrees: float, shift: float, scale: float, shear: float) -> tuple[Tensor, Tensor]:
     """A 3x3 matrix and a shift in voxels; each parameter is uniform between minus and plus its limit."""
-    turn, stretch = random.uniform(-1, 1, 3) * degrees * torch.pi / 180, torch.zeros(3, 3, device=random.device)
-    skew = torch.zeros(3, 3, device=random.device)
+    turn, stretch, skew = random.few(-1, 1, 3) * degrees * torch.pi / 180, torch.zeros(3, 3), torch.zeros(3, 3)
     for angle, (i, j) in zip(turn, ((0, 1), (0, 2), (1, 2)), strict=True):
         skew[i, j], skew[j, i] = angle, -angle
-        stretch[i, j] = stretch[j, i] = random.number(-shear, shear)
-    stretch += torch.diag(random.uniform(-scale, scale, 3))
-    return torch.linalg.matrix_exp(skew) @ torch.linalg.matrix_exp(stretch), random.uniform(-shift, shift, 3)
+        sheared = random.number(-shear, shear)
+        stretch[i, j].fill_(sheared)
+        stretch[j, i].fill_(sheared)
+    stretch += torch.diag(random.few(-scale, scale, 3))
+    matrix = torch.linalg.matrix_exp(skew) @ torch.linalg.matrix_exp(stretch)
+    return matrix.to(random.device), random.few(-shift, shift, 3).to(random.device)
 
 
 def transform(points: Tensor, matrix: Tensor, shift: Tensor, center: Tensor) -> Tensor:
@@ -65,7 +67,13 @@ def transform(points: Tensor, matrix: Tensor, shift: Tensor, center: Tensor) -> 
 
 def untransform(points: Tensor, matrix: Tensor, shift: Tensor, center: Tensor) -> Tensor:
     """The inverse of :func:`transform`."""
-    return transform(points - shift.view(1, 3, 1, 1, 1), torch.linalg.inv(matrix), 0 * shift, center)
+    inverse = torch.linalg.inv_ex(matrix).inverse  # without a check, for which a GPU would have to be waited for
+    return transform(points - shift.view(1, 3, 1, 1, 1), inverse, 0 * shift, center)
+
+
+def center_of(shape: tuple[int, int, int], *, like: Tensor) -> Tensor:
+    """The center of a (D, H, W) grid, (1, 3, 1, 1, 1) in voxels."""
+    return fields.constants(*((n - 1) / 2 for n in shape[::-1]), like=like).view(1, 3, 1, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -91,8 +99,8 @@ def augment(pair: Pair, augmentation: Augmentation, spacing: float, random: Rand
     a, shape = augmentation, pair.fixed.shape[2:]
     if a == Augmentation(0, 0, 0, 0):
         return pair
-    center = (torch.tensor(shape[::-1], device=pair.fixed.device).float().view(1, 3, 1, 1, 1) - 1) / 2
     at = fields.identity(tuple(shape), like=pair.fixed)
+    center = center_of(tuple(shape), like=at)
     place, placed_by = random_affine(random, a.degrees, a.shift_mm / spacing, 0, 0)
     rest, rest_by = random_affine(random, a.apart_degrees, a.apart_mm / spacing, 0, 0)
     fixed_points = transform(at, place, placed_by, center)

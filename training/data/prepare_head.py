@@ -4,11 +4,11 @@
 
 DIR holds ``brain_t1t2pd`` and ``brain_labelmaps``. Three label maps are for validation and tests
 (training/data/label_maps.py). Each label map is aligned to BrainWeb by the affine alignment that a
-registration starts with. ``--template`` prepares BrainWeb alone.
+registration starts with. ``--template`` prepares BrainWeb alone. Interrupted, the same command goes on: label maps that are in
+the output on the same grid are kept.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ import SimpleITK as sitk
 from tqdm import tqdm
 
 from DivRegNetLib.core.grid import Grid, affine_transform
+from DivRegNetLib.io.atomic import write_atomically, write_json
 from DivRegNetLib.registration import alignment
 from training.data.brainweb import CONTRASTS, aal, brain_mask, brainweb, to_unit
 from training.data.cohort import FORMAT
@@ -29,6 +30,22 @@ T1_OF_TISSUE = {"white": 0.55, "gray": 0.4, "fluid": 0.18, "other": 0.35, "backg
 def entry(name: str, contrasts: tuple[str, ...], split: str = "train") -> dict:
     """A volume's entry in cohort.json. BrainWeb is trained on, as its validation uses deformations of its own."""
     return {"name": name, "subject": name, "role": "both", "split": split, "contrasts": list(contrasts)}
+
+
+def is_there(file: Path, shape: tuple[int, int, int]) -> bool:
+    """Whether a label map was prepared on a grid of this shape (D, H, W)."""
+    if not file.exists():
+        return False
+    with np.load(file) as arrays:
+        return arrays["labels"].shape == shape
+
+
+def write(file: Path, **arrays: np.ndarray) -> None:
+    def save(part: Path) -> None:
+        with part.open("wb") as stream:
+            np.savez_compressed(stream, **arrays)
+
+    write_atomically(file, save)
 
 
 def main() -> None:
@@ -54,7 +71,7 @@ def main() -> None:
 
     same = sitk.Transform()
     volumes = [entry("brainweb", CONTRASTS)]
-    np.savez_compressed(
+    write(
         args.output / "brainweb.npz",
         images=np.stack([to_unit(on_grid(template[c], same, sitk.sitkLinear)) for c in CONTRASTS]).astype(np.float16),
         labels=sitk.GetArrayFromImage(on_grid(regions, same)),
@@ -66,13 +83,16 @@ def main() -> None:
     index = np.zeros(max(classes) + 1, np.uint8)
     index[classes] = range(len(classes))
     for file, labels in zip(tqdm(files, desc="label maps"), maps, strict=True):
+        name = file.name.removesuffix(".nii.gz")
+        volumes.append(entry(name, (), HELD_OUT.get(name, "train")))
+        prepared = args.output / f"{name}.npz"
+        if is_there(prepared, grid.shape):
+            continue
         values = np.array([T1_OF_TISSUE[tissue(v)] for v in range(max(classes) + 1)], np.float32)
         looks_like_t1 = Grid.of(labels).image(values[sitk.GetArrayFromImage(labels)])
         to_subject = affine_transform(alignment.align(template["T1"], looks_like_t1, "affine"))
         array = sitk.GetArrayFromImage(on_grid(labels, to_subject))
-        name = file.name.removesuffix(".nii.gz")
-        np.savez_compressed(args.output / f"{name}.npz", labels=index[array], brain=np.isin(array, sorted(BRAIN)))
-        volumes.append(entry(name, (), HELD_OUT.get(name, "train")))
+        write(prepared, labels=index[array], brain=np.isin(array, sorted(BRAIN)))
     about = {
         "format": FORMAT,
         "spacing": args.spacing,
@@ -83,7 +103,7 @@ def main() -> None:
         "classes": classes,
         "tissues": [tissue(c) for c in classes],
     }
-    (args.output / "cohort.json").write_text(json.dumps(about, indent=1))
+    write_json(about, args.output / "cohort.json")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Random numbers of training data.
 
-All random numbers of a pair come from one generator, so the pairs of a step depend only on the seed and the number of the
-step. An interrupted training therefore resumes with the same pairs.
+All random numbers of a pair come from generators of one seed, so the pairs of a step depend only on the seed and the number of
+the step. An interrupted training therefore resumes with the same pairs.
 """
 
 import torch
@@ -9,11 +9,12 @@ from torch import Tensor
 
 
 class Random:
-    """Draws random numbers from one generator on one device."""
+    """Draws random numbers: tensors on a device, and single numbers on the CPU, so that no GPU has to be waited for."""
 
     def __init__(self, seed: int, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
         self.generator = torch.Generator(self.device).manual_seed(seed)
+        self._numbers = self.generator if self.device.type == "cpu" else torch.Generator().manual_seed(seed)
 
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator, device=self.device)
@@ -21,8 +22,12 @@ class Random:
     def uniform(self, low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(shape, generator=self.generator, device=self.device)
 
+    def few(self, low: float, high: float, *shape: int) -> Tensor:
+        """Uniform numbers on the CPU."""
+        return low + (high - low) * torch.rand(shape, generator=self._numbers)
+
     def number(self, low: float, high: float) -> float:
-        return self.uniform(low, high, 1).item()
+        return self.few(low, high, 1).item()
 
     def chance(self, probability: float) -> bool:
         return self.number(0, 1) < probability

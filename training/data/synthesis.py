@@ -13,7 +13,7 @@ from DivRegNetLib.core import fields
 from DivRegNetLib.core.intensity import normalize
 from training.data.cohort import Cohort, Volume
 from training.data.free_form import ffd
-from training.data.pairs import Pair, random_affine, transform, untransform
+from training.data.pairs import Pair, center_of, random_affine, transform, untransform
 from training.data.randomness import Random
 
 # Mean intensities of white matter, gray matter and fluid in BrainWeb's images.
@@ -57,7 +57,7 @@ def make_pair(cohort: Cohort, recipe: Recipe, random: Random) -> Pair:
 
     shape = cohort.shape
     at = fields.identity(shape, like=first.brain.float())
-    center = (torch.tensor(shape[::-1], device=random.device).float().view(1, 3, 1, 1, 1) - 1) / 2
+    center = center_of(shape, like=at)
     mm = 1 / cohort.spacing
     # Both heads get the same affine map; the moving one gets another small one, like the residual of an affine alignment.
     place, placed_by = random_affine(random, 8, 6 * mm, 0.06, 0.02)
@@ -96,7 +96,7 @@ def _shapes(cohort: Cohort, random: Random) -> Cohort:
         if highest is None:
             highest, labels = noise, torch.ones_like(noise, dtype=torch.uint8)
         else:
-            labels = torch.where(noise > highest, torch.tensor(label, dtype=torch.uint8, device=noise.device), labels)
+            labels = torch.where(noise > highest, label, labels)
             highest = torch.maximum(highest, noise)
     if random.chance(0.7):
         axes = [torch.linspace(-1, 1, n, device=random.device).square() / random.number(0.4, 1) for n in cohort.shape]
@@ -139,7 +139,7 @@ def _acquire(subject: Volume, points: Tensor, cohort: Cohort, recipe: Recipe, st
 def _remap(image: Tensor, random: Random) -> Tensor:
     """An image in [0, 1] with a random contrast: a piecewise linear curve that maps 0 to 0."""
     knots = random.uniform(0, 1, 8)
-    knots[0] = 0
+    knots[0].zero_()
     position = image.clamp(0, 1) * (len(knots) - 1)
     lower = position.floor().long().clamp(max=len(knots) - 2)
     return torch.lerp(knots[lower], knots[lower + 1], position - lower)
@@ -155,7 +155,7 @@ def _paint(labels: Tensor, tissues: tuple[str, ...], recipe: Recipe, random: Ran
     for i, name in enumerate(tissues):
         if name in table:
             means[i] = table[name] + 0.04 * random.normal(1)
-    means[0] = random.number(0, 0.1) * random.choice((0, 1))
+    means[0].fill_(random.number(0, 0.1) * random.choice((0, 1)))
     texture = random.normal(*labels.shape) * random.uniform(0, 0.08, len(tissues))[labels]
     return (means[labels] + texture).clamp_min(0)
 

@@ -50,10 +50,14 @@ def main() -> int:
     )
     comparison.add_arguments(parser, EXPERIMENT)
     try:
-        print(report.table(comparison.run(EXPERIMENT, parser.parse_args())))
+        if rows := comparison.run(EXPERIMENT, parser.parse_args()):
+            print(report.table(rows))
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
         print(f"aal_brain.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("aal_brain.py: interrupted; the same command continues from the last checkpoints", file=sys.stderr)
+        return comparison.INTERRUPTED
     return 0
 
 

@@ -26,11 +26,13 @@ from DivRegNetLib.errors import DivRegNetError
 from DivRegNetLib.io.images import read_image, read_labels
 from DivRegNetLib.quality import metrics
 from DivRegNetLib.registration.pipeline import register
+from DivRegNetLib.result import Result
 from training import layers
 from training.classes import subjects
 from training.classes.config import CONFIGS, ClassTraining
 from training.classes.export import export
 from training.classes.trainer import fit
+from training.data import cohort as cohorts
 from training.data import layouts, prepare
 
 HELD_OUT = 20
@@ -64,16 +66,34 @@ class Row:
     seconds: float
 
 
-def registered(data: Path, fixed: str, moving: str, model: models.Model, device: str) -> Row:
-    """Registers a pair with and without the class network of a model, from one alignment."""
+Registered = tuple[sitk.Transform, float, float, float]
+"""Without a class network: the alignment; Dice after it, and after the registration; seconds."""
+
+
+def registered(
+    data: Path, fixed: str, moving: str, model: models.Model, device: str, before: dict[tuple, Registered]
+) -> Row:
+    """Registers a pair with and without the class network of a model, from one alignment.
+
+    Args:
+        before: results without class network; those of the same pair and settings are not computed again.
+    """
     images = [read_image(data / "hippocampus/images" / name) for name in (fixed, moving)]
     labels = [read_labels(data / "hippocampus/labels" / name) for name in (fixed, moving)]
-    without = register(*images, model=replace(model, classnet=None), device=device)
-    start = affine_transform(without.initial)
+    key = (fixed, moving, model.card.variational_settings, model.card.spacing_mm)
+    if key not in before:
+        without = register(*images, model=replace(model, classnet=None), device=device)
+        start = affine_transform(without.initial)
+        dice = [_dice(labels, transform) for transform in (start, without.transform)]
+        before[key] = start, *dice, _seconds(without)
+    start, affine, plain, seconds = before[key]
     found = register(*images, model=model, device=device, align=start)
-    dice = [_dice(labels, transform) for transform in (start, without.transform, found.transform)]
-    seconds = [result.timings["sample"] + result.timings["deform"] for result in (without, found)]
-    return Row(fixed, moving, *dice, found.quality["folded_percent"], *seconds)
+    dice = _dice(labels, found.transform)
+    return Row(fixed, moving, affine, plain, dice, found.quality["folded_percent"], seconds, _seconds(found))
+
+
+def _seconds(result: Result) -> float:
+    return result.timings["sample"] + result.timings["deform"]
 
 
 def _dice(labels: list[sitk.Image], transform: sitk.Transform) -> float:
@@ -83,8 +103,8 @@ def _dice(labels: list[sitk.Image], transform: sitk.Transform) -> float:
     return statistics.mean(scores["dice"] for scores in overlap.values())
 
 
-def evaluate(data: Path, model: models.Model, device: str, count: int) -> list[Row]:
-    return [registered(data, *pair, model, device) for pair in tqdm(pairs(data)[:count], desc=model.card.name)]
+def evaluate(data: Path, model: models.Model, device: str, count: int, before: dict[tuple, Registered]) -> list[Row]:
+    return [registered(data, *pair, model, device, before) for pair in tqdm(pairs(data)[:count], desc=model.card.name)]
 
 
 def line(name: str, rows: list[Row]) -> list[str]:
@@ -104,8 +124,17 @@ def line(name: str, rows: list[Row]) -> list[str]:
     ]
 
 
-def trained(data: Path, count: int, args: argparse.Namespace) -> models.Model:
-    """A model whose class network has learned from the first ``count`` cases alone."""
+def prepared(data: Path, args: argparse.Namespace) -> Path:
+    """The folder of a prepared cohort whose training and validation cases are not held out here.
+
+    Raises:
+        ValueError: the cohort that the command names trains on a case that is held out.
+    """
+    if args.cohort:
+        used = {v.name for v in cohorts.load(args.cohort).volumes if v.split != "test"}
+        if seen := sorted(used & {name.removesuffix(".nii.gz") for name in names(data)[-HELD_OUT:]}):
+            raise ValueError(f"{args.cohort}: trains on {seen[0]}, which is held out for the test")
+        return args.cohort
     cohort = args.output / "cohort"
     learned = names(data)[:-HELD_OUT]
     held = learned[-VALIDATION:]
@@ -117,6 +146,12 @@ def trained(data: Path, count: int, args: argparse.Namespace) -> models.Model:
         for name in learned
     ]  # fmt: skip
     prepare.prepare_cohort(rows, cohort, prepare.Preparation(spacing_mm=1.0, workers=args.workers))
+    return cohort
+
+
+def trained(data: Path, count: int, args: argparse.Namespace) -> models.Model:
+    """A model whose class network has learned from the first ``count`` cases alone."""
+    cohort = prepared(data, args)
     run, steps = args.output / f"cases-{count}", {"steps": args.steps} if args.steps else {}
     source = {"cohort": str(cohort), "cases": count, "classes": {1: "anterior", 2: "posterior"}}
     file, name = CONFIGS / "cohort.yaml", f"{NAME}-{count}"
@@ -150,6 +185,7 @@ def main() -> int:
     parser.add_argument("--model", nargs="*", default=[], help="names or cards of models with a class network")
     parser.add_argument("--cases", nargs="*", type=int, default=[], help="numbers of labeled cases to train on")
     parser.add_argument("--steps", type=int, help="of these trainings (default: those of the configuration)")
+    parser.add_argument("--cohort", type=Path, help="prepared already; none of the last twenty crops may be trained on")
     parser.add_argument("--pairs", type=int, default=30, help="that are registered; default: %(default)s")
     parser.add_argument("--output", type=Path, default=Path("build/classes"))
     parser.add_argument("--workers", type=int, default=0, help="processes of the preparation (default: one per CPU)")
@@ -157,12 +193,12 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of training/configs/classes/cohort.yaml")
     args = parser.parse_intermixed_args()
     try:
-        lines, rows = [], {}
+        lines, rows, before = [], {}, {}
         for name, load in [
-            *((name, lambda name=name: models.load(name)) for name in args.model),
+            *((Path(name).stem, lambda name=name: models.load(name)) for name in args.model),
             *((f"{count} cases", lambda count=count: trained(args.data, count, args)) for count in args.cases),
         ]:
-            rows[name] = evaluate(args.data, load(), args.device, args.pairs)
+            rows[name] = evaluate(args.data, load(), args.device, args.pairs, before)
             lines.append(line(name, rows[name]))
             write(lines, rows, args.output)
             print(" | ".join(lines[-1]))

@@ -6,9 +6,12 @@ figures. Finished rows are kept and trainings resume, so the same command contin
 
 import argparse
 import json
+import subprocess
+import sys
 import textwrap
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -30,7 +33,7 @@ from training import pictures, report, scoring
 from training.benchmarks.methods import REFINE_STEPS
 from training.data.sources import Source, source_of
 from training.experiments import semi
-from training.trainer import fit
+from training.trainer import LAST, fit
 
 FROM_NEWTON = (
     "methods=[variational,regnet]", "regnet.guided=true", "regnet.velocity=true", "regnet.symmetric=true",
@@ -48,6 +51,7 @@ NETWORKS = {
 }
 """Row -> overrides of the experiment's configuration. SUPERVISED needs pairs with a known deformation."""
 
+INTERRUPTED = 130  # exit code
 BUNDLED = "bundled model, refined"
 METHODS = ("affine", "FFD+SEMI", *list(NETWORKS)[:-2], "Newton steps alone", *list(NETWORKS)[-2:], BUNDLED)
 
@@ -89,6 +93,16 @@ def add_arguments(parser: argparse.ArgumentParser, experiment: Experiment) -> No
     )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--output", type=Path, default=Path("build/experiments") / experiment.name)
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="networks that are trained at a time, each in a process of its own"
+    )
+    parser.add_argument("--train-only", action="store_true", help="register nothing")
+    parser.add_argument(
+        "--unfinished", action="store_true", help="register with trainings that are not finished as they are"
+    )
+    parser.add_argument(
+        "--override", dest="overrides", nargs="+", default=[], metavar="KEY=VALUE", help="of the configuration"
+    )
 
 
 def run(experiment: Experiment, settings: argparse.Namespace) -> list[dict]:
@@ -96,6 +110,8 @@ def run(experiment: Experiment, settings: argparse.Namespace) -> list[dict]:
 
     The report has all rows in the output folder, including those of earlier calls with other tasks and methods.
 
+    Returns:
+        The rows of the table; none with ``settings.train_only``.
     Raises:
         ValueError, FileNotFoundError: the configuration or the cohort is invalid.
         FloatingPointError: a training diverged.
@@ -105,15 +121,24 @@ def run(experiment: Experiment, settings: argparse.Namespace) -> list[dict]:
     for task in settings.tasks:
         if next(_tested(experiment, task, settings).held_out("test"), None) is None:
             raise ValueError(f"{settings.cohort}: the split 'test' has no fixed and moving volume to make a pair of")
+    todo = [(task, method) for task, method in wanted if not _finished(experiment, task, method, settings)]
+    if settings.jobs > 1:
+        _train_side_by_side(experiment, todo, settings)
+    elif settings.train_only:
+        for task, method in todo:
+            _method(experiment, task, method, settings, Fabric(accelerator=settings.device, devices=1))
+    if settings.train_only:
+        return []
     for task, method in tqdm(wanted, desc="rows"):
         _row(experiment, task, method, settings)
     done = {task: [m for m in METHODS if _kept(settings, task, m).exists()] for task in experiment.tasks}
-    rows = [_row(experiment, task, method, settings) for task, methods in done.items() for method in methods]
+    rows = [json.loads(_kept(settings, task, m).read_text()) for task, methods in done.items() for m in methods]
     about = {
         "preset": settings.preset,
         "seeds": f"training {_config(experiment, experiment.tasks, 'DivRegNet', settings).seed}; test pairs as in "
         "training/data/sources.py",
         "pairs": settings.pairs,
+        "overrides": " ".join(settings.overrides) or "none",
         "networks": "one per row, for all tasks" if settings.joint else "one per row and task",
         "device": settings.device,
         "seconds": round(time.time() - started),
@@ -125,6 +150,30 @@ def run(experiment: Experiment, settings: argparse.Namespace) -> list[dict]:
         file = settings.output / f"{experiment.name}-{task}.png"
         atomic.write_atomically(file, lambda part, drawn=drawn: drawn.savefig(part, dpi=110, format="png"))
     return rows
+
+
+def _train_side_by_side(experiment: Experiment, todo: Sequence[tuple[str, str]], settings: argparse.Namespace) -> None:
+    """Trains the networks of rows in ``settings.jobs`` processes at a time, each of which is this command for one row.
+
+    What a process prints goes to ``NAME.log`` beside its run. An interrupt reaches all processes, as they are of one group;
+    their checkpoints remain.
+
+    Raises:
+        ValueError: a training failed; names its log.
+    """
+    rows = {_trained(experiment, task, m, settings).name: (task, m) for task, m in todo if m in NETWORKS}
+
+    def train(name: str) -> int:
+        row = ("--tasks", rows[name][0], "--methods", rows[name][1], "--jobs", "1", "--train-only")
+        with (settings.output / "runs" / f"{name}.log").open("w") as log:
+            command = [sys.executable, *sys.argv, *row]
+            return subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+
+    (settings.output / "runs").mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(settings.jobs) as pool:
+        failed = [name for name, code in zip(rows, pool.map(train, rows), strict=True) if code]
+    if failed:
+        raise ValueError(f"{settings.output / 'runs' / failed[0]}.log says why this training did not finish")
 
 
 def figure(experiment: Experiment, task: str, methods: list[str], settings: argparse.Namespace) -> Figure:
@@ -165,10 +214,15 @@ def _config(experiment: Experiment, tasks: Sequence[str], method: str, settings:
     return configs.load(
         configs.CONFIGS / experiment.config,
         preset=settings.preset,
-        overrides=[*experiment.overrides(tasks), *NETWORKS[method]],
+        overrides=[*experiment.overrides(tasks), *NETWORKS[method], *settings.overrides],
         name="_".join([*tasks, method]).replace(" + ", "_").replace(" ", "_"),
         data={"cohort": str(settings.cohort)},
     )
+
+
+def _trained(experiment: Experiment, task: str, method: str, settings: argparse.Namespace) -> configs.Config:
+    """The configuration of the network of a row."""
+    return _config(experiment, experiment.tasks if settings.joint else [task], method, settings)
 
 
 def _tested(experiment: Experiment, task: str, settings: argparse.Namespace) -> Source:
@@ -182,10 +236,35 @@ def _kept(settings: argparse.Namespace, task: str, method: str) -> Path:
     return settings.output / "rows" / f"{task} {method}.json"
 
 
+def _steps(experiment: Experiment, task: str, method: str, settings: argparse.Namespace) -> int | None:
+    """Steps of the training of a row: all, or with ``settings.unfinished`` those of its checkpoint. None: it has no training.
+
+    Raises:
+        ValueError: there is no checkpoint.
+    """
+    if method not in NETWORKS:
+        return None
+    config = _trained(experiment, task, method, settings)
+    if not settings.unfinished:
+        return config.steps
+    checkpoint = settings.output / "runs" / config.name / LAST
+    if not checkpoint.exists():
+        raise ValueError(f"{checkpoint} is missing: the training of {method} for {task} was not begun")
+    return torch.load(checkpoint, map_location="cpu", weights_only=True)["step"]
+
+
+def _finished(experiment: Experiment, task: str, method: str, settings: argparse.Namespace) -> bool:
+    """Whether a row was computed, from a training of as many steps."""
+    kept = _kept(settings, task, method)
+    if not kept.exists():
+        return False
+    return json.loads(kept.read_text()).get("steps") == _steps(experiment, task, method, settings)
+
+
 def _row(experiment: Experiment, task: str, method: str, settings: argparse.Namespace) -> dict:
     """A row of the table, means over the test pairs; it is kept on disk together with the displacement of the first pair."""
     kept = _kept(settings, task, method)
-    if kept.exists():
+    if _finished(experiment, task, method, settings):
         return json.loads(kept.read_text())
     fabric = Fabric(accelerator=settings.device, devices=1)
     register = _method(experiment, task, method, settings, fabric)
@@ -202,6 +281,7 @@ def _row(experiment: Experiment, task: str, method: str, settings: argparse.Name
         scores.append(scoring.of_displacement(pair, displacement, source.cohort.spacing, union=True, surfaces=True))
     row = {"task": task, "method": method} | {k: float(np.mean([s[k] for s in scores])) for k in scores[0]}
     row["seconds"] = seconds / len(scores)
+    row["steps"] = _steps(experiment, task, method, settings)
     paper = experiment.paper.get((method, task), (None,) * 3)
     row |= dict(zip(("paper Dice", "paper ASD", "paper HD"), paper, strict=True))
     atomic.write_json(row, kept)
@@ -220,10 +300,10 @@ def _method(
         return lambda fixed, moving: methods.deform(methods.Images(fixed, moving), ("variational",), DEFAULT, None)
     if method == BUNDLED:
         return _refined(models.load("general", fabric.device))
-    config = _config(experiment, experiment.tasks if settings.joint else [task], method, settings)
-    return fit(
-        config, source_of(config, fabric.device), settings.output / "runs" / config.name, fabric, resume=True
-    ).predict
+    config = _trained(experiment, task, method, settings)
+    config = replace(config, steps=_steps(experiment, task, method, settings))
+    run = settings.output / "runs" / config.name
+    return fit(config, source_of(config, fabric.device), run, fabric, resume=True).predict
 
 
 def _refined(model: models.Model) -> Callable[[Tensor, Tensor], Tensor]:

@@ -77,10 +77,14 @@ def main() -> int:
     args = parser.parse_args()
     try:
         args.cohort = prepared(args.which, args)
-        print(report.table(comparison.run(EXPERIMENTS[args.which], args)))
+        if rows := comparison.run(EXPERIMENTS[args.which], args):
+            print(report.table(rows))
     except (ValueError, OSError, FloatingPointError, DivRegNetError) as error:
         print(f"liver.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("liver.py: interrupted; the same command continues from the last checkpoints", file=sys.stderr)
+        return comparison.INTERRUPTED
     return 0
 
 

@@ -14,7 +14,8 @@ The outputs are in world coordinates too, that is without a parent transform:
   lies on the moving grid.
 
 Both transform nodes reference the volumes in Slicer's own roles, and have the attributes ``DivRegNet.Model``,
-``DivRegNet.ModelVersion``, ``DivRegNet.Settings`` and ``DivRegNet.Quality`` (the last two are JSON).
+``DivRegNet.ModelVersion``, and, as JSON, ``DivRegNet.Settings``, ``DivRegNet.Quality`` and ``DivRegNet.Initial`` (the initial
+alignment: a 4x4 matrix that maps fixed points to moving points, LPS, mm).
 """
 
 from DivRegNetModule.mrml.carrying import apply_to

@@ -6,6 +6,7 @@ import numpy as np
 import slicer
 import slicer.util
 
+from DivRegNetLib.io.landmarks import match_labels
 from DivRegNetModule import _
 from DivRegNetModule.mrml.geometry import FLIP
 
@@ -26,27 +27,33 @@ class Pairs:
 
 
 def pairs(fixed_node, moving_node) -> Pairs:
-    """Pairs the points of two lists: by label where both have the same labels, each once, otherwise by order.
+    """Pairs the points of two lists: by label where both have labels in common, each once, otherwise by order.
 
-    Points that were not placed in one of the lists are left out in both, and named.
+    Points that have no partner, or were not placed in one of the lists, are left out in both, and named.
     """
     fixed, moving = _points(fixed_node), _points(moving_node)
-    names = [[label for label, _point in points] for points in (fixed, moving)]
-    if len(set(names[0])) == len(names[0]) and sorted(names[0]) == sorted(names[1]):
-        by_label = dict(moving)
-        moving = [(label, by_label[label]) for label, _point in fixed]
-    placed = [(a, p, q) for (a, p), (_b, q) in zip(fixed, moving, strict=False) if p is not None and q is not None]
+    matches = match_labels(*([label for label, _point in points] for points in (fixed, moving)))
     notes = []
-    if len(fixed) != len(moving):
-        text = _("'{fixed}' has {n} points and '{moving}' has {m}; they are paired by their order as far as possible.")
+    if matches is None:
+        text = _(
+            "'{fixed}' has {n} points and '{moving}' has {m}, with no labels in common, so that no landmark error was measured."
+        )
         values = {"fixed": fixed_node.GetName(), "n": len(fixed), "moving": moving_node.GetName(), "m": len(moving)}
         notes.append(text.format(**values))
-    left_out = min(len(fixed), len(moving)) - len(placed)
-    if left_out:
-        text = _("{n} landmarks were left out, since they are not placed in both lists.")
-        notes.append(text.format(n=left_out))
-    points = (np.array([pair[i] for pair in placed]).reshape(-1, 3) * FLIP for i in (1, 2))
-    return Pairs(tuple(pair[0] for pair in placed), *points, tuple(notes))
+        matches = []
+    elif alone := [label for k, points in enumerate((fixed, moving)) for i, (label, _point) in enumerate(points)
+                   if i not in {match[k] for match in matches}]:  # fmt: skip
+        text = _("Landmarks were left out, since only one of the lists has their label: {labels}.")
+        notes.append(text.format(labels=", ".join(alone)))
+    placed = [(i, j) for i, j in matches if fixed[i][1] is not None and moving[j][1] is not None]
+    if unplaced := [fixed[i][0] for i, j in matches if (i, j) not in placed]:
+        text = _("Landmarks were left out, since they are not placed in both lists: {labels}.")
+        notes.append(text.format(labels=", ".join(unplaced)))
+    points = (
+        np.array([points[match[k]][1] for match in placed]).reshape(-1, 3) * FLIP
+        for k, points in enumerate((fixed, moving))
+    )
+    return Pairs(tuple(fixed[i][0] for i, _j in placed), *points, tuple(notes))
 
 
 def _points(node) -> list[tuple[str, list[float] | None]]:

@@ -120,6 +120,7 @@ class Content:
     forward, inverse: displacement fields, from parent; the inverse may be None.
     quality: the quality card.
     attributes: of the transform nodes.
+    error_map: voxels of the map of the expected error (mm), and their (4, 4) index-to-RAS matrix; None where there is none.
     """
 
     warped: vtk.vtkImageData
@@ -128,6 +129,7 @@ class Content:
     inverse: "slicer.vtkOrientedGridTransform | None"
     quality: dict
     attributes: dict[str, str]
+    error_map: tuple[vtk.vtkImageData, np.ndarray] | None = None
 
 
 def content_of_result(result: "Result", scalar_type: int, *, inverse: bool) -> Content:
@@ -154,7 +156,13 @@ def content_of_files(files: "ResultFiles", scalar_type: int, *, inverse: bool) -
     for name in ("transform", "inverse")[: 2 if inverse else 1]:
         grids.append((yield from transforms.grid_transform_steps(files.array(name), files.grid(name))))
     matrix = files.grid("warped").ras_matrix
-    return Content(warped, matrix, grids[0], grids[1] if inverse else None, files.quality, _attributes(files))
+    error_map = None
+    if files.holds("error_map"):
+        image = yield from vtk_image_steps(files.array("error_map"), vtk.VTK_FLOAT)
+        error_map = image, files.grid("error_map").ras_matrix
+    return Content(
+        warped, matrix, grids[0], grids[1] if inverse else None, files.quality, _attributes(files), error_map
+    )
 
 
 def _attributes(result) -> dict[str, str]:
@@ -163,6 +171,7 @@ def _attributes(result) -> dict[str, str]:
         "ModelVersion": result.card.version,
         "Settings": json.dumps(result.settings, allow_nan=False),
         "Quality": json.dumps(result.quality, allow_nan=False),
+        "Initial": json.dumps(result.initial.tolist()),
     }
 
 

@@ -28,6 +28,8 @@ DESCRIPTOR_STRIDE = 2  # voxels of a level's images per descriptor, along each a
 Valid = tuple[Tensor, Tensor]
 """Where the fixed and the moving image were measured, each (N, 1, D, H, W), bool or the measured fraction of a voxel."""
 
+SMALLEST_PROBABILITY = 1e-8  # whose logarithm is taken
+
 
 @dataclass(frozen=True, eq=False)
 class Features:
@@ -49,6 +51,14 @@ class Features:
         """For images that were padded at the far end of D, H and W to ``shape``: the border is repeated."""
         more = [n // self.stride - m for n, m in zip(shape, self.fixed.shape[2:], strict=True)]
         return replace(self, **{k: fields.extended(getattr(self, k), more) for k in ("fixed", "moving")})
+
+    def of_classes(self, weight: float, temperature: float) -> "Features":
+        """Probabilities of classes with another weight and another softmax temperature: to the power ``1 / temperature``,
+        and normalized over the channels. The lower the temperature, the closer to the most probable class alone."""
+        if temperature == 1:
+            return replace(self, weight=weight)
+        sharp = ((p.clamp_min(SMALLEST_PROBABILITY).log() / temperature).softmax(1) for p in (self.fixed, self.moving))
+        return Features(*sharp, weight, self.stride)
 
 
 def normal_equations(fixed: Tensor, warped: Tensor, weight: float, counted: Tensor | None = None) -> Tensor:

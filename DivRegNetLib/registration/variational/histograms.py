@@ -68,8 +68,8 @@ _first_cells = fields.cached(_first_cells, size=fields.CACHED_GRIDS)
 
 
 def to_bins(image: Tensor, bins: int) -> Tensor:
-    """The bin of each value in [0, 1], as a float."""
-    return (image * (bins - 1)).round_().clamp_(0, bins - 1)
+    """The bin of each value in [0, 1], as a float; the first for NaN, which has no index."""
+    return (image * (bins - 1)).round_().nan_to_num_().clamp_(0, bins - 1)
 
 
 def write_tables(cell: Tensor, layout: Layout, settings: VariationalSettings, tables: Tensor) -> None:

@@ -86,6 +86,10 @@ class VariationalSettings:
 
     class_weight: of the squared differences of the classes' probabilities at a voxel of the displacement's grid, in nats; 0
         leaves them out. Models without a class network have none.
+    class_temperature: softmax temperature of the probabilities, see
+        :meth:`DivRegNetLib.registration.variational.features.Features.of_classes`; 1 leaves them as they are.
+    class_window: factor of the ``window`` of both smoothnesses where classes take part: they say more of a place than the
+        joint histogram does, so that less is averaged.
 
     Descriptors (MIND-SSC, :mod:`DivRegNetLib.similarity.descriptors`):
 
@@ -127,6 +131,8 @@ class VariationalSettings:
     independence_weight: float = 0.01
     epsilon: float = 1e-9
     class_weight: float = 300.0
+    class_temperature: float = 0.33
+    class_window: float = 0.5
     descriptor_weight: float = 2.0
     descriptor_floor: float = 1.0
     descriptor_parts: int = 2
@@ -197,6 +203,12 @@ class VariationalSettings:
         """For JSON; :meth:`from_dict` is the inverse."""
         return asdict(self) | {"levels": [asdict(level) for level in self.levels]}
 
+    def with_classes(self) -> "VariationalSettings":
+        """The settings of a registration in which classes take part."""
+        smoothnesses = ("first_smoothness", "last_smoothness")
+        narrower = {k: replace(s := getattr(self, k), window=s.window * self.class_window) for k in smoothnesses}
+        return replace(self, **narrower)
+
     @classmethod
     def from_dict(cls, values: dict) -> "VariationalSettings":
         """Settings of a dictionary as :meth:`as_dict` makes it; keys that are absent have their default.
@@ -221,7 +233,7 @@ _RANGES = (
     ("steps", 1, 100_000), ("stride", 1, 2), ("min_steps", 0, 100_000), ("min_voxels", 0, 10**9), ("bins", 4, 256),
     ("cg_iterations", 1, 1000), ("validity_threshold", 0.0, 1.0), ("parzen_sigma", 0.01, 100.0),
     ("block_sigma", 0.01, 100.0), ("global_weight", 0.0, math.inf), ("independence_weight", 0.0, 1.0),
-    ("epsilon", 1e-30, 1e-3), ("class_weight", 0.0, math.inf),
+    ("epsilon", 1e-30, 1e-3), ("class_weight", 0.0, math.inf), ("class_temperature", 0.01, 100.0), ("class_window", 0.0, 10.0),
     ("descriptor_weight", 0.0, math.inf), ("descriptor_floor", 1e-6, 1e3), ("descriptor_parts", 1, 12),
     ("information_floor", 0.0, math.inf), ("tikhonov", 0.0, math.inf),
     ("frequencies", 0.01, 1.0), ("max_step", 0.0, math.inf), ("max_gradient", 0.0, math.inf),

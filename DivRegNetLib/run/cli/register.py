@@ -5,18 +5,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from DivRegNetLib.errors import InputError
-from DivRegNetLib.options import ALIGNMENTS, Option, Options, table
+from DivRegNetLib.options import ALIGNMENTS, LANDMARK_ALIGNMENTS, Option, Options, table
 from DivRegNetLib.presets import PRESETS, preset
-from DivRegNetLib.quality.verdict import AMBER, LEVELS, RED
-from DivRegNetLib.registration.landmark_alignment import KINDS, align_landmarks
+from DivRegNetLib.quality.verdict import AMBER, LEVELS, RED, two_digits
 from DivRegNetLib.run.cli.evaluate import add_comparison_arguments
 from DivRegNetLib.run.cli.output import ProgressBar, show
 from DivRegNetLib.run.cohort import TABLE, Pair, frames, read_pairs, register_pairs
+from DivRegNetLib.run.process import without_collection
 
 DESCRIPTION = "Register the moving to the fixed volume."
 FAILED_VERDICT = 3  # exit code
-BY_LANDMARKS = {"landmarks": "rigid"} | {f"landmarks-{kind}": kind for kind in KINDS}
-"""Value of ``--align`` -> kind of the transform that is fitted to the landmarks."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"volume that is not 0 where the {side} volume is compared",
         )
     parser.add_argument("--overwrite", action="store_true", help="replace results in the folder")
+    parser.add_argument("--no-preview", action="store_true", help="do not draw preview.png")
     parser.add_argument(
         "--fail-on",
         choices=(RED, AMBER),
@@ -66,7 +65,7 @@ def add_option(parser: argparse.ArgumentParser, option: Option) -> None:
         None if option.choices else (option.unit or {int: "N", float: "VALUE"}.get(option.kind, option.name)).upper()
     )
     default = option.default_help or option.default
-    more = f" Or {', '.join(BY_LANDMARKS)}: fitted to the landmark files." if option.name == "align" else ""
+    more = f" Or {', '.join(LANDMARK_ALIGNMENTS)}: fitted to the landmark files." if option.name == "align" else ""
     parser.add_argument(
         option.flag,
         type=str if option.kind is object else option.kind,
@@ -83,17 +82,18 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--dask is for a cohort: give --pairs and a table")
     given = {name: getattr(args, name) for name in table() if getattr(args, name) is not None}
     if "align" in given:
-        given["align"] = _alignment(args)
+        given["align"] = _alignment(args.align)
     options = Options.of(**(preset(args.preset).options | given))
     if args.pairs is None:
-        from DivRegNetLib.run.cohort.register_files import register_files
+        with without_collection():
+            from DivRegNetLib.run.cohort.register_files import register_files
 
         names = (f"{side}{what}" for what in ("", "_mask", "_labels", "_landmarks") for side in ("fixed", "moving"))
         pair = Pair(**{name: getattr(args, name) for name in names})
         if frames.is_4d(pair.moving):
             return _register_frames(args, pair, options)
         with ProgressBar(quiet=args.json) as progress:
-            report = register_files(pair, args.output, options, overwrite=args.overwrite, progress=progress)
+            report = register_files(pair, args.output, options, **_choices(args), progress=progress)
         show(args, report, _summary(report, args.output))
         return _exit_code(args, [report["verdict"]["level"]])
     return _register_all(args, read_pairs(args.pairs), options)
@@ -116,9 +116,7 @@ def _register_all(args: argparse.Namespace, pairs: dict[str, Pair], options: Opt
     from tqdm import tqdm
 
     with tqdm(total=len(pairs), desc="pairs", unit="pair", disable=args.json or None) as bar:
-        rows = register_pairs(
-            pairs, args.output, options, overwrite=args.overwrite, dask=args.dask, finished=bar.update
-        )
+        rows = register_pairs(pairs, args.output, options, **_choices(args), dask=args.dask, finished=bar.update)
     failed = [row for row in rows if row["status"] != "ok"]
     results = args.output / TABLE
     show(args, rows, f"{len(rows) - len(failed)} of {len(rows)} pairs registered: {results}")
@@ -127,27 +125,24 @@ def _register_all(args: argparse.Namespace, pairs: dict[str, Pair], options: Opt
     return _exit_code(args, [row["verdict"] for row in rows])
 
 
+def _choices(args: argparse.Namespace) -> dict[str, bool]:
+    """Arguments of :func:`register_files` and :func:`register_pairs`."""
+    return {"overwrite": args.overwrite, "preview": not args.no_preview}
+
+
 def _exit_code(args: argparse.Namespace, verdicts: list[str]) -> int:
     """What ``--fail-on`` makes of some verdicts; an empty one is of a pair that an earlier version registered."""
     limit = LEVELS.index(args.fail_on) if args.fail_on else len(LEVELS)
     return FAILED_VERDICT if any(LEVELS.index(level) >= limit for level in verdicts if level) else 0
 
 
-def _alignment(args: argparse.Namespace):
-    """The initial alignment that ``--align`` names: a name of ALIGNMENTS, or a transform from landmarks or a file."""
-    if args.align in ALIGNMENTS:
-        return args.align
-    if args.align not in BY_LANDMARKS:
-        from DivRegNetLib.io import transforms
+def _alignment(align: str):
+    """The initial alignment that ``--align`` names: a name that :class:`Options` knows, or a transform from a file."""
+    if align in ALIGNMENTS or align in LANDMARK_ALIGNMENTS:
+        return align
+    from DivRegNetLib.io import transforms
 
-        return transforms.read_transform(args.align)
-    if args.pairs is not None or args.fixed_landmarks is None or args.moving_landmarks is None:
-        raise InputError(f"--align {args.align} needs --fixed-landmarks and --moving-landmarks of one pair")
-    from DivRegNetLib.core.grid import affine_transform
-    from DivRegNetLib.run.comparison import LandmarkLists
-
-    pairs = LandmarkLists.read(args.fixed_landmarks, args.moving_landmarks).pairs
-    return affine_transform(align_landmarks(pairs.fixed, pairs.moving, BY_LANDMARKS[args.align]))
+    return transforms.read_transform(align)
 
 
 def _summary(report: dict, output: Path) -> str:
@@ -168,8 +163,10 @@ def _summary(report: dict, output: Path) -> str:
     if quality["similarity"]:
         row("S (nats)", quality["similarity"])
     verdict = report["verdict"]
+    millimeters = verdict["expected_error_mm"]
+    error = "" if millimeters is None else f", expected error {two_digits(millimeters)} mm"
     lines += [
-        f"verdict: {verdict['level'].upper()}. {verdict['headline']}",
+        f"verdict: {verdict['level'].upper()}{error}. {verdict['headline']}",
         *(f"  {reason}" for reason in verdict["reasons"]),
         f"folded voxels {quality['folded_percent']:.4f} %, largest displacement "
         f"{quality['largest_displacement_mm']:.1f} mm, inverse consistency "

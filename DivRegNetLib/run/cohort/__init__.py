@@ -19,6 +19,7 @@ def register_pairs(
     options: Options,
     *,
     overwrite: bool = False,
+    preview: bool = True,
     dask: str | None = None,
     finished: Callable[[], object] | None = None,
 ) -> list[dict]:
@@ -28,6 +29,7 @@ def register_pairs(
     options and model. A pair that fails becomes a row that gives the reason.
 
     Args:
+        overwrite, preview: see :func:`DivRegNetLib.run.cohort.register_files.register_files`.
         dask: where :mod:`DivRegNetLib.run.cohort.dask` finds its workers; None: in this process, one pair after another.
         finished: called after each pair.
     Returns:
@@ -46,10 +48,11 @@ def register_pairs(
         from DivRegNetLib.run.cohort import dask as scheduler
 
         arguments = (dask,)
+    choices = {"overwrite": overwrite, "preview": preview}
     with exclusive(output):
         rows: dict[str, dict] = {}
         # Closing the iterator when this process is interrupted also stops the workers.
-        with contextlib.closing(scheduler.rows(pairs, output, options, *arguments, overwrite=overwrite)) as source:
+        with contextlib.closing(scheduler.rows(pairs, output, options, *arguments, **choices)) as source:
             for row in source:
                 rows[row["name"]] = row
                 finished_rows = [rows[name] for name in pairs if name in rows]

@@ -10,13 +10,14 @@ import asyncio
 import contextlib
 import functools
 import logging
+import os
 import queue
 import signal
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,7 +42,9 @@ POLL_SECONDS = 1.0  # between counts of the workers
 _one_at_a_time = threading.Lock()  # a worker's process may have several threads
 
 
-def rows(pairs: dict[str, Pair], output: Path, options: Options, address: str, *, overwrite: bool) -> Iterator[dict]:
+def rows(
+    pairs: dict[str, Pair], output: Path, options: Options, address: str, *, overwrite: bool, preview: bool
+) -> Iterator[dict]:
     """The rows of a cohort as pairs finish; see :func:`DivRegNetLib.run.cohort.register_pairs`.
 
     Closing the iterator, or an exception in it, cancels the work of the workers.
@@ -83,7 +86,7 @@ def rows(pairs: dict[str, Pair], output: Path, options: Options, address: str, *
                     raise InputError(f"{address}: the scheduler has no workers; start some and repeat the command")
                 while waiting and len(running) < workers:
                     name, pair = waiting.pop()
-                    job = (name, pair, output, settings, sha256, overwrite)
+                    job = (name, pair, output, settings, sha256, overwrite, preview)
                     future = client.submit(register_pair, *job, key=("register", name, uuid.uuid4().hex))
                     running[future] = name
                     future.add_done_callback(finished.put)
@@ -108,8 +111,7 @@ def _scheduler(address: str) -> Iterator[str]:
     number = address.removeprefix(LOCAL)
     if not (number.isdecimal() and int(number)):
         raise InputError(f"{address}: a number of processes is expected, as in {LOCAL}2")
-    threads = dict.fromkeys(COUNTS, str(max(usable_processors() // int(number), 1)))
-    prepare_threads(threads)
+    threads = threads_of_worker(int(number))
     settings = {"distributed.nanny.pre-spawn-environ": threads, "distributed.scheduler.allowed-failures": 1}
     with (
         dask.config.set(settings),
@@ -124,6 +126,18 @@ def _scheduler(address: str) -> Iterator[str]:
         ) as cluster,
     ):
         yield cluster.scheduler_address
+
+
+def threads_of_worker(number: int, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Variables of one of several workers on this machine: its share of the processors, or fewer threads if the user says
+    so, which wait without spinning unless the user wants it."""
+    share = max(usable_processors() // number, 1)
+    given = {name: environment.get(name, "") for name in COUNTS}
+    variables = {name: str(min(int(n), share) if n.isdecimal() and int(n) else share) for name, n in given.items()}
+    if "OMP_WAIT_POLICY" in environment:
+        variables["OMP_WAIT_POLICY"] = environment["OMP_WAIT_POLICY"]
+    prepare_threads(variables)
+    return variables
 
 
 def dask_setup(worker: object) -> None:
@@ -186,7 +200,9 @@ def _row(future: "distributed.Future", name: str, output: Path, address: str) ->
     )
 
 
-def register_pair(name: str, pair: dict[str, Path], output: Path, options: dict, sha256: str, overwrite: bool) -> dict:
+def register_pair(
+    name: str, pair: dict[str, Path], output: Path, options: dict, sha256: str, overwrite: bool, preview: bool = True
+) -> dict:
     """Runs on a worker: registers one pair and returns its row; the message of a failed one ends with the worker's host.
 
     Args:
@@ -212,6 +228,7 @@ def register_pair(name: str, pair: dict[str, Path], output: Path, options: dict,
                 Options(**options),
                 lambda: _load(options["model"], options["device"], sha256),
                 overwrite=overwrite,
+                preview=preview,
                 progress=lambda *_: task.state != "cancelled",
             )
         else:

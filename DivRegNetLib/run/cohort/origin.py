@@ -1,4 +1,5 @@
-"""What results were made from: contents of the input files, options and model. Results of anything else are not reused."""
+"""What results were made from: contents of the input files, options, model and version. Results of anything else are not
+reused."""
 
 import functools
 import hashlib
@@ -6,8 +7,9 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from DivRegNetLib import models
+from DivRegNetLib import __version__, models
 from DivRegNetLib.errors import InputError
+from DivRegNetLib.io.volume_files import files_of
 from DivRegNetLib.models import Card
 from DivRegNetLib.options import Options
 from DivRegNetLib.run.cohort.pairs import Pair
@@ -29,6 +31,7 @@ def origin_of(pair: Pair, options: Options, card: Card | None = None) -> dict:
         "inputs": {name: digest(path) for name, path in pair.paths().items()},
         "options": {k: v for k, v in options.as_dict().items() if k not in WITHOUT_EFFECT},
         "model": hashlib.sha256(content.encode()).hexdigest(),
+        "version": __version__,
     }
 
 
@@ -46,23 +49,28 @@ def differences(made: dict | None, wanted: dict) -> list[str]:
         if before != now:
             short = isinstance(before, list) or isinstance(now, list)
             found.append(f"{name} differs" if short else f"{name} was {before} and is {now}")
-    return found + (["the model differs"] if made["model"] != wanted["model"] else [])
+    found += ["the model differs"] if made["model"] != wanted["model"] else []
+    if made["version"] != wanted["version"]:
+        found.append(f"DivRegNet was version {made['version']} and is {wanted['version']}")
+    return found
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file, or of all files in a folder and their names. Raises InputError where one cannot be read."""
+    """SHA-256 of what is at a path: of a file, or of the names and contents of the files in a folder or of a header and the
+    files of voxels that it names. Raises InputError where one cannot be read."""
     try:
-        return _digest_of(path)
+        files = files_of(path)
+        if files == [path]:
+            return _digest_of(path)
+        whole = hashlib.sha256()
+        for file in files:
+            whole.update(f"{file.name}\0{_digest_of(file)}\0".encode("utf-8", "surrogateescape"))
+        return whole.hexdigest()
     except OSError as error:
         raise InputError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from error
 
 
 def _digest_of(path: Path) -> str:
-    if path.is_dir():
-        whole = hashlib.sha256()
-        for file in sorted(p for p in path.iterdir() if p.is_file()):
-            whole.update(f"{file.name}\0{_digest_of(file)}\0".encode("utf-8", "surrogateescape"))
-        return whole.hexdigest()
     status = path.stat()
     return _digest(path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 

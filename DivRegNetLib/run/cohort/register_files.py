@@ -2,6 +2,9 @@
 
 import json
 import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import SimpleITK as sitk
@@ -17,13 +20,14 @@ from DivRegNetLib.io.output_folder import exclusive
 from DivRegNetLib.io.paths import unchanged, utf8_name
 from DivRegNetLib.io.segmentations import read_mask, write_segmentation
 from DivRegNetLib.io.transforms import write_transform
+from DivRegNetLib.io.volume_files import files_of
 from DivRegNetLib.models import Model
-from DivRegNetLib.options import Options, Progress
+from DivRegNetLib.options import LANDMARK_ALIGNMENTS, Options, Progress
 from DivRegNetLib.quality.expected_error import on_grid
-from DivRegNetLib.quality.figures import default_style
 from DivRegNetLib.quality.preview import write_preview
 from DivRegNetLib.quality.verdict import judge
 from DivRegNetLib.registration.check import check_image
+from DivRegNetLib.registration.landmark_alignment import align_landmarks
 from DivRegNetLib.registration.pipeline import register
 from DivRegNetLib.result import Result
 from DivRegNetLib.run.cohort.origin import origin_of
@@ -46,6 +50,7 @@ def register_files(
     *,
     model: Model | None = None,
     overwrite: bool = False,
+    preview: bool = True,
     progress: Progress | None = None,
 ) -> dict:
     """Registers files and writes the results, which appear in the folder together, ``quality.json`` last.
@@ -58,28 +63,33 @@ def register_files(
     Args:
         model: already loaded; None: ``options.model`` is loaded.
         overwrite: results that are in the folder.
+        preview: draw the preview.
     Returns:
         The content of ``quality.json``.
     Raises:
         InputError: a file cannot be used, another process is writing into the folder, or it holds results already and
             ``overwrite`` is False.
     """
+    utf8_name(output)
     with exclusive(output):
         if (output / QUALITY).exists() and not overwrite:
             raise InputError(f"{output}: holds the results of a registration; choose another folder, or --overwrite")
-        return _register_files(pair, output, options, model, progress)
+        return _register_files(pair, output, options, model, preview, progress)
 
 
-def _register_files(pair: Pair, output: Path, options: Options, model: Model | None, progress: Progress | None) -> dict:
+def _register_files(
+    pair: Pair, output: Path, options: Options, model: Model | None, preview: bool, progress: Progress | None
+) -> dict:
     """:func:`register_files` in a folder that this process holds and whose results may be replaced."""
     _check_no_input(pair, output)
-    with unchanged(*pair.paths().values()):
+    with unchanged(*_files_of(pair)):
         fixed, moving = (_read_checked(path) for path in (pair.fixed, pair.moving))
         check_right_angles(fixed, str(pair.fixed))
         masks = [None if path is None else read_mask(path) for path in (pair.fixed_mask, pair.moving_mask)]
         labels = LabelMaps.read(pair.fixed_labels, pair.moving_labels)
         landmarks = LandmarkLists.read(pair.fixed_landmarks, pair.moving_landmarks)
         origin = origin_of(pair, options, None if model is None else model.card)
+    options = replace(options, align=_alignment(options, landmarks))
     arguments = options.as_arguments() | ({} if model is None else {"model": model})
     result = register(fixed, moving, fixed_mask=masks[0], moving_mask=masks[1], progress=progress, **arguments)
 
@@ -117,9 +127,12 @@ def _register_files(pair: Pair, output: Path, options: Options, model: Model | N
     }
     try:
         with staging_folder(output) as folder:
-            for name, write in writers.items():
-                write(folder / name)
-            notes += _write_preview(fixed, moving, result, folder / PREVIEW)
+            with ThreadPoolExecutor(1) as thread:  # ITK writes while the preview is drawn
+                written = [thread.submit(_write, w, folder / name, output / name) for name, w in writers.items()]
+                if preview:
+                    notes += _write_preview(fixed, moving, result, folder / PREVIEW)
+                for file in written:
+                    file.result()
             names = [name for name in POSSIBLE_FILES if (folder / name).exists()]
             write_json(report | {"files": sorted([*names, QUALITY]), "warnings": notes}, folder / QUALITY)
             (output / QUALITY).unlink(missing_ok=True)
@@ -133,6 +146,14 @@ def _register_files(pair: Pair, output: Path, options: Options, model: Model | N
     return json.loads((output / QUALITY).read_text(encoding="utf-8"))
 
 
+def _write(write: Callable[[Path], object], staged: Path, path: Path) -> None:
+    """Writes a file into the staging folder; an error names the file that it was to become."""
+    try:
+        write(staged)
+    except InputError as error:
+        raise InputError(str(error).replace(str(staged), str(path))) from error
+
+
 def _write_preview(fixed: sitk.Image, moving: sitk.Image, result: Result, path: Path) -> list[str]:
     """Draws the preview. A sentence where that fails: it must not cost the registration.
 
@@ -140,13 +161,23 @@ def _write_preview(fixed: sitk.Image, moving: sitk.Image, result: Result, path: 
         InputError: the file cannot be written.
     """
     try:
-        with default_style():
-            write_preview(fixed, moving, result, path)
+        write_preview(fixed, moving, result, path)
     except InputError:
         raise
-    except Exception as error:  # whatever is wrong with matplotlib
+    except Exception as error:  # whatever is wrong with Pillow
         return [f"there is no preview, as it could not be drawn ({type(error).__name__}: {reason_of(error)})"]
     return []
+
+
+def _files_of(pair: Pair) -> list[Path]:
+    """All files of a pair; those whose parts cannot be listed as they are, since reading them gives the reason."""
+    files = []
+    for path in pair.paths().values():
+        try:
+            files += files_of(path)
+        except OSError:
+            files.append(path)
+    return files
 
 
 def _check_no_input(pair: Pair, output: Path) -> None:
@@ -160,3 +191,13 @@ def _check_no_input(pair: Pair, output: Path) -> None:
 def _read_checked(path: Path) -> sitk.Image:
     """An image that can be registered. Errors name its file."""
     return check_image(read_image(path), str(path))
+
+
+def _alignment(options: Options, landmarks: LandmarkLists | None) -> "str | sitk.Transform":
+    """The initial alignment of the options; the transform itself where it is fitted to the landmarks."""
+    kind = LANDMARK_ALIGNMENTS.get(options.align) if isinstance(options.align, str) else None
+    if kind is None:
+        return options.align
+    if landmarks is None:
+        raise InputError(f"--align {options.align} needs --fixed-landmarks and --moving-landmarks, or these columns")
+    return affine_transform(align_landmarks(landmarks.pairs.fixed, landmarks.pairs.moving, kind))

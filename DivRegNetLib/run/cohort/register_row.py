@@ -23,11 +23,13 @@ def register_row(
     model: Callable[[], Model],
     *,
     overwrite: bool,
+    preview: bool = True,
     progress: Progress | None = None,
 ) -> dict:
     """Registers a pair of a cohort into ``output / name``; returns its row.
 
-    Results that are there are kept, if they were made from the same files with the same options and model.
+    Results that are there are kept, if all of them are and they were made from the same files with the same options, model
+    and version.
 
     Raises:
         Cancelled: the progress callback returned False.
@@ -38,10 +40,13 @@ def register_row(
             clear_abandoned(folder)  # of a process that was killed after it wrote the last file
             report = _read_report(folder / QUALITY)
             changes = differences(report.get("origin"), origin_of(pair, options))
+            if missing := [file for file in report.get("files", ()) if not (folder / file).is_file()]:
+                changes.append(f"{', '.join(missing)} is missing")
             if not changes:
                 return row_of(name, report)
         overwrite = overwrite or bool(changes)
-        row = row_of(name, register_files(pair, folder, options, model=model(), overwrite=overwrite, progress=progress))
+        arguments = {"model": model(), "overwrite": overwrite, "preview": preview, "progress": progress}
+        row = row_of(name, register_files(pair, folder, options, **arguments))
         if changes:
             row["message"] = (
                 f"registered again, since in the earlier results {'; '.join(changes)}. {row['message']}".strip()

@@ -10,7 +10,7 @@ from DivRegNetLib.run.cohort.pairs import Pair
 from DivRegNetLib.run.cohort.register_row import register_row
 
 
-def rows(pairs: dict[str, Pair], output: Path, options: Options, *, overwrite: bool) -> Iterator[dict]:
+def rows(pairs: dict[str, Pair], output: Path, options: Options, *, overwrite: bool, preview: bool) -> Iterator[dict]:
     """The rows of a cohort as pairs finish; see :func:`DivRegNetLib.run.cohort.register_pairs`.
 
     Raises:
@@ -18,4 +18,4 @@ def rows(pairs: dict[str, Pair], output: Path, options: Options, *, overwrite: b
     """
     model = models.load(options.model, pick_device(options.device))
     for name, pair in pairs.items():
-        yield register_row(name, pair, output, options, lambda: model, overwrite=overwrite)
+        yield register_row(name, pair, output, options, lambda: model, overwrite=overwrite, preview=preview)

@@ -4,9 +4,7 @@ from a timer for instance."""
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import tempfile
 import time
 import weakref
 from collections import deque
@@ -16,37 +14,28 @@ from pathlib import Path
 
 import SimpleITK as sitk
 
-from DivRegNetLib.errors import Cancelled, DivRegNetError, InputError
-from DivRegNetLib.io.locks import LocksUnsupported, acquire
+from DivRegNetLib.errors import Cancelled, DivRegNetError, InputError, ModelError
 from DivRegNetLib.options import Options
 from DivRegNetLib.quality.references import References
 from DivRegNetLib.registration.check import check_image
 from DivRegNetLib.result import Result
-from DivRegNetLib.run.threads import prepare_threads
-from DivRegNetLib.run.worker.protocol import (
-    KINDS,
-    PARENT,
-    STDERR,
-    STDOUT,
-    Event,
-    ResultFiles,
-    WorkerDied,
-    parse_message,
-    write_job,
-)
+from DivRegNetLib.run.worker.process import Process, Surroundings, remove_job
+from DivRegNetLib.run.worker.protocol import KINDS, Event, ResultFiles, WorkerDied, parse_message, write_job
+from DivRegNetLib.run.worker.standby import Standby
 
 LOG_LINES = 30  # kept of what the child writes beside its messages
 LOG_BYTES = 8000
 READ_BYTES = 1 << 20  # of the child's output at a time
 KILLED = (-9, 137, 0xC0000017)  # exit codes of a process that the system killed for its memory
-END_SECONDS = 2.0  # that a killed child may take to end
+REUSABLE = (InputError, ModelError)  # after which a process can do the next job
 
 
 class Worker:
     """A registration in a process of its own.
 
     Call ``start()``, then ``poll()`` from time to time while ``running``, then ``result()``. When the worker is left as a
-    context manager or garbage-collected, or this process ends, the child's process and folder are removed.
+    context manager or garbage-collected, or this process ends, the child's process and folder are removed. With a
+    :class:`~DivRegNetLib.run.worker.standby.Standby` the process goes on to the next worker where nothing went wrong.
     """
 
     def __init__(
@@ -61,6 +50,7 @@ class Worker:
         inverse: bool = True,
         python: str | os.PathLike | None = None,
         environment: dict[str, str] | None = None,
+        standby: Standby | None = None,
         **options,
     ) -> None:
         """Checks the arguments; nothing is started or written yet.
@@ -73,6 +63,7 @@ class Worker:
             inverse: False: the inverse transform is not handed over, and ``result()`` cannot be called.
             python: the interpreter; None: PythonSlicer inside 3D Slicer, otherwise the running one.
             environment: variables of the child's process; None: those of this one.
+            standby: has a process that may do the job, and keeps it afterwards; None: the job has a process of its own.
         Raises:
             InputError: an image or an option that cannot be used.
         """
@@ -89,11 +80,12 @@ class Worker:
         self._images, self._references = images, references
         self._keep_files, self._inverse = keep_files, inverse
         self._files: ResultFiles | None = None
-        self._python = str(python) if python is not None else _interpreter()
-        self._environment = dict(os.environ if environment is None else environment)
-        self._process: subprocess.Popen | None = None
-        self._end = lambda: None
-        self._buffer = b""
+        self._surroundings = surroundings(python, environment)
+        self._standby = standby
+        self._process: Process | None = None
+        self._accepted = False  # the process has found the job
+        self._end = weakref.finalize(self, _nothing)
+        self._buffer, self._log_start = b"", 0
         self._stray: deque[str] = deque(maxlen=LOG_LINES)
         self._log: tuple[str, ...] = ()
         self._result: Result | None = None
@@ -118,36 +110,41 @@ class Worker:
         """
         if self._process is not None or self._error is not None:
             raise RuntimeError("a worker can be started once; create another")
-        remove, files = None, []
         try:
-            self._folder = Path(tempfile.mkdtemp(prefix="divregnet-"))
-            remove = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+            self._begin(self._standby and self._standby.take(self._surroundings))
+            yield
             yield from write_job(self._folder, self._images, self._options, self._references, self._inverse)
-            with suppress(LocksUnsupported):
-                files.append(acquire(self._folder / PARENT))
-            with open(self._folder / STDOUT, "wb") as out, open(self._folder / STDERR, "wb") as log:
-                self._process = subprocess.Popen(
-                    [self._python, "-m", "DivRegNetLib.run.worker", str(self._folder)],
-                    stdin=subprocess.DEVNULL,
-                    stdout=out,
-                    stderr=log,
-                    env=_environment(self._environment),
-                    **_own_group(),
-                )
         except GeneratorExit:  # the caller gave up
-            if remove is not None:
-                remove()
+            self._end()
             raise
         except OSError as error:
-            if remove is not None:
-                remove()
+            self._end()
             self._error = WorkerDied(f"the worker cannot be started: {error}")
             raise self._error from error
-        remove.detach()
         self._images, self._references = {}, None
-        self._stdout = open(self._folder / STDOUT, "rb")  # noqa: SIM115 -- closed by _end
-        self._end = weakref.finalize(self, _end, self._process, self._folder, [self._stdout, *files])
         self.running = True
+
+    def _begin(self, process: Process | None) -> None:
+        """Makes the folder of the job, in a process that waits or else in a new one."""
+        if process is not None:
+            try:
+                self._join(process, process.next_job())
+                return
+            except OSError:  # it has just ended
+                process.end()
+        process = Process(self._surroundings, stay=self._standby is not None)
+        try:
+            self._join(process, process.next_job())
+        except OSError:
+            process.end()
+            raise
+
+    def _join(self, process: Process, folder: Path) -> None:
+        """The job is done by this process, in this folder."""
+        self._process, self._folder, self._accepted = process, folder, False
+        self._buffer, self._log_start = b"", process.log_bytes
+        self._end.detach()
+        self._end = weakref.finalize(self, _end, process, folder)
 
     def poll(self) -> list[Event]:
         """The events since the last call; returns at once. Reads the result when the child has written it.
@@ -156,9 +153,9 @@ class Worker:
         """
         if not self.running:
             return []
-        code = self._process.poll()  # before reading, so that its last output is not missed
+        code = self._process.exit_code()  # before reading, so that its last output is not missed
         events = []
-        while chunk := self._stdout.read(READ_BYTES):
+        while chunk := self._process.stdout.read(READ_BYTES):
             *lines, self._buffer = (self._buffer + chunk).split(b"\n")
             for line in lines:
                 if not self._take(line, events):
@@ -168,7 +165,9 @@ class Worker:
                 self._buffer = b""
             if code is None:
                 break  # a child that writes without end must not block the parent
-        if code is not None and (not self._buffer or self._take(self._buffer, events)):
+        if code is None or (self._buffer and not self._take(self._buffer, events)):
+            return events
+        if self._accepted or not self._process.was_idle or not self._begin_again():
             events.append(self._finish(self._died(code)))
         return events
 
@@ -245,6 +244,17 @@ class Worker:
     def __exit__(self, *_) -> None:
         self.cancel()
 
+    def _begin_again(self) -> bool:
+        """Gives the job, which a process that had waited did not live to begin, to a new one; False if that cannot be."""
+        try:
+            process = Process(self._surroundings, stay=True)
+            old, folder = self._process, process.take_job(self._folder)
+        except OSError:
+            return False
+        self._join(process, folder)
+        old.end()
+        return True
+
     def _take(self, line: bytes, events: list[Event]) -> bool:
         """Handles one line of output; False if it was the last message."""
         message = parse_message(line)
@@ -252,32 +262,40 @@ class Worker:
             if line.strip():
                 self._stray.append(_text(line)[:LOG_BYTES])
             return True
+        if message["divregnet"] == "started":
+            self._accepted = True
+            return True
         if message["divregnet"] == "progress":
             events.append(Event("progress", message["stage"], float(message["fraction"])))
             return True
         if message["divregnet"] == "error":
             kind = KINDS.get(message["kind"])
             error = kind(message["message"]) if kind else WorkerDied(message["message"], log=self._read_log())
-            events.append(self._finish(error))
+            events.append(self._finish(error, reusable=isinstance(error, REUSABLE)))
             return False
         try:
             self._files = ResultFiles(self._folder)
             if not self._keep_files:
                 self._result = self._files.result()
-            events.append(self._finish(None))
+            events.append(self._finish(None, reusable=True))
         except Exception as error:  # the files may hold anything, and memory may be short here as well
             events.append(
                 self._finish(WorkerDied(f"the worker's result cannot be read: {error}", log=self._read_log()))
             )
         return False
 
-    def _finish(self, error: DivRegNetError | None) -> Event:
+    def _finish(self, error: DivRegNetError | None, *, reusable: bool = False) -> Event:
+        """The job has ended; its process is kept where that is possible."""
         self._log = self._read_log()
         self._error = error
         self.running = False
-        if error is None and self._keep_files:
-            _end_process(self._process)
+        if reusable and self._standby is not None:
+            self._end.detach()
+            self._end = weakref.finalize(self, remove_job, self._folder)
+            self._standby.put(self._process)
         else:
+            self._process.end()
+        if error is not None or not self._keep_files:
             self._files = None
             self._end()
         return Event("done") if error is None else Event("error", message=str(error))
@@ -298,64 +316,32 @@ class Worker:
         return WorkerDied(f"the registration {how}{hint}", code, log)
 
     def _read_log(self) -> tuple[str, ...]:
-        try:
-            with open(self._folder / STDERR, "rb") as file:
-                size = file.seek(0, os.SEEK_END)
-                file.seek(max(size - LOG_BYTES, 0))
-                lines = [line for line in _text(file.read()).splitlines() if line.strip()]
-        except OSError:
-            lines = []
+        text = _text(self._process.read_log(self._log_start, LOG_BYTES))
+        lines = [line for line in text.splitlines() if line.strip()]
         return tuple([*self._stray, *lines][-LOG_LINES:])
 
 
-def _interpreter() -> str:
-    """Inside 3D Slicer PythonSlicer, which sets Slicer's paths; otherwise the running interpreter."""
-    inside_slicer = hasattr(sys.modules.get("slicer"), "app")
-    return (shutil.which("PythonSlicer") if inside_slicer else None) or sys.executable
+def surroundings(python: str | os.PathLike | None, environment: dict[str, str] | None) -> Surroundings:
+    """What a worker is started with.
+
+    Args:
+        python: None: PythonSlicer inside 3D Slicer, which sets Slicer's paths; otherwise the running interpreter.
+        environment: None: the variables of this process.
+    """
+    if python is None:
+        inside_slicer = hasattr(sys.modules.get("slicer"), "app")
+        python = (shutil.which("PythonSlicer") if inside_slicer else None) or sys.executable
+    return Surroundings.of(str(python), dict(os.environ if environment is None else environment))
 
 
-def _environment(variables: dict[str, str]) -> dict[str, str]:
-    """The child must import this very library, and nothing from the working directory."""
-    paths = [str(Path(__file__).resolve().parents[3]), variables.get("PYTHONPATH", "")]
-    own = {
-        "PYTHONPATH": os.pathsep.join(p for p in paths if p),
-        "PYTHONSAFEPATH": "1",
-        "PYTHONFAULTHANDLER": "1",
-        "PYTHONIOENCODING": "utf-8",
-    }
-    environment = variables | own
-    prepare_threads(environment)
-    return environment
+def _nothing() -> None:
+    """A worker that was not started has nothing to end."""
 
 
-def _own_group() -> dict:
-    """Arguments of Popen for a process group that can be ended as a whole, without a console window."""
-    if os.name == "nt":
-        return {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW}
-    return {"start_new_session": True}
-
-
-def _end(process: subprocess.Popen, folder: Path, files: list) -> None:
-    """Ends a process with its children, waits for its end, and removes the folder."""
-    _end_process(process)
-    for file in files:
-        file.close()
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _end_process(process: subprocess.Popen) -> None:
-    """Ends a process with its children and waits for its end. Once only: its number may be another's afterwards."""
-    if getattr(process, "was_ended", False):
-        return
-    process.was_ended = True
-    if os.name == "nt":
-        command = ["taskkill", "/F", "/T", "/PID", str(process.pid)]
-        subprocess.run(command, capture_output=True, check=False, creationflags=subprocess.CREATE_NO_WINDOW)
-    else:
-        with suppress(ProcessLookupError, PermissionError):  # the latter on macOS, where only ended processes are left
-            os.killpg(process.pid, signal.SIGKILL)
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(END_SECONDS)
+def _end(process: Process, folder: Path) -> None:
+    """Ends a job with its process, and removes its folder."""
+    process.end()
+    remove_job(folder)
 
 
 def _text(line: bytes) -> str:

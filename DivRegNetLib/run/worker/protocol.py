@@ -1,6 +1,14 @@
-"""What a worker and its parent exchange: a job, messages and a result. No torch here.
+"""What a worker and its parent exchange: jobs, messages and results. No torch here.
 
-The child is started as ``python -m DivRegNetLib.run.worker FOLDER``. FOLDER holds ``job.json``::
+The child is started as ``python -m DivRegNetLib.run.worker FOLDER``. FOLDER holds ``worker.json``::
+
+    {"idle_seconds": NUMBER, "warm_up": {"model": NAME, "device": NAME}}
+
+The child ends when it has had no job for that long, or when others need its memory; without ``idle_seconds`` it waits to be
+ended. With ``warm_up`` it imports its libraries and computes something small, at low priority, until the first job comes.
+
+The jobs come one after another, each in a folder of its own: ``FOLDER/job-1``, ``FOLDER/job-2`` and so on. A job begins when
+its ``job.json`` appears, which is moved there when all else is written::
 
     {"images": {"fixed": GEOMETRY, "moving": GEOMETRY, "fixed_mask": GEOMETRY, "moving_mask": GEOMETRY},
      "options": {fields of Options; an initial transform is its 4x4 matrix, LPS, mm}}
@@ -12,13 +20,15 @@ that the inverse transform is not written.
 
 The child writes one JSON object per line to standard output:
 
+* ``{"divregnet": "started"}``, when it has found a job
 * ``{"divregnet": "progress", "stage": NAME, "fraction": 0 to 1}``
-* ``{"divregnet": "done"}``, once the result is in FOLDER: ``result.json``, and ``warped.npy``, ``transform.npy`` and
+* ``{"divregnet": "done"}``, once the result is in the job's folder: ``result.json``, and ``warped.npy``, ``transform.npy`` and
   ``inverse.npy`` (displacements in mm, LPS, single precision), and ``error_map.npy`` where it was asked for
 * ``{"divregnet": "error", "kind": NAME OF AN EXCEPTION, "message": TEXT}``
 
 Any other line, and all of standard error, is log. In the child, whatever torch, ITK or a ``print`` write to standard
-output goes to standard error instead. After its last message the child waits to be ended.
+output goes to standard error instead. After ``done`` or ``error`` the child waits for the next job. A job whose child ended
+before it said ``started`` was lost by no fault of its own, and the parent may give it to another child.
 
 While the parent lives it holds a lock on FOLDER's file ``parent``. When the child gets that lock, the parent has ended:
 the child removes FOLDER and ends at once, whatever it is doing. (The end of a pipe would not show this: PythonSlicer, a
@@ -29,6 +39,7 @@ writes too much, or nothing.
 """
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -44,8 +55,11 @@ from DivRegNetLib.options import Options
 from DivRegNetLib.quality.references import References, Segments
 from DivRegNetLib.result import Result
 
-JOB, RESULT, STDOUT, STDERR, PARENT = "job.json", "result.json", "stdout", "stderr", "parent"
+WORKER, STDOUT, STDERR, PARENT = "worker.json", "stdout", "stderr", "parent"
+"""Files in the folder of a worker."""
+JOB, RESULT = "job.json", "result.json"
 """Files in the folder of a job."""
+SPARE_BYTES = 1e9  # of main memory that a process which has no job leaves to others
 SLAB_BYTES = 32_000_000  # that are written at a time
 
 
@@ -96,9 +110,14 @@ def parse_message(line: bytes) -> dict | None:
     match message:
         case {"divregnet": "progress", "stage": str(), "fraction": int() | float() as fraction} if 0 <= fraction <= 1:
             return message
-        case {"divregnet": "done"} | {"divregnet": "error", "kind": str(), "message": str()}:
+        case {"divregnet": "started" | "done"} | {"divregnet": "error", "kind": str(), "message": str()}:
             return message
     return None
+
+
+def job_folder(folder: Path, number: int) -> Path:
+    """The folder of a worker's job, counted from 1."""
+    return folder / f"job-{number}"
 
 
 def write_job(
@@ -116,7 +135,9 @@ def write_job(
     for name, image in (images | layers).items():
         job["images"][name] = _geometry(image)
         yield from _save_array(folder, name, sitk.GetArrayViewFromImage(image))
-    (folder / JOB).write_text(json.dumps(job), encoding="utf-8")
+    unfinished = folder / f"{JOB}.unfinished"
+    unfinished.write_text(json.dumps(job), encoding="utf-8")
+    os.replace(unfinished, folder / JOB)
 
 
 @dataclass(frozen=True)
@@ -195,8 +216,13 @@ class ResultFiles:
         for name in ("warped", "transform"):
             self.array(name)
 
+    def holds(self, name: str) -> bool:
+        """Whether this image was asked for and written."""
+        return name in self._geometry
+
     def array(self, name: str) -> np.ndarray:
-        """The voxels of ``warped``, ``transform`` or ``inverse``, [k, j, i] (and component); read where they are used.
+        """The voxels of ``warped``, ``transform``, ``inverse`` or ``error_map``, [k, j, i] (and component); read where they
+        are used.
 
         Of the transforms the displacement ``T(p) - p``, LPS mm; that of ``transform`` covers the fixed image.
         """
@@ -239,8 +265,9 @@ class ResultFiles:
 
     def error_map(self) -> sitk.Image | None:
         """The map of the expected error; None where it was not asked for."""
-        geometry = self._geometry.get("error_map")
-        return None if geometry is None else _load_image(self._folder, "error_map", geometry)
+        if not self.holds("error_map"):
+            return None
+        return _load_image(self._folder, "error_map", self._geometry["error_map"])
 
 
 def _whole_displacement(transform: sitk.Transform) -> sitk.Image:

@@ -14,6 +14,7 @@ import slicer
 import slicer.util
 import vtk
 
+VIEW_SIZE, BESIDE_SIZE = (420, 330), (420, 700)  # px, of a slice view in the usual layout, and of two side by side
 SLICER_PYTHON = "DIVREGNET_SLICER_PYTHON"
 
 
@@ -92,7 +93,11 @@ class Window:
 
 
 class LayoutManager:
-    """``slicer.app.layoutManager()``: Slicer's own slice nodes and slice logics, which nothing draws."""
+    """``slicer.app.layoutManager()``: Slicer's own slice nodes and slice logics, which nothing draws.
+
+    A change of the layout resizes the views when Qt's events are processed, not before (qMRMLSliceWidget.cxx,
+    setSliceViewSize, which is connected to the signal of the view's resize event).
+    """
 
     NAMES = ("Red", "Green", "Yellow")
 
@@ -105,9 +110,19 @@ class LayoutManager:
             logic.AddSliceNode(name)
             self._logics.append(logic)
             self._collection.AddItem(logic)
+        self._resize()
 
     def setLayout(self, layout: int) -> None:
+        from PySide6.QtCore import QTimer
+
         self.layout = layout
+        QTimer.singleShot(0, self._resize)
+
+    def _resize(self) -> None:
+        beside = self.layout == slicer.vtkMRMLLayoutNode.SlicerLayoutSideBySideView
+        for name, logic in zip(self.NAMES, self._logics, strict=True):
+            if logic.GetSliceNode() is not None:
+                logic.ResizeSliceNode(*(BESIDE_SIZE if beside and name != "Green" else VIEW_SIZE))
 
     def sliceViewNames(self) -> tuple[str, ...]:
         return self.NAMES

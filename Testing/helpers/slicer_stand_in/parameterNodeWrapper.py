@@ -105,7 +105,11 @@ class _Parameter:
         text = node.GetParameter(self.name)
         if self.kind is bool:
             return text == "True"
-        return self.kind[text] if issubclass(self.kind, enum.Enum) else self.kind(text)
+        if issubclass(self.kind, enum.Enum):
+            if text not in self.kind.__members__:  # EnumSerializer.read, parameterNodeWrapper/serializers.py
+                raise ValueError(f"Found {text!r} in parameter node but it is not a name in {self.kind!r}")
+            return self.kind[text]
+        return self.kind(text)
 
     def exists(self, node) -> bool:
         return bool(node.HasParameter(f"{self.name}.len" if self.listed else self.name))

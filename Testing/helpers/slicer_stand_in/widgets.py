@@ -385,6 +385,7 @@ def qt_module() -> types.ModuleType:
         QtGui.QIcon,
         QtWidgets.QApplication,
         QtWidgets.QFileDialog,
+        QtWidgets.QHeaderView,
         QtWidgets.QMessageBox,
         QtWidgets.QTableWidgetItem,
         QtWidgets.QVBoxLayout,

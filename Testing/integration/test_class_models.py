@@ -1,0 +1,78 @@
+"""Models with a class network: what the network sees in a registration is what it saw in training."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+
+from DivRegNetLib import models
+from DivRegNetLib.core.device import pick_device
+from DivRegNetLib.core.grid import Grid
+from DivRegNetLib.options import Options
+from DivRegNetLib.registration import pipeline
+from DivRegNetLib.registration.resources import Resources
+from DivRegNetLib.similarity.classes import ClassNet, ClassNetConfig
+
+
+@pytest.fixture(params=[False, True], ids=["coarse", "subvoxel"])
+def model(tiny_model, request) -> models.Model:
+    """The tiny model with a class network of random weights, which registers by the variational method."""
+    loaded = models.load(tiny_model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = ClassNet(ClassNetConfig(3, (4, 6), stride=2, subvoxel=request.param)).eval().requires_grad_(False)
+        torch.nn.init.normal_(net.head.weight)
+    names = ["background", "one", "two"]
+    card = replace(loaded.card, methods=["variational"], classnet=net.config.as_dict(), classes=names)
+    return replace(loaded, card=card, classnet=net)
+
+
+def stored(image: sitk.Image, axes: tuple[int, int, int], flips: tuple[bool, bool, bool]) -> sitk.Image:
+    """The same voxels at the same places, stored along other axes and in other directions."""
+    return sitk.Flip(sitk.PermuteAxes(image, axes), flips)
+
+
+def sampled(fixed: sitk.Image, moving: sitk.Image, model: models.Model) -> pipeline.Sampled:
+    options = Options.of(device="cpu", align="none")
+    inputs = pipeline.check(fixed, moving, None, None, options)
+    resources = Resources.choose(options, inputs.fixed, inputs.moving, model)
+    assert resources.device == pick_device("cpu")
+    return pipeline.sample(inputs, np.eye(4), resources, progress=lambda fraction: None)
+
+
+@pytest.mark.parametrize("direction", [(1, 0, 0, 0, 1, 0, 0, 0, 1), (0, 0, -1, 1, 0, 0, 0, -1, 0)])
+def test_the_network_sees_canonical_axes_however_a_volume_is_stored(model, paint, direction):
+    grid = Grid.of(paint_on(paint, direction))
+    fixed, moving = paint(grid), paint(grid)
+    other = stored(moving, (2, 0, 1), (True, False, True))
+    same, turned = (sampled(fixed, m, model).images for m in (moving, other))
+    torch.testing.assert_close(turned.moving, same.moving, atol=1e-4, rtol=0)
+    torch.testing.assert_close(turned.classes.moving, same.classes.moving, atol=1e-2, rtol=0)
+    assert same.classes.moving.std() > 0.01
+    # Axes of the working grid are those of patient space, whatever the fixed image's are.
+    assert np.allclose(
+        sampled(stored(fixed, (1, 2, 0), (False, True, False)), moving, model).grid.direction, np.eye(3).ravel()
+    )
+
+
+def paint_on(paint, direction) -> sitk.Image:
+    image = sitk.Image((30, 26, 28), sitk.sitkFloat32)
+    image.SetSpacing((6.0, 6.5, 7.0))
+    image.SetDirection(direction)
+    middle = np.array(image.TransformContinuousIndexToPhysicalPoint([14.5, 12.5, 13.5]))
+    image.SetOrigin((np.array(image.GetOrigin()) - middle).tolist())
+    return image
+
+
+def test_outside_the_moving_image_and_its_mask_is_background(model, paint):
+    """What a smaller moving image does not cover on the working grid, as it is padding to the network."""
+    grid = Grid.of(paint_on(paint, (1, 0, 0, 0, 1, 0, 0, 0, 1)))
+    fixed = paint(grid)
+    images = sampled(fixed, fixed[4:22, 3:20, 5:21], model).images
+    outside = ~images.valid[1]
+    classes = torch.nn.functional.interpolate(images.classes.moving, size=outside.shape[2:], mode="nearest")
+    inner = torch.nn.functional.avg_pool3d(outside.float(), 3, 1, 1) == 1
+    assert inner.any() and (classes[:, :1][inner] == 1).all()
+    assert (images.classes.fixed[:, 1:] > 0).any()
