@@ -37,6 +37,7 @@ STIFFNESSES = (1.0, 0.2)
 """Factors of the elastic weight that are tried; the first is usual."""
 
 NO_DEFORMATION = "none"
+DISCRETE_START = "discrete start"
 LEAST_GAIN = 0.003  # of the edges' cosine, by which a deformation has to be better than none
 CUBE = 5  # voxels a side that a gradient and a descriptor look at
 BINS = 32  # of the joint histogram
@@ -242,6 +243,7 @@ def deform(
     regnet: RegNet | None,
     stiffness: float | None = None,
     *,
+    discrete: bool = False,
     run: Run = methods.run,
     progress: Progress = lambda fraction: None,
 ) -> Choice:
@@ -251,6 +253,8 @@ def deform(
         names, variational, regnet: as of :func:`DivRegNetLib.registration.methods.deform`.
         stiffness: factor of the elastic weight; None: it is chosen, or no deformation. Without the variational method there
             is no choice.
+        discrete: also try a discrete start (:mod:`DivRegNetLib.registration.discrete`), with the stiffness that is chosen
+            without it.
         run: runs methods, as :func:`DivRegNetLib.registration.methods.run`.
         progress: called with the fraction that is done; what it raises ends the registration.
     """
@@ -263,7 +267,8 @@ def deform(
     score = Agreement(images)
     at = len(names) - 1 - names[::-1].index("variational")
     before, after = names[:at], names[at + 1 :]
-    parts = bool(before) + len(STIFFNESSES) + bool(after)
+    discrete = discrete and not before
+    parts = bool(before) + len(STIFFNESSES) + discrete + bool(after)
     done = 0
 
     def report(fraction: float) -> None:
@@ -283,6 +288,13 @@ def deform(
         return moved.fine()
 
     chosen = best_of((Candidate(_name(s), partial(finish, s), s) for s in STIFFNESSES), score)
+    if discrete:
+        stiffness = chosen.candidate.stiffness
+        settings, name = stiffened(variational, stiffness), f"{DISCRETE_START}, {chosen.candidate.name}"
+        moved = run(images, ("discrete", "variational"), settings, None, report)
+        finished[name] = moved
+        done += 1
+        chosen = best_of([Candidate(name, moved.fine, stiffness)], score, chosen)
     none = no_deformation(images)
     undeformed = score(none.displacement)
     if not chosen.scores[chosen.candidate.name].beats(undeformed):
