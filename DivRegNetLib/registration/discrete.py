@@ -141,7 +141,7 @@ def _costs(
         if number % shifts == shifts - 1:
             progress(0.9 * (number + 1) / shifts**2)
     mean = (costs * weights).sum((1, 2, 3, 4), keepdim=True) / weights.sum((1, 2, 3, 4), keepdim=True).clamp_min(1e-6)
-    costs = torch.lerp(torch.ones_like(costs), costs / mean.clamp_min(1e-9), weights)
+    costs = costs.div_(mean.clamp_min_(1e-9)).sub_(1).mul_(weights).add_(1)
     if settings.window:
         costs = fields.smooth(costs, settings.window)
     return costs

@@ -45,16 +45,8 @@ def mind_ssc(
     Returns:
         (N, 12, D / stride, H / stride, W / stride).
     """
-    # Between the patches around the neighbors a and b there are the squared differences of the image to itself moved by a - b,
-    # summed around b; those between -b and -a are summed around -a.
-    margin = dilation + radius
-    padded, shape = F.pad(image, [dilation + margin] * 6, mode="replicate"), image.shape[2:]
-    window = partial(_window, padded, reach=dilation + margin, margin=margin, shape=shape)
-    moves = list(itertools.product(itertools.combinations(range(3), 2), (dilation, -dilation)))
-    squares = image.new_empty(len(image), len(moves), *(n + 2 * margin for n in shape))
-    for out, ((a, b), other) in zip(squares.unbind(1), moves, strict=True):
-        torch.sub(window(_offset(a, dilation, b, -other))[:, 0], window([0, 0, 0])[:, 0], out=out)
-    sums = _box(squares.square_(), radius, stride)
+    shape, moves = image.shape[2:], _moves(dilation)
+    sums = _patch_distances(image, radius, dilation, stride, moves)
     distances = image.new_empty(len(image), CHANNELS, *(n // stride for n in shape))
     for number, (a, side, b, other) in enumerate(_pairs(dilation)):
         move = moves.index(((a, b), other * side // dilation))
@@ -70,6 +62,24 @@ def mind_ssc(
         usual = torch.where(count > 0, (variance.flatten(1) * inside).sum(1) / count.clamp_min(1), usual)
     low, high = (usual.clamp_min(torch.finfo(image.dtype).tiny).view(-1, 1, 1, 1, 1) * k for k in (floor, VARIANCES[1]))
     return distances.div_(variance.clamp_(min=low, max=high)).neg_().exp_()
+
+
+def _moves(dilation: int) -> list[tuple[tuple[int, int], int]]:
+    """Two axes, and the offset along the second that a patch is compared at, ``dilation`` voxels further along the first."""
+    return list(itertools.product(itertools.combinations(range(3), 2), (dilation, -dilation)))
+
+
+def _patch_distances(image: Tensor, radius: int, dilation: int, stride: int, moves: list) -> Tensor:
+    """Sums of squared differences of the patches around each voxel to those after each of six moves, (N, 6, D, H, W) with
+    ``dilation`` voxels more on each side. Between the patches around the neighbors a and b of a voxel lies that of the move
+    a - b, around b; it is also that between -b and -a, around -a."""
+    margin = dilation + radius
+    padded, shape = F.pad(image, [dilation + margin] * 6, mode="replicate"), image.shape[2:]
+    window = partial(_window, padded, reach=dilation + margin, margin=margin, shape=shape)
+    squares = image.new_empty(len(image), len(moves), *(n + 2 * margin for n in shape))
+    for out, ((a, b), other) in zip(squares.unbind(1), moves, strict=True):
+        torch.sub(window(_offset(a, dilation, b, -other))[:, 0], window([0, 0, 0])[:, 0], out=out)
+    return _box(squares.square_(), radius, stride)
 
 
 def _pairs(dilation: int) -> list[tuple[int, int, int, int]]:
@@ -109,8 +119,8 @@ def _box(image: Tensor, radius: int, stride: int = 1) -> Tensor:
     """Sum over cubes of ``2 * radius + stride`` voxels a side, which begin at each voxel."""
     for dim in (2, 3, 4):
         length = image.shape[dim] - 2 * radius - stride + 1
-        total = image.narrow(dim, 0, length)
+        total = image.narrow(dim, 0, length).clone()
         for start in range(1, 2 * radius + stride):
-            total = total + image.narrow(dim, start, length)
+            total += image.narrow(dim, start, length)
         image = total
     return image
