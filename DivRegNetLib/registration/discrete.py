@@ -119,7 +119,7 @@ def _costs(
     descriptors = torch.cat((mind_ssc(images, stride=step, valid=known > 0.5) * known, known), 1)
     fixed, moving = descriptors.chunk(2)
     fixed = F.avg_pool3d(fixed, cell)
-    moving = F.avg_pool3d(F.pad(moving, [steps, steps + cell - 1] * 3, mode="replicate"), cell, 1)
+    moving = F.avg_pool3d(F.pad(moving, [steps, steps + cell - 1] * 3), cell, 1)  # beyond the image nothing is known
     fixed_known, moving_known = fixed[:, -1:], moving[:, -1:]
     fixed, moving = (x[:, :-1] / x[:, -1:].clamp_min(1e-3) for x in (fixed, moving))  # means of what was measured
     d, h, w = fixed.shape[2:]

@@ -38,7 +38,9 @@ STIFFNESSES = (1.0, 0.2)
 
 NO_DEFORMATION = "none"
 DISCRETE_START = "discrete start"
-LEAST_GAIN = 0.003  # of the edges' cosine, by which a deformation has to be better than none
+LEAST_GAIN = (
+    0.01  # of the edges' cosine, by which a deformation has to be better than none; fitted noise gains up to 0.007
+)
 CUBE = 5  # voxels a side that a gradient and a descriptor look at
 BINS = 32  # of the joint histogram
 COUNTED, COMPARED = 100_000, 4_000  # voxels of the histogram, and of the edges, at least

@@ -40,7 +40,7 @@ def test_a_shift_of_six_voxels_is_found_where_the_plain_start_fails():
     both = fields.upsample(register(fixed, moving, VARIATIONAL, start=coarse), 2, SHAPE)
     assert error(plain) > 3
     assert error(start) < 1
-    assert error(both) < 0.5
+    assert error(both) < 0.8
 
 
 def test_the_result_is_the_same_at_every_run():

@@ -164,5 +164,6 @@ def _differences(image: Tensor) -> Tensor:
     differences = image.new_zeros(len(image), 3, *image.shape[1:])
     for axis, dim in enumerate((4, 3, 2)):
         inner, out = image.shape[dim] - 2, differences[:, axis]
-        torch.sub(image.narrow(dim, 2, inner), image.narrow(dim, 0, inner), out=out.narrow(dim, 1, inner))
+        if inner > 0:
+            torch.sub(image.narrow(dim, 2, inner), image.narrow(dim, 0, inner), out=out.narrow(dim, 1, inner))
     return differences
