@@ -124,6 +124,7 @@ class Method(enum.Enum):
 
     AUTO = "auto"
     VARIATIONAL = "variational"
+    DISCRETE = "discrete+variational"
     REGNET = "regnet"
     BOTH = "variational+regnet"
     NONE = "none"
@@ -132,10 +133,22 @@ class Method(enum.Enum):
         return {
             Method.AUTO: _("Automatic"),
             Method.VARIATIONAL: _("Variational"),
+            Method.DISCRETE: _("Discrete start, then variational"),
             Method.REGNET: _("RegNet"),
             Method.BOTH: _("Variational, then RegNet"),
             Method.NONE: _("None (only align)"),
         }[self]
+
+
+class Effort(enum.Enum):
+    """How much time the deformation may take; values as in DivRegNetLib.options.EFFORTS. Presets set it."""
+
+    FAST = "fast"
+    USUAL = "usual"
+    THOROUGH = "thorough"
+
+    def label(self) -> str:
+        return {Effort.FAST: _("Fast"), Effort.USUAL: _("Usual"), Effort.THOROUGH: _("Thorough")}[self]
 
 
 class Interpolation(enum.Enum):
@@ -176,6 +189,7 @@ class DivRegNetParameterNode:
     movingSegment: str
     model: str
     method: Method = Method.AUTO
+    effort: Effort = Effort.USUAL
     warpedVolume: vtkMRMLScalarVolumeNode
     transform: vtkMRMLTransformNode
     giveInverse: bool = False
@@ -572,7 +586,8 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         from DivRegNetLib.presets import matching
 
         p = self._parameterNode
-        preset = matching({"align": p.alignment.value, "method": p.method.value, "refine": p.refineSteps})
+        options = {"align": p.alignment, "method": p.method, "effort": p.effort}
+        preset = matching({name: choice.value for name, choice in options.items()} | {"refine": p.refineSteps})
         self.ui.presetComboBox.setCurrentIndex(self.ui.presetComboBox.findData(preset.name if preset else ""))
 
     @guarded
@@ -586,6 +601,7 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         with slicer.util.NodeModify(p):
             p.alignment = Alignment(preset.value("align"))
             p.method = Method(preset.value("method"))
+            p.effort = Effort(preset.value("effort"))
             p.refineSteps = preset.value("refine")
 
     @guarded

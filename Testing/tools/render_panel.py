@@ -90,7 +90,6 @@ def show_result(widget, result: Path) -> None:
         quality=quality,
         settings=report["settings"],
         seconds=sum(report["seconds"].values()),
-        error_map=None,
         changes=types.SimpleNamespace(added=volumes, overwritten=[]),
         pairs=None,
         error_map=True,  # there is one
