@@ -6,10 +6,9 @@ optimization: with the costs K(x, s) of cell x and shift s,
 
     s(x) = argmin K(x, s) + coupling |s - u(x)|^2,    u = smooth(s),
 
-for rising weights of the coupling. Sources: Heinrich et al., "Non-parametric discrete registration with convex
-optimisation", WBIR 2014; Siebert et al., "ConvexAdam: Self-configuring dual-optimisation-based 3D multitask medical image
-registration", IEEE TMI 2024. The costs are squared distances of MIND-SSC descriptors that were averaged over the cells, so
-that a shift takes one pass over the cells.
+for rising weights of the coupling. Sources: Heinrich et al., WBIR 2014 (non-parametric discrete registration); Siebert et
+al., ConvexAdam, IEEE TMI 2024. The costs are squared distances of MIND-SSC descriptors that were averaged over the cells,
+so that a shift takes one pass over the cells.
 
 The result is a candidate: in a small field of view, or where contrasts say little, it can be worse than no start. Evidence
 has to choose (:mod:`DivRegNetLib.quality.evidence`).
