@@ -131,7 +131,7 @@ def _register_files(
                 written = [thread.submit(_write, w, folder / name, output / name) for name, w in writers.items()]
                 if preview:
                     _write(
-                        lambda p: notes.extend(_write_preview(fixed, moving, result, p)),
+                        lambda path: notes.extend(_write_preview(fixed, moving, result, path)),
                         folder / PREVIEW,
                         output / PREVIEW,
                     )
