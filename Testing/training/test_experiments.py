@@ -120,7 +120,7 @@ def test_networks_are_trained_side_by_side_and_register_as_far_as_they_are(templ
     assert done.returncode == 0, done.stderr
     with (output / "aal-brain.csv").open() as file:
         assert [(row["method"], row["steps"]) for row in csv.DictReader(file)] == [(m, "4") for m in methods]
-    failed = run(*command, "--jobs", 2, "--train-only", "--override", "steps=4", "learning_rate=1", home=tmp_path)
+    failed = run(*command, "--jobs", 2, "--train-only", "--override", "steps=8", "learning_rate=1", home=tmp_path)
     assert failed.returncode == 2 and ".log says why" in failed.stderr
 
 
