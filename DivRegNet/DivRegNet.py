@@ -38,6 +38,7 @@ from slicer.util import VTKObservationMixin
 MODULE_FOLDER = Path(__file__).resolve().parent
 POLL_MS = 20  # between two steps of a run, see DivRegNetModule.run.STEP_SECONDS
 MOST_STEPS = 200  # of refinement
+LAYOUT_MS = 50  # after which the panel has made room for a result
 COARSER = 1.5  # times the spacing: memory divided by 3.4
 HELP = "https://github.com/DivRegNet/DivRegNet/blob/main/docs/guide.md"
 LAST = -100.0  # priority of an observer that is called after those of Slicer's own widgets
@@ -123,6 +124,7 @@ class Method(enum.Enum):
 
     AUTO = "auto"
     VARIATIONAL = "variational"
+    DISCRETE = "discrete+variational"
     REGNET = "regnet"
     BOTH = "variational+regnet"
     NONE = "none"
@@ -131,10 +133,22 @@ class Method(enum.Enum):
         return {
             Method.AUTO: _("Automatic"),
             Method.VARIATIONAL: _("Variational"),
+            Method.DISCRETE: _("Discrete start, then variational"),
             Method.REGNET: _("RegNet"),
             Method.BOTH: _("Variational, then RegNet"),
             Method.NONE: _("None (only align)"),
         }[self]
+
+
+class Effort(enum.Enum):
+    """How much time the deformation may take; values as in DivRegNetLib.options.EFFORTS. Presets set it."""
+
+    FAST = "fast"
+    USUAL = "usual"
+    THOROUGH = "thorough"
+
+    def label(self) -> str:
+        return {Effort.FAST: _("Fast"), Effort.USUAL: _("Usual"), Effort.THOROUGH: _("Thorough")}[self]
 
 
 class Interpolation(enum.Enum):
@@ -175,6 +189,7 @@ class DivRegNetParameterNode:
     movingSegment: str
     model: str
     method: Method = Method.AUTO
+    effort: Effort = Effort.USUAL
     warpedVolume: vtkMRMLScalarVolumeNode
     transform: vtkMRMLTransformNode
     giveInverse: bool = False
@@ -218,6 +233,7 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self._sequenceRun = None
         self._outcome = None
         self._sequenceOutcome = None
+        self._undoable = None  # the last outcome, of a pair or of a sequence
         self._comparison = None
         self._task = None
         self._landmarkRows = []
@@ -473,8 +489,7 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
                 of_sequence[0] if of_sequence else _("Registers each volume of the sequence to the fixed volume.")
             )
             self.ui.cancelButton.enabled = running
-            changes = None if self._outcome is None else self._outcome.changes
-            self.ui.undoButton.enabled = not running and bool(changes and (changes.added or changes.overwritten))
+            self.ui.undoButton.enabled = not running and self._undoable is not None
             self.ui.progressBar.visible = self.ui.timeLabel.visible = running
             chosen = p is not None and p.fixedVolume and p.movingVolume
             self.ui.problemLabel.text = "\n".join(problems) if chosen else ""
@@ -571,7 +586,8 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         from DivRegNetLib.presets import matching
 
         p = self._parameterNode
-        preset = matching({"align": p.alignment.value, "method": p.method.value, "refine": p.refineSteps})
+        options = {"align": p.alignment, "method": p.method, "effort": p.effort}
+        preset = matching({name: choice.value for name, choice in options.items()} | {"refine": p.refineSteps})
         self.ui.presetComboBox.setCurrentIndex(self.ui.presetComboBox.findData(preset.name if preset else ""))
 
     @guarded
@@ -585,6 +601,7 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         with slicer.util.NodeModify(p):
             p.alignment = Alignment(preset.value("align"))
             p.method = Method(preset.value("method"))
+            p.effort = Effort(preset.value("effort"))
             p.refineSteps = preset.value("refine")
 
     @guarded
@@ -760,8 +777,12 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     def _show(self, outcome) -> None:
         """Shows the result of a run that has ended."""
+        comparison, earlier = self._comparison, self._outcome
+        again = earlier is not None and (earlier.fixed, earlier.moving) == (outcome.fixed, outcome.moving)
+        before = comparison.before if again and comparison is not None and comparison.mode else None
         self._forgetOutcome(restore=False)
         judgment = self._present(outcome)
+        self._undoable = outcome
         registration, p = outcome.registration, self._parameterNode
         if p is not None:
             with slicer.util.NodeModify(p):  # what was made is overwritten next time, unless another output is chosen
@@ -769,7 +790,7 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
                 if registration.inverse_node is not None:
                     p.inverse = registration.inverse_node
         if self.parent.isEntered:
-            self._compare()
+            self._compare(before=before)
         self._say("\n".join(outcome.notes))
         self._messageOfRun = True
         self._log(f"{judgment.level}: {judgment.headline} {outcome.quality}")
@@ -794,7 +815,17 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.ui.qualityLabel.adjustSize()
         self.ui.errorMapButton.enabled = outcome.error_map is not None
         self._fillLandmarks(landmarks.rows(outcome.pairs, outcome.quality))
+        qt.QTimer.singleShot(LAYOUT_MS, self.onResultShown)
         return judgment
+
+    @guarded
+    def onResultShown(self) -> None:
+        """Scrolls the module panel (qSlicerModulePanel has a QScrollArea) to the result, wherever one was in it."""
+        area = self.parent
+        while area is not None and not area.inherits("QScrollArea"):
+            area = area.parent()
+        if area is not None:
+            area.ensureWidgetVisible(self.ui.verdictLabel)
 
     def _restore(self) -> None:
         """Shows the result that was saved with the scene, if none is shown; in the views, too, if it was compared there."""
@@ -809,13 +840,17 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             self._compare(show=Comparison.was_saved(outcome.registration.transform_node))
             self._refresh()
 
-    def _compare(self, *, show: bool = True) -> None:
-        """Makes the comparison of the result in the slice views, and shows it."""
+    def _compare(self, *, show: bool = True, before=None) -> None:
+        """Makes the comparison of the result in the slice views, and shows it.
+
+        Args:
+            before: the views that it will put back, as they were before an earlier comparison; None: the present ones.
+        """
         from DivRegNetModule.comparison import OVERLAY, Comparison
 
         outcome = self._outcome
         nodes = (outcome.registration.warped_node, outcome.registration.transform_node)
-        self._comparison = Comparison(outcome.fixed, outcome.moving, *nodes, self._unexpected)
+        self._comparison = Comparison(outcome.fixed, outcome.moving, *nodes, self._unexpected, before)
         if show:
             self._comparison.show(OVERLAY)
 
@@ -852,7 +887,7 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     def _showSequence(self, outcome) -> None:
         from DivRegNetModule import translated, verdict
 
-        self._sequenceOutcome = outcome
+        self._sequenceOutcome = self._undoable = outcome
         rows = []
         for frame in outcome.frames:
             if frame.verdict is None:
@@ -870,10 +905,23 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     @guarded
     def onFrame(self, row: int, column: int) -> None:
-        if self._sequenceOutcome is not None and slicer.mrmlScene.IsNodePresent(self._sequenceOutcome.browser):
-            self._sequenceOutcome.browser.SetSelectedItemNumber(row)
+        """Shows a frame, warped, in color over the fixed volume."""
+        from DivRegNetModule import views
+        from DivRegNetModule.comparison import OPACITY, TINT
+
+        outcome, scene = self._sequenceOutcome, slicer.mrmlScene
+        if outcome is None or not all(map(scene.IsNodePresent, (outcome.browser, outcome.warped, outcome.fixed))):
+            return
+        outcome.browser.SetSelectedItemNumber(row)
+        frame = outcome.browser.GetProxyNode(outcome.warped)  # a volume, whose content follows the selected item
+        if frame is not None:
+            if frame.GetDisplayNode() is not None:
+                frame.GetDisplayNode().SetAndObserveColorNodeID(TINT)
+            views.show_layers(outcome.fixed, frame, OPACITY)
 
     def _forgetSequence(self) -> None:
+        if self._undoable is self._sequenceOutcome:
+            self._undoable = None
         self._sequenceOutcome = None
         self._fillTable(self.ui.sequenceTable, [], [], wide=0)
 
@@ -882,6 +930,8 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         if self._task is not None:
             self._task.stop()
             self._task = None
+        if self._undoable is self._outcome:
+            self._undoable = None
         comparison, self._comparison, self._outcome = self._comparison, None, None
         if comparison is not None:
             (comparison.restore if restore else comparison.clear)()
@@ -890,7 +940,7 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             button.setChecked(False)
             button.blockSignals(blocked)
         self._fillLandmarks([])
-        self.ui.undoButton.enabled = False
+        self.ui.undoButton.enabled = self._undoable is not None and self._running is None
         self.ui.resultCollapsibleButton.visible = False
 
     @property
@@ -1000,10 +1050,13 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     def onUndo(self, checked: bool = False) -> None:
         from DivRegNetModule.comparison import Comparison
 
-        outcome, comparison = self._outcome, self._comparison
+        outcome, comparison = self._undoable, self._comparison
         if outcome is None:
             return
-        self._forgetOutcome(restore=comparison is not None)
+        if outcome is self._sequenceOutcome:
+            self._forgetSequence()
+        else:
+            self._forgetOutcome(restore=comparison is not None)
         outcome.undo()
         if self._parameterNode is not None and self._parameterNode.transform is not None:
             Comparison.forget_saved(self._parameterNode.transform)  # it has its former content again

@@ -9,7 +9,10 @@ __all__ = ["Options", "Result", "register"]
 
 def __getattr__(name: str):
     if name == "register":
-        from DivRegNetLib.registration.pipeline import register
+        from DivRegNetLib.core.working_folder import existing_working_folder
+
+        with existing_working_folder():
+            from DivRegNetLib.registration.pipeline import register
 
         return register
     if name == "Options":

@@ -15,7 +15,6 @@ import SimpleITK as sitk
 from DivRegNetLib.core.grid import affine_matrix
 from DivRegNetLib.errors import InputError
 from DivRegNetLib.models import DEFAULT
-from DivRegNetLib.registration import METHODS
 
 ALIGNMENTS = ("none", "center", "rigid", "affine")
 LANDMARK_ALIGNMENTS = {
@@ -26,7 +25,8 @@ LANDMARK_ALIGNMENTS = {
 }
 """Initial alignments of files that come with landmarks -> kind of the transform that is fitted to these."""
 INTERPOLATIONS = {"linear": sitk.sitkLinear, "nearest": sitk.sitkNearestNeighbor, "bspline": sitk.sitkBSpline3}
-METHOD_CHOICES = ("auto", *METHODS, "+".join(METHODS), "none")
+EFFORTS = ("fast", "usual", "thorough")
+METHOD_CHOICES = ("auto", "variational", "discrete+variational", "regnet", "variational+regnet", "none")
 STAGES = ("check", "align", "sample", "deform", "refine", "fields", "outputs")
 
 Progress = Callable[[str, float], bool | None]
@@ -99,8 +99,9 @@ class Options:
     method: str = field(
         default="auto",
         metadata={
-            "help": "What computes the deformation: the variational method, RegNet or both, one after the other; auto "
-            "takes what the model's card says, none only aligns.",
+            "help": "What computes the deformation: the variational method, if wanted after a discrete start that searches "
+            "every shift of some voxels, RegNet or both, one after the other; auto takes what the model's card says, none "
+            "only aligns.",
             "choices": METHOD_CHOICES,
         },
     )
@@ -114,6 +115,14 @@ class Options:
             "help": "Initial alignment: none, center (a shift), rigid, affine, or a linear transform that maps fixed points "
             "to moving points.",
             "kind": object,
+        },
+    )
+    effort: str = field(
+        default="usual",
+        metadata={
+            "help": "How much time the deformation may take: fast leaves descriptors and the last, finest steps out; usual "
+            "takes some seconds for a head; thorough makes more steps on a finer grid and takes minutes.",
+            "choices": EFFORTS,
         },
     )
     refine: int = field(

@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from DivRegNetLib import models
+from DivRegNetLib.core import fields
 from DivRegNetLib.io import atomic
 from DivRegNetLib.registration import methods
 from DivRegNetLib.similarity.classes import ClassNet
@@ -191,7 +192,10 @@ class Trainer:
         passes = 1 if self.warming_up or learning < self.config.single_pass else regnet.config.passes
         coarse = None
         if self.config.starts_from_variational and not self.warming_up:
-            coarse = methods.variational_steps(self._images(batch.fixed, batch.moving), self.config.variational)
+            fine = methods.deform(
+                self._images(batch.fixed, batch.moving), ("variational",), self.config.variational, None
+            )
+            coarse = fields.coarsen(fine, regnet.config.stride, regnet.config.multiple)
         for i in range(passes):
             with self.fabric.no_backward_sync(self.wrapped, enabled=not (last and i == passes - 1)):
                 loss, terms, coarse = self.wrapped(batch, coarse, self.warming_up)

@@ -45,13 +45,22 @@ class Comparison:
         fixed, moving, warped: volume nodes; the warped one is on the world grid of the fixed one.
         transform: transform node, may be None.
         failed: called with an exception where something could not be shown.
+        before: the views to put back; None: as they are now.
     """
 
-    def __init__(self, fixed, moving, warped, transform, failed: Callable[[Exception], None]) -> None:
+    def __init__(
+        self,
+        fixed,
+        moving,
+        warped,
+        transform,
+        failed: Callable[[Exception], None],
+        before: "views.SliceViews | None" = None,
+    ) -> None:
         self.fixed, self.moving, self.warped, self.transform = fixed, moving, warped, transform
         self.mode = ""
         self._failed = failed
-        self._before = views.SliceViews()
+        self.before = before or views.SliceViews()
         self._shown = None  # the node that lies over the fixed volume, made here
         self._grid: list = []
         self._task: Task | None = None
@@ -140,7 +149,7 @@ class Comparison:
     def restore(self) -> None:
         """Puts the slice views back as they were when this object was made."""
         self.clear()
-        self._before.restore()
+        self.before.restore()
 
     def _end_mode(self) -> None:
         mode, self.mode = self.mode, ""
@@ -149,7 +158,7 @@ class Comparison:
             self._task.stop()
             self._task = None
         if mode == SIDE_BY_SIDE:
-            self._before.restore()
+            self.before.restore()
             if not self._gone(self.fixed):
                 views.along(self.fixed)
             self._fit_later()

@@ -60,6 +60,7 @@ def options(parameters) -> dict:
         "model": p.model or DEFAULT,
         "method": p.method.value,
         "device": p.device or "auto",
+        "effort": p.effort.value,
         "refine": p.refineSteps,
         "interpolation": p.interpolation.value,
         "default_value": None if p.fillAutomatic else p.fillValue,

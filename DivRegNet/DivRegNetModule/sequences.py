@@ -42,6 +42,7 @@ class SequenceOutcome:
 
     warped, transforms: sequence nodes; the second is None where the fields would take too much memory.
     browser: the sequence browser node that shows them.
+    fixed: the volume node that they were registered to.
     """
 
     frames: list[Frame]
@@ -50,6 +51,7 @@ class SequenceOutcome:
     browser: object
     seconds: float
     changes: Changes = field(repr=False)
+    fixed: object = None
 
     def undo(self) -> None:
         """Removes the nodes that were made."""
@@ -155,7 +157,7 @@ class SequenceRun:
                     added.append(scene.AddNode(node))
                     browser.AddSynchronizedSequenceNode(added[-1])
         transform_sequence = added[1] if len(added) > 1 else None
-        return SequenceOutcome(self.frames, added[0], transform_sequence, browser, self.seconds, changes)
+        return SequenceOutcome(self.frames, added[0], transform_sequence, browser, self.seconds, changes, self.fixed)
 
     def _close(self) -> None:
         if self._worker is not None:

@@ -23,7 +23,7 @@ PLAIN, PLAIN_PERCENT = 0.03, 90.0  # what is left out must be this dark, in unit
 CT_AIR_HU = -930.0  # upper limit of air in a CT; lungs and pads are above
 CT_DARKEST_HU = AIR_HU - 100.0, AIR_HU + 60.0  # range of the darkest value of a CT
 FEWEST_SHARE = 1e-3  # of the foreground: smaller parts of it are taken for noise
-MARGIN = 0.03  # around the foreground, on each side, as a fraction of its longest side
+MARGIN = 0.02  # around the foreground, on each side, as a fraction of its longest side
 REACH = 0.1  # likewise, how far the box can be extended to what the moving image shows
 WORTH = 0.95  # of the volume of an image: a box of more is not cut out
 

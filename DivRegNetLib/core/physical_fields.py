@@ -123,7 +123,8 @@ def _faded_field(grid: Grid, to_mm: np.ndarray, sampled_on: Callable[[Grid], Cal
     for first in range(0, depth, slices):
         slab = slice(first, min(first + slices, depth))
         in_space = _in_mm(sampled(slab)[0], to_mm).to(torch.float64)
-        in_space *= (z[slab, None, None] * y[:, None] * x).to(in_space.device)
+        along_z, along_y, along_x = (w.to(in_space.device) for w in (z[slab], y, x))
+        in_space *= along_z[:, None, None] * along_y[:, None] * along_x
         values = in_space.permute(1, 2, 3, 0).contiguous().cpu().numpy()
         field[:, :, slab] = sitk.GetImageFromArray(
             values, isVector=True

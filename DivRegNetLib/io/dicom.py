@@ -74,7 +74,7 @@ def read_series(folder: Path) -> sitk.Image:
         series = reader.GetGDCMSeriesIDs(utf8_name(folder))
         files = {uid: reader.GetGDCMSeriesFileNames(utf8_name(folder), uid) for uid in series}
     if not series:
-        raise InputError(f"{folder}: the folder holds no DICOM series")
+        raise InputError(f"{folder}: the folder holds no DICOM series; choose the folder that holds the files of one")
     if len(series) > 1:
         counts = ", ".join(f"{len(names)} files in {uid}" for uid, names in files.items())
         raise InputError(f"{folder}: the folder holds {len(series)} DICOM series ({counts}); keep one")

@@ -77,10 +77,10 @@ class Card:
     def refinement_settings(self) -> VariationalSettings:
         return VariationalSettings.from_dict(self.refinement)
 
-    def working_spacing(self, fixed: "Grid", moving: "Grid") -> float:
+    def working_spacing(self, fixed: "Grid", moving: "Grid", voxels: float = WORKING_VOXELS) -> float:
         """Spacing in mm of the grid on which a pair is registered.
 
-        Where ``spacing_mm`` is 0 it follows the field of view: about WORKING_VOXELS voxels cover the fixed image, but they
+        Where ``spacing_mm`` is 0 it follows the field of view: about so many voxels cover the fixed image, but they
         are no smaller than the shortest side of a voxel of either image.
 
         Args:
@@ -89,7 +89,7 @@ class Card:
         if self.spacing_mm:
             return self.spacing_mm
         volume = math.prod(n * mm for n, mm in zip(fixed.size, fixed.spacing, strict=True))
-        return round(max((volume / WORKING_VOXELS) ** (1 / 3), min(*fixed.spacing, *moving.spacing), FINEST_MM), 2)
+        return round(max((volume / voxels) ** (1 / 3), min(*fixed.spacing, *moving.spacing), FINEST_MM), 2)
 
 
 def read_card(file: Path) -> Card:

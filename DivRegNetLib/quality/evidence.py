@@ -304,9 +304,10 @@ def look(box: Box, shrink: int) -> Scale | None:
         return None
     known = believable(valid)
     at, known = _if_enough(inside & known, inside), _if_enough(known, valid)
-    descriptors = [mind_ssc(x, valid=valid) for x in (fixed, warped)]
     numbers = _edges(fixed, warped, at)
-    costs = _Costs(_principal(*descriptors, at), _pointwise(fixed, warped, at), at, known, shrink)
+    # All channels of the descriptors take more memory than anything else here, and are gone before the costs.
+    components = _principal(*(mind_ssc(x, valid=valid) for x in (fixed, warped)), at)
+    costs = _Costs(components, _pointwise(fixed, warped, at), at, known, shrink)
     axes = [i for i, s in enumerate(SHIFTS) if LENGTHS[i] == 2 and sum(map(bool, s)) == 1]
     numbers["distance growth"] = (costs.distance[axes].mean() / costs.distance[0].clamp_min(1e-6)).item()
     numbers["information loss"] = (costs.information[axes].mean() - costs.information[0]).item()

@@ -31,6 +31,7 @@ FLOAT = 4
 PER_CHANNEL = 12  # features of the two finest levels, joined, before and after a convolution
 PER_CLASS = 16  # on the displacement's grid: class probabilities of both images, warped, and their gradients
 INVERSION = 275  # of the field, after the network's memory is free
+WHOLE_GRID = 90  # equations and displacements, where the last level has its displacement on the whole working grid
 REFINEMENT = 60  # at full resolution, where the field is twice as fine
 # Bytes per voxel of the volumes.
 SMOOTHING = 20  # smoothing of the larger volume in single precision
@@ -97,6 +98,8 @@ def estimate(
     grid = working_grid(card, region, max(spacing or card.working_spacing(region, moving), FINEST_MM))
     channels = (16, 32) if card.regnet is None else card.regnet.get("channels") or (16, 32)
     network = FIELDS + PER_CHANNEL * sum(channels[:2]) / _stride(card) ** 3 + (REFINEMENT if refine else 0)
+    if card.variational_settings.output_stride == 1:
+        network += WHOLE_GRID
     if card.classnet is not None:  # it runs before the others, and its probabilities are kept
         finest, classes = _stride(card) ** 3, len(card.classes)
         voxels = card.classnet.get("stride", 1) ** 3

@@ -1,4 +1,4 @@
-"""Methods that turn two sampled images into a displacement, one after the other: "variational" and "regnet"."""
+"""Methods that turn two sampled images into a displacement, one after the other: "discrete", "variational" and "regnet"."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from DivRegNetLib.core import fields
 from DivRegNetLib.core.recording import Recorder
-from DivRegNetLib.registration import METHODS
+from DivRegNetLib.registration import METHODS, discrete
 from DivRegNetLib.registration.regnet import RegNet
 from DivRegNetLib.registration.variational.equations import Valid
 from DivRegNetLib.registration.variational.features import Features
@@ -71,11 +71,15 @@ class Images:
 
 
 def with_classes(images: Images, classnet: ClassNet) -> Images:
-    """The images, and how probable each class that they share is at every voxel of them, in the network's eyes."""
+    """The images, and how probable each class that they share is at every voxel of them, in the network's eyes; without
+    classes where background is more probable than all of them together, everywhere in one of the images."""
     inside = images.measured_in_masks() or (None, None)
     pairs = zip((images.fixed, images.moving), inside, strict=True)
     probabilities = (classnet.probabilities(image, where) for image, where in pairs)
-    return replace(images, classes=Features(*shared(*probabilities), stride=classnet.config.output_stride))
+    both = shared(*probabilities)
+    if any(p[:, 0].min() > 0.5 for p in both):
+        return images
+    return replace(images, classes=Features(*both, stride=classnet.config.output_stride))
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,8 +121,8 @@ def run(
 ) -> Coarse:
     """Runs methods in order, each from the displacement of the one before.
 
-    RegNet gets the images multiplied by their masks, and knows of no masks beside that; so does the variational method
-    unless ``variational.masks`` is ``exclude``.
+    RegNet and the discrete start get the images multiplied by their masks, and know of no masks beside that; so does the
+    variational method unless ``variational.masks`` is ``exclude``. The discrete start knows of no displacement before it.
 
     Args:
         names: of METHODS, at least one.
@@ -141,7 +145,9 @@ def run(
         before, grid = grid, _output_grid(name, variational, regnet)
         if before not in (None, grid):
             displacement = fields.coarsen(fields.upsample(displacement, before[0], shape), *grid)
-        if name == "variational":
+        if name == "discrete":
+            displacement = fields.coarsen(discrete_start(images, report), *grid)
+        elif name == "variational":
             displacement = variational_steps(images, variational, displacement, report)
         else:
             report(0.0)
@@ -214,11 +220,11 @@ def refine(
         (N, 3, D, H, W) likewise; with ``settings.min_gain`` the displacement that was given, where no round of steps gained
         enough.
     """
-    start = fields.coarsen(displacement, settings.stride, settings.multiple)
+    start = fields.coarsen(displacement, settings.output_stride, settings.multiple)
     refined = variational_steps(images, settings, start, progress)
     if refined is start and settings.min_gain is not None:
         return displacement
-    return fields.upsample(refined, settings.stride, displacement.shape[2:])
+    return fields.upsample(refined, settings.output_stride, displacement.shape[2:])
 
 
 def check_methods(names: tuple[str, ...]) -> None:
@@ -252,7 +258,14 @@ def variational_steps(
     )
 
 
+def discrete_start(images: Images, progress: Progress = lambda fraction: None) -> Tensor:
+    """The displacement of :func:`DivRegNetLib.registration.discrete.register`, (N, 3, D, H, W) in voxels of the working grid,
+    with the masks of the images: a candidate for where the variational method starts."""
+    return discrete.register(*images.multiplied(), valid=images.valid, progress=progress)
+
+
 def _output_grid(name: str, variational: VariationalSettings, regnet: RegNet | None) -> tuple[int, int]:
     """Stride of a method's output grid, and the multiple that it pads images to."""
-    settings = variational if name == "variational" else regnet.config
-    return settings.stride, settings.multiple
+    if name in ("discrete", "variational"):
+        return variational.output_stride, variational.multiple
+    return regnet.config.stride, regnet.config.multiple

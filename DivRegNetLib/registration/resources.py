@@ -13,12 +13,15 @@ from DivRegNetLib import models
 from DivRegNetLib.core.device import CPU, free_memory, pick_device, why_not_cuda
 from DivRegNetLib.core.grid import Grid
 from DivRegNetLib.errors import DeviceError
+from DivRegNetLib.models.card import WORKING_VOXELS
 from DivRegNetLib.options import STAGES, Options
 from DivRegNetLib.registration import memory
 
 Load = Callable[[str, torch.device], models.Model]
 """Loads the model of a name onto a device, as :func:`DivRegNetLib.models.load` does."""
 ON_WORKING_GRID = STAGES[STAGES.index("sample") :]  # stages that take less memory on a coarser working grid
+
+THOROUGH = 3.4  # times the voxels of the working grid, two thirds of the spacing, where time does not matter
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,8 @@ class Resources:
     @property
     def usual_spacing(self) -> float:
         """The model's own working resolution for this pair, mm."""
-        return self.given_model.card.working_spacing(self.region, Grid.of(self.moving))
+        voxels = WORKING_VOXELS * (THOROUGH if self.options.effort == "thorough" else 1)
+        return self.given_model.card.working_spacing(self.region, Grid.of(self.moving), voxels)
 
     @property
     def requested_spacing(self) -> float:

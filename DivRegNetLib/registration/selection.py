@@ -37,7 +37,10 @@ STIFFNESSES = (1.0, 0.2)
 """Factors of the elastic weight that are tried; the first is usual."""
 
 NO_DEFORMATION = "none"
-LEAST_GAIN = 0.003  # of the edges' cosine, by which a deformation has to be better than none
+DISCRETE_START = "discrete start"
+LEAST_GAIN = (
+    0.01  # of the edges' cosine, by which a deformation has to be better than none; fitted noise gains up to 0.007
+)
 CUBE = 5  # voxels a side that a gradient and a descriptor look at
 BINS = 32  # of the joint histogram
 COUNTED, COMPARED = 100_000, 4_000  # voxels of the histogram, and of the edges, at least
@@ -242,6 +245,7 @@ def deform(
     regnet: RegNet | None,
     stiffness: float | None = None,
     *,
+    discrete: bool = False,
     run: Run = methods.run,
     progress: Progress = lambda fraction: None,
 ) -> Choice:
@@ -251,6 +255,8 @@ def deform(
         names, variational, regnet: as of :func:`DivRegNetLib.registration.methods.deform`.
         stiffness: factor of the elastic weight; None: it is chosen, or no deformation. Without the variational method there
             is no choice.
+        discrete: also try a discrete start (:mod:`DivRegNetLib.registration.discrete`), with the stiffness that is chosen
+            without it.
         run: runs methods, as :func:`DivRegNetLib.registration.methods.run`.
         progress: called with the fraction that is done; what it raises ends the registration.
     """
@@ -263,7 +269,8 @@ def deform(
     score = Agreement(images)
     at = len(names) - 1 - names[::-1].index("variational")
     before, after = names[:at], names[at + 1 :]
-    parts = bool(before) + len(STIFFNESSES) + bool(after)
+    discrete = discrete and not before
+    parts = bool(before) + len(STIFFNESSES) + discrete + bool(after)
     done = 0
 
     def report(fraction: float) -> None:
@@ -283,9 +290,17 @@ def deform(
         return moved.fine()
 
     chosen = best_of((Candidate(_name(s), partial(finish, s), s) for s in STIFFNESSES), score)
+    if discrete:
+        stiffness = chosen.candidate.stiffness
+        settings, name = stiffened(variational, stiffness), f"{DISCRETE_START}, {chosen.candidate.name}"
+        moved = run(images, ("discrete", "variational"), settings, None, report)
+        finished[name] = moved
+        done += 1
+        chosen = best_of([Candidate(name, moved.fine, stiffness)], score, chosen)
     none = no_deformation(images)
     undeformed = score(none.displacement)
-    if not chosen.scores[chosen.candidate.name].beats(undeformed):
+    unknown = all(score is NOTHING for score in (undeformed, *chosen.scores.values()))  # the first candidate is usual
+    if not (unknown or chosen.scores[chosen.candidate.name].beats(undeformed)):
         chosen = replace(none, scores=chosen.scores)
     elif after:
         stiffness = chosen.candidate.stiffness

@@ -8,6 +8,7 @@ Axis order and units as in :mod:`DivRegNetLib.core.fields`.
 """
 
 import itertools
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +18,15 @@ CHANNELS = 12
 VARIANCES = 1e-3, 1e3  # a voxel's mean patch distance is taken for no less and no more of the image's mean
 
 
-def mind_ssc(image: Tensor, *, radius: int = 1, dilation: int = 1, valid: Tensor | None = None) -> Tensor:
+def mind_ssc(
+    image: Tensor,
+    *,
+    radius: int = 1,
+    dilation: int = 1,
+    stride: int = 1,
+    floor: float = VARIANCES[0],
+    valid: Tensor | None = None,
+) -> Tensor:
     """The MIND-SSC descriptor of every voxel, values from 0 to 1, the largest of a voxel 1.
 
     Twelve patch distances (sums of squared differences) between those of the six neighbors that are not opposite, less the
@@ -27,30 +36,64 @@ def mind_ssc(image: Tensor, *, radius: int = 1, dilation: int = 1, valid: Tensor
         image: (N, 1, D, H, W) float; the border is repeated.
         radius: of the patches, voxels; 0 compares single voxels.
         dilation: distance of the neighbors, voxels.
-        valid: (N, 1, D, H, W) bool: where the image was measured. It decides on the image's mean patch distance; which
-            descriptors can be believed, :func:`believable` says.
+        stride: one descriptor for each cube of so many voxels a side, whose patches are cubes of ``stride + 2 * radius``
+            voxels around the center of that cube. The sides of the image are multiples of it.
+        floor: a voxel's mean patch distance is taken for no less than this fraction of the image's mean. Where it is less,
+            the descriptor is nearly the same for all patches, and noise in flat regions does not count.
+        valid: (N, 1, D, H, W) bool, on the grid of the descriptors: where the image was measured. It decides on the image's
+            mean patch distance; which descriptors can be believed, :func:`believable` says.
     Returns:
-        (N, 12, D, H, W).
+        (N, 12, D / stride, H / stride, W / stride).
     """
-    reach = dilation + radius
-    padded, shape = F.pad(image, [reach] * 6, mode="replicate"), image.shape[2:]
-    distances = image.new_empty((len(image), CHANNELS, *shape))
-    pairs = [
+    shape, moves = image.shape[2:], _moves(dilation)
+    sums = _patch_distances(image, radius, dilation, stride, moves)
+    distances = image.new_empty(len(image), CHANNELS, *(n // stride for n in shape))
+    for number, (a, side, b, other) in enumerate(_pairs(dilation)):
+        move = moves.index(((a, b), other * side // dilation))
+        around = _offset(b, other) if side > 0 else _offset(a, side)
+        index = (slice(o + dilation, o + dilation + n - stride + 1, stride) for o, n in zip(around, shape, strict=True))
+        distances[:, number] = sums[(slice(None), move, *index)]
+    distances -= distances.amin(1, keepdim=True)
+    variance = distances.mean(1, keepdim=True)
+    usual = variance.flatten(1).mean(1)
+    if valid is not None:
+        inside = valid.to(variance.dtype).flatten(1)
+        count = inside.sum(1)
+        usual = torch.where(count > 0, (variance.flatten(1) * inside).sum(1) / count.clamp_min(1), usual)
+    low, high = (usual.clamp_min(torch.finfo(image.dtype).tiny).view(-1, 1, 1, 1, 1) * k for k in (floor, VARIANCES[1]))
+    return distances.div_(variance.clamp_(min=low, max=high)).neg_().exp_()
+
+
+def _moves(dilation: int) -> list[tuple[tuple[int, int], int]]:
+    """Two axes, and the offset along the second that a patch is compared at, ``dilation`` voxels further along the first."""
+    return list(itertools.product(itertools.combinations(range(3), 2), (dilation, -dilation)))
+
+
+def _patch_distances(image: Tensor, radius: int, dilation: int, stride: int, moves: list) -> Tensor:
+    """Sums of squared differences of the patches around each voxel to those after each of six moves, (N, 6, D, H, W) with
+    ``dilation`` voxels more on each side. Between the patches around the neighbors a and b of a voxel lies that of the move
+    a - b, around b; it is also that between -b and -a, around -a."""
+    margin = dilation + radius
+    padded, shape = F.pad(image, [dilation + margin] * 6, mode="replicate"), image.shape[2:]
+    window = partial(_window, padded, reach=dilation + margin, margin=margin, shape=shape)
+    squares = image.new_empty(len(image), len(moves), *(n + 2 * margin for n in shape))
+    for out, ((a, b), other) in zip(squares.unbind(1), moves, strict=True):
+        torch.sub(window(_offset(a, dilation, b, -other))[:, 0], window([0, 0, 0])[:, 0], out=out)
+    return _box(squares.square_(), radius, stride)
+
+
+def _pairs(dilation: int) -> list[tuple[int, int, int, int]]:
+    """The twelve pairs of neighbors that are not opposite: axis and offset of the one, axis and offset of the other."""
+    return [
         (a, side, b, other)
         for a, b in itertools.combinations(range(3), 2)
         for side, other in itertools.product((dilation, -dilation), repeat=2)
     ]
-    for out, (a, side, b, other) in zip(distances.unbind(1), pairs, strict=True):
-        one, two = ([offset if d == axis else 0 for d in range(3)] for axis, offset in ((a, side), (b, other)))
-        one, two = (_window(padded, offset, reach, radius, shape) for offset in (one, two))
-        out.copy_(_box((one - two).square_(), radius)[:, 0])
-    distances -= distances.amin(1, keepdim=True)
-    variance = distances.mean(1, keepdim=True)
-    usual = variance.flatten(1).mean(1) if valid is None else torch.stack([
-        v[inside].mean() if inside.any() else v.mean() for v, inside in zip(variance, valid, strict=True)
-    ])  # fmt: skip
-    low, high = (usual.clamp_min(torch.finfo(image.dtype).tiny).view(-1, 1, 1, 1, 1) * k for k in VARIANCES)
-    return distances.div_(variance.clamp_(min=low, max=high)).neg_().exp_()
+
+
+def _offset(*along: int) -> list[int]:
+    """Voxels along D, H and W, from pairs of axis and voxels."""
+    return [sum(v for axis, v in zip(along[::2], along[1::2], strict=True) if axis == d) for d in range(3)]
 
 
 def believable(valid: Tensor, *, radius: int = 1, dilation: int = 1) -> Tensor:
@@ -66,18 +109,18 @@ def believable(valid: Tensor, *, radius: int = 1, dilation: int = 1) -> Tensor:
     return outside < 0.5
 
 
-def _window(padded: Tensor, offset: list[int], reach: int, radius: int, shape: torch.Size) -> Tensor:
-    """The image so many voxels further along D, H and W, with ``radius`` voxels more on each side."""
-    index = [slice(reach + o - radius, reach + o + n + radius) for o, n in zip(offset, shape, strict=True)]
+def _window(padded: Tensor, offset: list[int], *, reach: int, margin: int, shape: torch.Size) -> Tensor:
+    """The image so many voxels further along D, H and W, with ``margin`` voxels more on each side."""
+    index = [slice(reach + o - margin, reach + o + n + margin) for o, n in zip(offset, shape, strict=True)]
     return padded[(..., *index)]
 
 
-def _box(image: Tensor, radius: int) -> Tensor:
-    """Sum over cubes of ``2 * radius + 1`` voxels a side, ``radius`` voxels less on each side."""
+def _box(image: Tensor, radius: int, stride: int = 1) -> Tensor:
+    """Sum over cubes of ``2 * radius + stride`` voxels a side, which begin at each voxel."""
     for dim in (2, 3, 4):
-        length = image.shape[dim] - 2 * radius
-        total = image.narrow(dim, 0, length)
-        for start in range(1, 2 * radius + 1):
-            total = total + image.narrow(dim, start, length)
+        length = image.shape[dim] - 2 * radius - stride + 1
+        total = image.narrow(dim, 0, length).clone()
+        for start in range(1, 2 * radius + stride):
+            total += image.narrow(dim, start, length)
         image = total
     return image

@@ -214,7 +214,7 @@ def test_a_killed_worker_costs_only_its_pair(write_table, tmp_path, client, clus
 def test_a_client_that_leaves_calls_back_what_the_workers_do(write_table, tmp_path, client, cluster):
     pairs = cohort.read_pairs(write_table("a", "late"))
     held, output = Held(tmp_path / "late.csv"), tmp_path / "out"
-    rows = on_dask.rows(pairs, output, Options(**SETTINGS), cluster.scheduler_address, overwrite=False)
+    rows = on_dask.rows(pairs, output, Options(**SETTINGS), cluster.scheduler_address, overwrite=False, preview=False)
     assert next(rows)["name"] == "a"
     wait_until(held.waited_for, "the second pair is at work")
     rows.close()

@@ -372,6 +372,34 @@ assert torch.get_num_threads() == 2
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, timeout=900)
 
 
+@posix
+def test_a_program_whose_working_folder_was_removed_is_not_ended(pair, tiny_model, tmp_path):
+    """In a process of its own: MKL ends the process that it is first used in there."""
+    for name, image in zip(("fixed", "moving"), pair, strict=True):
+        sitk.WriteImage(image, str(tmp_path / f"{name}.mha"))
+    code = """
+import os
+import SimpleITK as sitk
+fixed, moving = (sitk.ReadImage(n) for n in ("fixed.mha", "moving.mha"))
+os.mkdir("gone")
+os.chdir("gone")
+os.rmdir(os.path.join("..", "gone"))
+from DivRegNetLib import register
+print(register(fixed, moving, model="tiny", device="cpu", align="rigid").quality["nmi"]["after"])
+try:
+    os.getcwd()
+except FileNotFoundError:
+    print("the program is where it was")
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    nmi, where = done.stdout.splitlines()
+    usual = register(*pair, model=tiny_model, device="cpu", align="rigid").quality["nmi"]["after"]
+    assert float(nmi) == pytest.approx(usual, abs=1e-4)
+    assert where == "the program is where it was"
+
+
 def test_threads_with_one_model_do_not_disturb_each_other(pair, tiny_model):
     model = models.load(tiny_model)
     before = {k: v.clone() for k, v in model.regnet.state_dict().items()}

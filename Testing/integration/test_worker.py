@@ -19,6 +19,7 @@ from DivRegNetLib.errors import Cancelled, DeviceError, InputError, ModelError
 from DivRegNetLib.options import STAGES
 from DivRegNetLib.registration.pipeline import register
 from DivRegNetLib.run.worker import Worker, WorkerDied
+from DivRegNetLib.run.worker.process import can_write_temporary_files
 
 OPTIONS = {"model": "tiny", "device": "cpu", "align": "none"}
 PATIENCE = 120  # seconds until something that must come is given up
@@ -276,8 +277,27 @@ def test_an_interpreter_that_is_not_there_is_named(pair, tmp_path, folders):
 
 def test_a_temporary_folder_that_cannot_be_written_is_told(pair, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
-    with pytest.raises(WorkerDied, match=r"cannot be started: .*nowhere"):
+    with pytest.raises(WorkerDied, match=r"cannot be started: .*nowhere.*; free space there, or set TMPDIR"):
         Worker(*pair, **OPTIONS).start()
+
+
+@posix
+def test_a_disk_that_is_full_is_no_lack_of_memory(pair, script, monkeypatch):
+    """A child that cannot write its result cannot write why, either: it ends with exit code 1 and no word."""
+    monkeypatch.setattr("DivRegNetLib.run.worker.parent.can_write_temporary_files", lambda: False)
+    python = script("raise SystemExit(1)")
+    with pytest.raises(
+        WorkerDied, match="folder for temporary files is full: free space there, or set TMPDIR"
+    ) as raised:
+        Worker(*pair, **OPTIONS, python=python).start().result(PATIENCE)
+    assert "memory" not in str(raised.value)
+
+
+def test_whether_temporary_files_can_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert can_write_temporary_files() and not list(tmp_path.iterdir())
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    assert not can_write_temporary_files()
 
 
 # --- garbage

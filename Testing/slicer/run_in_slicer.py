@@ -68,6 +68,11 @@ class Walk:
             slicer.app.processEvents()
             time.sleep(0.005)
 
+    def pause(self) -> None:
+        """Lets the views take the sizes of a new layout."""
+        until = time.monotonic() + 0.5
+        self.wait(lambda: time.monotonic() > until, "the new layout")
+
     def load(self) -> None:
         """A new scene with the sample pair, chosen in the panel."""
         from DivRegNetModule import samples
@@ -151,6 +156,18 @@ class Walk:
             normal = slicer.util.arrayFromVTKMatrix(view.GetSliceToRAS())[:3, 2]
             assert np.abs(axes.T @ normal).max() > 0.999, view.GetLayoutName()
         return ""
+
+    def views_side_by_side_have_the_same_field_of_view(self) -> str:
+        button = self.widget.ui.sideBySideButton
+        button.click()
+        self.pause()
+        names = ("Red", "Yellow")
+        views = [v for v in slicer.util.getNodesByClass("vtkMRMLSliceNode") if v.GetLayoutName() in names]
+        fields = [view.GetFieldOfView()[:2] for view in views]
+        button.click()
+        self.pause()
+        assert np.allclose(*fields, rtol=0.02), fields
+        return " x ".join(f"{mm:.0f}" for mm in fields[0]) + " mm"
 
     def maps(self) -> str:
         for button in (
@@ -285,6 +302,12 @@ class Walk:
         outcome = self.widget._sequenceOutcome
         assert outcome is not None, self.widget.ui.messageLabel.text
         assert outcome.warped.GetNumberOfDataNodes() == 2
+        self.widget.onFrame(1, 0)
+        slicer.app.processEvents()
+        frame = outcome.browser.GetProxyNode(outcome.warped)
+        assert all(view.GetForegroundVolumeID() == frame.GetID() for view in self.composites)
+        self.widget.ui.undoButton.click()
+        assert not slicer.mrmlScene.IsNodePresent(outcome.warped)
         return ", ".join(frame.verdict.level for frame in outcome.frames)
 
     def self_tests(self) -> str:
@@ -300,7 +323,7 @@ class Walk:
 
 def steps() -> list[str]:
     """The names of the steps."""
-    help_ = {"spacing", "wait", "load", "register", "of_kind", "composites", "parameters"}
+    help_ = {"spacing", "wait", "pause", "load", "register", "of_kind", "composites", "parameters"}
     return [name for name in vars(Walk) if not name.startswith("_") and name not in help_]
 
 

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from panel import add_blob
+from panel import add_blob, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG = "a volume with a name that is much longer than any panel is wide, from a scanner that likes to talk"
@@ -66,6 +66,7 @@ def area(ready, app, tmp_path):
         scroll.show()
         settle(app)
 
+    resize.area = scroll
     yield resize
     scroll.takeWidget()
     scroll.close()
@@ -118,6 +119,26 @@ def test_the_result_is_where_one_looks_without_scrolling(ready, area):
     ):
         bottom = control.mapTo(ready.parent, control.rect.bottomRight()).y()
         assert control.isVisible() and bottom <= LOW, control.name
+
+
+def test_the_panel_scrolls_to_a_new_result(ready, area, app):
+    from types import SimpleNamespace
+
+    from render_panel import settle
+
+    area(NARROWEST, LOW)
+    open_all(ready)
+    settle(app)
+    bar = area.area.verticalScrollBar()
+    bar.setValue(bar.maximum())
+    p, quality = ready._parameterNode, {"nmi": {"before": 1.0, "after": 1.2}, "evidence": EVIDENCE}
+    changes = SimpleNamespace(added=[], overwritten=[])
+    values = {"fixed": p.fixedVolume, "moving": p.movingVolume, "quality": quality, "settings": {}, "changes": changes}
+    ready._present(SimpleNamespace(**values, seconds=1.0, pairs=None, error_map=None))
+    wait_for(lambda: bar.value() < bar.maximum())
+    label = ready.ui.verdictLabel
+    top = label.mapTo(ready.parent, label.rect.topLeft()).y() - bar.value()
+    assert top >= 0 and top + label.height <= LOW
 
 
 def test_no_row_of_the_quality_card_is_clipped(ready, area):

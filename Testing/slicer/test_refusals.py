@@ -182,7 +182,8 @@ def test_a_killed_launcher_is_told_as_lack_of_memory_and_the_cpu_is_not_offered_
     launcher = tmp_path / "PythonSlicer"
     launcher.write_text(f"#!{sys.executable}\nimport sys\nsys.exit(1)\n")
     launcher.chmod(0o755)
-    monkeypatch.setattr(parent, "_interpreter", lambda: str(launcher))
+    surroundings = parent.surroundings
+    monkeypatch.setattr(parent, "surroundings", lambda python, environment: surroundings(launcher, environment))
     ready._parameterNode.device = "auto"
     ready.onRegister()
     wait(ready)

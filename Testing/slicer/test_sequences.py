@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from panel import add_blob, alive, census, wait
+from panel import add_blob, alive, census, layers, wait
 
 from DivRegNetLib.quality.verdict import two_digits
 
@@ -65,10 +65,18 @@ def test_every_frame_is_registered_and_has_a_verdict(ready, sequence, pair, monk
     assert outcome.browser.GetName() == "browser" and outcome.browser.IsSynchronizedSequenceNode(outcome.warped, True)
     table.cellClicked.emit(2, 0)
     assert outcome.browser.GetSelectedItemNumber() == 2
+    from DivRegNetModule.comparison import TINT
+
+    (layer,) = {(background, foreground) for background, foreground, *_ in layers()}
+    shown = slicer.mrmlScene.GetNodeByID(layer[1])
+    assert layer[0] == pair[0].GetID() and np.array_equal(slicer.util.arrayFromVolume(shown), arrays[2])
+    assert shown.GetDisplayNode().GetColorNodeID() == TINT
     table.cellActivated.emit(1, 0)  # by the keyboard
     assert outcome.browser.GetSelectedItemNumber() == 1
-    outcome.undo()
+    assert ready.ui.undoButton.enabled
+    ready.ui.undoButton.click()
     assert census() >= before and not slicer.mrmlScene.IsNodePresent(outcome.warped)
+    assert not table.visible and not ready.ui.undoButton.enabled
 
 
 def test_cancel_ends_the_process_and_leaves_the_scene_as_it_was(ready, sequence):

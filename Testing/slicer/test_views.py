@@ -78,6 +78,18 @@ def test_the_slices_lie_along_the_fixed_volume_and_one_click_takes_the_views_bac
     assert layers() == before[1]
 
 
+def test_one_click_takes_the_views_back_after_a_second_registration_too(shown):
+    """It put back what they showed after the first one."""
+    ready, before = shown
+    ready.onRegister()
+    wait(ready)
+    assert ready._outcome is not None, ready.ui.messageLabel.text
+    ready.ui.restoreViewsButton.click()
+    for now, then in zip(planes(), before[0], strict=True):
+        assert now == pytest.approx(then)
+    assert layers() == before[1]
+
+
 def test_a_run_that_ends_while_another_module_is_shown_leaves_its_views_alone(ready, pair):
     """Fault 14."""
     from DivRegNetModule import views

@@ -82,8 +82,8 @@ def forward_passes(device) -> None:
 
     model = models.load(models.DEFAULT, device)
     arguments = tuple(model.card.methods), model.card.variational_settings, model.regnet
-    titles = ("computing", "waits", "launches", "busy ms", "ms", "recorded ms")
-    print(f"\n{'forward pass':28}" + "".join(f"{title:>12}" for title in titles))
+    titles = ("computing", "waits", "launches", "busy ms", "ms", "recorded ms", "voxels apart")
+    print(f"\n{'forward pass':28}" + "".join(f"{title:>13}" for title in titles))
     for shape in SHAPES:
         moving, fixed, _ = (x.to(device) for x in deformed(shape, 2.0, seed=0))
         valid = (torch.ones_like(fixed, dtype=torch.bool),) * 2
@@ -97,8 +97,7 @@ def forward_passes(device) -> None:
 
         with torch.inference_mode():
             plain, played = (_milliseconds(function, device) for function in (run, recorded))
-            if device.type == "cuda":
-                torch.testing.assert_close(recorded(), run(), atol=1e-3, rtol=0)
+            apart = (recorded() - run()).abs().max().item()
         counted, launches, busy = operators(run), "-", "-"
         if device.type == "cuda":
             with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
@@ -113,8 +112,9 @@ def forward_passes(device) -> None:
             busy,
             f"{plain:.1f}",
             f"{played:.1f}",
+            f"{apart:.4f}",
         )
-        print(f"{' x '.join(map(str, shape)):28}" + "".join(f"{value:>12}" for value in row), flush=True)
+        print(f"{' x '.join(map(str, shape)):28}" + "".join(f"{value:>13}" for value in row), flush=True)
 
 
 def _milliseconds(function, device) -> float:

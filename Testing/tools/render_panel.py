@@ -92,8 +92,10 @@ def show_result(widget, result: Path) -> None:
         seconds=sum(report["seconds"].values()),
         changes=types.SimpleNamespace(added=volumes, overwritten=[]),
         pairs=None,
+        error_map=True,  # there is one
     )
     widget._present(outcome)
+    widget._undoable = outcome
     widget._refresh()
 
 

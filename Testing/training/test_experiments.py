@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,11 @@ import torch
 
 from DivRegNetLib.similarity.mutual_information import parzen_mi
 from training import scoring
+from training.benchmarks.cases import FAMILIES
 from training.data import phantoms
 from training.data.cohort import FORMAT
 from training.data.synthesis import Recipe
-from training.experiments import comparison
+from training.experiments import comparison, refinement
 from training.experiments import similarities as study
 from training.experiments.aal_brain import EXPERIMENT as AAL
 from training.experiments.liver import EXPERIMENTS, SPLITS
@@ -120,7 +122,7 @@ def test_networks_are_trained_side_by_side_and_register_as_far_as_they_are(templ
     assert done.returncode == 0, done.stderr
     with (output / "aal-brain.csv").open() as file:
         assert [(row["method"], row["steps"]) for row in csv.DictReader(file)] == [(m, "4") for m in methods]
-    failed = run(*command, "--jobs", 2, "--train-only", "--override", "steps=8", "learning_rate=1", home=tmp_path)
+    failed = run(*command, "--jobs", 2, "--train-only", "--override", "steps=5", "learning_rate=1", home=tmp_path)
     assert failed.returncode == 2 and ".log says why" in failed.stderr
 
 
@@ -282,3 +284,16 @@ def test_an_estimate_that_follows_mi_agrees_with_it():
 
     assert study.agreement(mi, pairs) == pytest.approx(1, abs=1e-6)
     assert study.agreement(lambda fixed, moving, **_: -mi(fixed, moving), pairs) == pytest.approx(-1, abs=1e-6)
+
+
+def test_steps_of_refinement_are_compared_from_one_start_and_scored_as_the_pair_allows(tmp_path):
+    pair = FAMILIES["sample pair"].cases["T2 to T1"](tmp_path)
+    (none, what, start, _), (some, _, refined, seconds) = refinement.rows(pair, "affine", 8.0, [4])
+    assert (none, some, what) == (0, 4, "landmarks mm") and seconds >= 0
+    before = np.linalg.norm(pair.landmarks[0] - pair.landmarks[1], axis=1).mean()
+    assert start < 0.3 * before and refined < 0.3 * before
+    still, shift = sitk.Transform(), sitk.TranslationTransform(3, (3.0, 0.0, 4.0))
+    phantom = replace(pair, landmarks=None, truth=shift)
+    assert refinement.score(phantom, still) == ("error mm", pytest.approx(5.0))
+    same = replace(pair, landmarks=None, moving_labels=pair.fixed_labels)
+    assert refinement.score(same, still) == ("Dice", 1.0) and refinement.score(same, shift)[1] < 0.99

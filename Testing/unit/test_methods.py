@@ -11,7 +11,8 @@ from DivRegNetLib.errors import Cancelled
 from DivRegNetLib.registration import methods
 from DivRegNetLib.registration.methods import Images, deform, refine
 from DivRegNetLib.registration.regnet import RegNet, RegNetConfig
-from DivRegNetLib.registration.variational import DEFAULT, REFINEMENT
+from DivRegNetLib.registration.variational import FAST as DEFAULT
+from DivRegNetLib.registration.variational import REFINEMENT
 from DivRegNetLib.registration.variational.features import Features
 from DivRegNetLib.registration.variational.method import register
 from DivRegNetLib.similarity.classes import ClassNetConfig
@@ -81,7 +82,7 @@ def test_progress_rises_over_all_methods_and_can_cancel(images):
 
 @pytest.mark.parametrize("names", [(), ("newton",), ("variational", "")])
 def test_unknown_methods_are_refused(images, names):
-    with pytest.raises(ValueError, match="methods: one or more of variational, regnet"):
+    with pytest.raises(ValueError, match="methods: one or more of discrete, variational, regnet"):
         deform(images, names, FEW, network())
 
 
@@ -130,7 +131,19 @@ def test_refinement_takes_images_of_any_size(shape):
 
 
 def test_the_methods_are_those_that_a_card_may_name():
-    assert methods.METHODS == BOTH
+    assert list(methods.METHODS) == ["discrete", *BOTH]
+
+
+def test_the_variational_method_goes_on_from_a_discrete_start(images):
+    shape = (48, 52, 56)
+    moving, fixed, _ = deformed(shape, 3.0, seed=0)
+    pair = Images(fixed, moving)
+    start = fields.coarsen(methods.discrete_start(pair), FEW.output_stride, FEW.multiple)
+    assert start.abs().max() > 1
+    expected = fields.upsample(register(fixed, moving, FEW, start=start), 2, shape)
+    torch.testing.assert_close(deform(pair, ("discrete", "variational"), FEW, None), expected)
+    alone = deform(pair, ("discrete",), FEW, None)
+    torch.testing.assert_close(alone, fields.upsample(start, 2, shape))
 
 
 def ball(center: tuple[float, float, float]) -> torch.Tensor:

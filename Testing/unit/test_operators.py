@@ -15,7 +15,7 @@ from DivRegNetLib.registration import methods
 from DivRegNetLib.registration.methods import Images
 
 SHAPE = (48, 48, 48)  # large enough for all levels; the number of operations does not depend on it
-MOST_KERNELS = {"variational": 4450, "variational+regnet": 5000}
+MOST_KERNELS = {"variational": 6100, "discrete+variational": 6800, "variational+regnet": 6700}
 
 
 def images(seed: int, *, masks: bool = False) -> Images:

@@ -16,6 +16,6 @@ def test_a_preset_is_valid_and_is_recognized_by_its_values(name):
 
 
 def test_other_values_match_no_preset_and_an_unknown_name_is_refused():
-    assert matching({"align": "center", "refine": 7, "method": "auto"}) is None
+    assert matching({"align": "center", "refine": 7, "method": "auto", "effort": "usual"}) is None
     with pytest.raises(InputError, match="presets are general, same-contrast"):
-        preset("fast")
+        preset("best")

@@ -1,12 +1,25 @@
 """Gauss-Newton terms of features: they are the derivative of their energy, fair to both images, and bring like to like."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from textures import deformed
+from torch.nn import functional as F
 
 from DivRegNetLib.core import fields
-from DivRegNetLib.registration.variational.features import FeatureEquations, Features, normal_equations, resized
+from DivRegNetLib.registration.variational import DEFAULT, Level, solver
+from DivRegNetLib.registration.variational.equations import Equations
+from DivRegNetLib.registration.variational.features import (
+    FeatureEquations,
+    Features,
+    descriptors,
+    normal_equations,
+    resized,
+)
 from DivRegNetLib.registration.variational.method import register
 from DivRegNetLib.registration.variational.settings import VariationalSettings
+from DivRegNetLib.similarity.descriptors import mind_ssc
 
 
 def smooth(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -80,7 +93,6 @@ def test_features_alone_bring_images_together_that_say_nothing():
     fixed, moving = ball(14.0), ball(18.0)
     features = Features(fixed, moving, 100.0)
     found = register(flat, flat, VariationalSettings(), features=[features])
-    found = fields.upsample(found, 2, (32, 32, 32))
     before, after = (moving - fixed).square().mean(), (fields.warp(moving, found) - fixed).square().mean()
     assert after < 0.02 * before
     assert fields.jacobian_determinant(found).min() > 0
@@ -115,3 +127,95 @@ def test_probabilities_of_classes_are_sharpened_by_a_low_temperature():
         assert torch.equal(last.argmax(1), before.argmax(1)) and last.amax(1).mean() > 0.99
     certain = Features(torch.eye(4).view(1, 4, 4, 1, 1), torch.eye(4).view(1, 4, 4, 1, 1)).of_classes(1.0, 0.01)
     assert torch.isfinite(certain.fixed).all()
+
+
+# Descriptors
+
+
+def test_the_step_of_descriptor_terms_is_that_of_a_dense_solution():
+    """A quadratic energy per voxel, plus diffusion, solved by one matrix of all voxels."""
+    moving, fixed, _ = deformed((8, 10, 12), 1.0, seed=0)
+    settings = VariationalSettings(frequencies=1.0, cg_iterations=200, descriptor_weight=2.0, descriptor_parts=1)
+    terms = descriptors(fixed.double(), moving.double(), settings, settings.levels[-1])
+    normal, shape, weight = terms(None), (4, 5, 6), 0.7
+    assert normal.shape == (1, 9, *shape)
+    # By hand: channels of both images, their mean gradient by central differences, outer products.
+    f, m = (F.avg_pool3d(mind_ssc(x.double(), floor=settings.descriptor_floor), 2)[0] for x in (fixed, moving))
+    slopes = torch.zeros(3, *f.shape, dtype=torch.float64)
+    for axis, dim in enumerate((3, 2, 1)):
+        n = f.shape[dim]
+        both = (f + m) / 2
+        slopes[axis].narrow(dim, 1, n - 2).copy_((both.narrow(dim, 2, n - 2) - both.narrow(dim, 0, n - 2)) / 2)
+    matrix = 2.0 * torch.einsum("ackji,bckji->kjiab", slopes, slopes) + settings.tikhonov * torch.eye(3).double()
+    force = 2.0 * torch.einsum("ackji,ckji->kjia", slopes, f - m)
+    count = f[0].numel()
+    left = torch.block_diag(*matrix.reshape(count, 3, 3))
+    number = torch.arange(count).view(shape)
+    for dim in range(3):
+        n = shape[dim] - 1
+        for a, b in zip(number.narrow(dim, 0, n).flatten(), number.narrow(dim, 1, n).flatten(), strict=True):
+            for c in range(3):
+                i, j = 3 * a + c, 3 * b + c
+                left[i, i] += weight
+                left[j, j] += weight
+                left[i, j] -= weight
+                left[j, i] -= weight
+    expected = torch.linalg.solve(left, force.reshape(-1)).view(*shape, 3).permute(3, 0, 1, 2)[None]
+    step = solver.solve(normal, None, torch.tensor(weight).double().view(1, 1, 1, 1, 1), 0.0, settings)
+    torch.testing.assert_close(step, expected, atol=1e-8, rtol=1e-5)
+
+
+def test_steps_take_the_parts_of_the_channels_in_turn():
+    moving, fixed, _ = deformed((16, 16, 16), 1.0, seed=1)
+    whole, halves = (
+        descriptors(fixed, moving, VariationalSettings(descriptor_weight=2.0, descriptor_parts=n), Level(1, 1, 8, 0))
+        for n in (1, 2)
+    )
+    torch.testing.assert_close((halves(None, 0) + halves(None, 1)) / 2, whole(None))
+    assert not torch.allclose(halves(None, 0), halves(None, 1))
+    assert torch.equal(halves(None, 0), halves(None, 2))
+    assert torch.equal(halves.energy(None), whole.energy(None))
+
+
+def test_on_the_whole_grid_descriptors_say_the_same_as_on_half_of_it():
+    """The same force and information per length of the images, for each voxel."""
+    moving, fixed, truth = deformed((16, 20, 24), 1.0, seed=4)
+    settings = VariationalSettings(descriptor_weight=2.0)
+    half, whole = (descriptors(fixed, moving, replace(settings, stride=n), Level(1, 1, 8, 0)) for n in (2, 1))
+    coarse = half(fields.resize(truth, (8, 10, 12)))
+    fine = F.avg_pool3d(whole(truth), 2)
+    torch.testing.assert_close(4 * fine[:, :6], coarse[:, :6])
+    torch.testing.assert_close(2 * fine[:, 6:], coarse[:, 6:])
+    torch.testing.assert_close(half.energy(None), whole.energy(None))
+
+
+def test_descriptors_that_reach_beyond_what_was_measured_say_nothing():
+    moving, fixed, _ = deformed((16, 16, 16), 1.0, seed=1)
+    here, there = (torch.ones(1, 1, 16, 16, 16, dtype=torch.bool) for _ in range(2))
+    here[..., :4] = False
+    settings = VariationalSettings(descriptor_weight=2.0)
+    normal = descriptors(fixed, moving, settings, settings.levels[-1], (here, there))(None)
+    assert (normal[..., :3] == 0).all() and normal[..., 3:].abs().sum() > 0  # two voxels of the images are one
+
+
+def test_without_weight_there_are_no_descriptors():
+    moving, fixed, _ = deformed((16, 24, 16), 1.0, seed=2)
+    without = replace(DEFAULT, steps=9, descriptor_weight=0.0)
+    nowhere = replace(
+        without, descriptor_weight=5.0, levels=tuple(replace(level, descriptors=0.0) for level in DEFAULT.levels)
+    )
+    everywhere = replace(without, descriptor_weight=5.0)
+    assert torch.equal(register(fixed, moving, without), register(fixed, moving, nowhere))
+    assert not torch.equal(register(fixed, moving, without), register(fixed, moving, everywhere))
+
+
+def test_the_swapped_pair_with_descriptors_takes_the_opposite_step():
+    moving, fixed, _ = deformed((16, 24, 16), 1.0, seed=3)
+    settings = VariationalSettings(descriptor_weight=5.0)
+    level = settings.levels[-1]
+    forward, backward = (
+        Equations(*pair, settings, level, None, [descriptors(*pair, settings, level)])(None)
+        for pair in ((fixed, moving), (moving, fixed))
+    )
+    torch.testing.assert_close(forward[:, :6], backward[:, :6], atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(forward[:, 6:], -backward[:, 6:], atol=1e-3, rtol=1e-4)

@@ -10,7 +10,9 @@ from textures import deformed, inner, other_contrast, textured
 
 from DivRegNetLib.core import fields
 from DivRegNetLib.errors import Cancelled
-from DivRegNetLib.registration.variational import DEFAULT, REFINEMENT, solver
+from DivRegNetLib.registration.variational import DEFAULT as USUAL
+from DivRegNetLib.registration.variational import FAST as DEFAULT
+from DivRegNetLib.registration.variational import REFINEMENT, Level, solver
 from DivRegNetLib.registration.variational.equations import Equations
 from DivRegNetLib.registration.variational.guidance import CHANNELS, guidance
 from DivRegNetLib.registration.variational.method import next_step, register
@@ -130,6 +132,47 @@ def test_coarse_levels_are_used_only_where_enough_voxels_were_measured(measured,
 def test_few_steps_are_all_made_at_the_last_level(steps):
     (stage,) = schedule(settings(steps), 10**6)
     assert stage.level.shrink == 1 and len(stage.smoothness) == steps
+
+
+@pytest.mark.parametrize(("measured", "added"), [(10**6, []), (2 * 10**6, [8]), (2 * 10**7, [16, 8])])
+def test_finer_images_start_as_coarse_as_others(measured, added):
+    usual, finer = (schedule(DEFAULT, n) for n in (10**6, measured))
+    assert [stage.level.shrink for stage in finer] == [*added, *(stage.level.shrink for stage in usual)]
+    assert finer[len(added) :] == usual
+    assert all(stage.smoothness == usual[0].smoothness for stage in finer[: len(added)])
+    assert schedule(replace(DEFAULT, more_voxels=None), measured) == usual
+
+
+def test_levels_that_are_added_pad_inside_and_take_a_start():
+    """A side of 40 voxels is no multiple of 16 times the stride."""
+    moving, fixed, truth = deformed((40, 32, 48), 2.0, seed=14)
+    more = settings(24, more_voxels=1, min_voxels=0)
+    assert [stage.level.shrink for stage in schedule(more, fixed.numel())][:2] == [16, 8]
+    start = fields.coarsen(0.5 * truth, more.output_stride, more.multiple)
+    displacement = register(fixed, moving, more, start=start)
+    assert displacement.shape == start.shape
+    nothing = replace(more, levels=REFINEMENT.levels, min_gain=1e6)
+    assert register(fixed, moving, nothing, start=start) is start
+
+
+def test_a_level_of_its_own_stride_leaves_its_grid():
+    moving, fixed, truth = deformed(SHAPE, 2.0, seed=15)
+    whole = (*DEFAULT.levels[:2], Level(1, 0.15, 12, 0.6), Level(1, 0.0, 12, 0.6, stride=1))
+    displacement = register(fixed, moving, settings(24, levels=whole))
+    assert displacement.shape[2:] == SHAPE
+    coarse = fields.upsample(register(fixed, moving, settings(24)), 2, SHAPE)
+    assert inner(displacement - truth).norm(dim=1).mean() < inner(coarse - truth).norm(dim=1).mean()
+    last = settings(24, levels=whole).at(whole[-1])
+    assert last.stride * last.frequencies == pytest.approx(DEFAULT.stride * DEFAULT.frequencies / 4)
+
+
+def test_fast_has_neither_the_finest_grid_nor_descriptors_and_thorough_twice_the_steps():
+    fast = USUAL.with_effort("fast")
+    assert fast.output_stride == 2 and fast.descriptor_weight == 0
+    assert [len(stage.smoothness) for stage in schedule(fast, 10**6)] == [8, 9, 7]
+    assert USUAL.output_stride == 1 and [len(s.smoothness) for s in schedule(USUAL, 10**6)] == [8, 9, 7, 3]
+    assert USUAL.with_effort("usual") == USUAL
+    assert [len(s.smoothness) for s in schedule(USUAL.with_effort("thorough"), 10**6)] == [16, 18, 14, 6]
 
 
 # What it leaves alone

@@ -77,7 +77,9 @@ def ants(exhaustive: bool) -> Callable:
 def _coarse(image: sitk.Image, mm: float = 3.0) -> sitk.Image:
     """Averaged in blocks to at most ``mm``, or a 64th of a small field of view, as the documents of each advise."""
     grid_mm = min(mm, min(n * s for n, s in zip(image.GetSize(), image.GetSpacing(), strict=True)) / 24)
-    return sitk.BinShrink(image, [max(int(grid_mm / s + 0.25), 1) for s in image.GetSpacing()])
+    return sitk.BinShrink(
+        sitk.Cast(image, sitk.sitkFloat32), [max(int(grid_mm / s + 0.25), 1) for s in image.GetSpacing()]
+    )
 
 
 def _matrix(transform: sitk.Transform) -> np.ndarray:

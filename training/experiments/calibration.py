@@ -95,6 +95,7 @@ def observe(case: Case, model: models.Model) -> Iterator[Observation]:
     inputs = pipeline.check(case.fixed, case.moving, None, None, options)
     resources = Resources.choose(options, inputs.fixed, inputs.moving, model)
     matrix = pipeline.align(inputs, options, resources.device, progress=_nothing).matrix
+    resources = pipeline.cover(inputs, matrix, resources)
     with torch.inference_mode():
         sampled = pipeline.sample(inputs, matrix, resources, progress=_nothing)
         displacement = pipeline.deform(sampled, resources, options, progress=_nothing).displacement

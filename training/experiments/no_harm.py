@@ -39,6 +39,7 @@ from training.data import label_maps
 
 FIXED = (3.0, 1.0, 0.3, 0.1)
 VOXELS, MM, DICE = "voxels", "mm", "Dice"
+MOST_VOXELS = 128  # of aligned pairs: a part of a head at 1 mm
 HEADS = tuple(label_maps.HELD_OUT)[:2]
 
 
@@ -99,10 +100,16 @@ def all_cases() -> list[Case]:
 
 
 def thinned(data: Path, load: Callable[[Path], Material], mm: int) -> Material:
-    """A pair averaged to voxels of so many mm."""
+    """A pair averaged to voxels of so many mm, and no more than the middle MOST_VOXELS of it along each axis."""
     pair = load(data)
     factors = [max(round(mm / s), 1) for s in pair.fixed.GetSpacing()]
-    return replace(pair, fixed=sitk.BinShrink(pair.fixed, factors), moving=sitk.BinShrink(pair.moving, factors))
+    return replace(pair, **{k: _middle(sitk.BinShrink(getattr(pair, k), factors)) for k in ("fixed", "moving")})
+
+
+def _middle(image: sitk.Image) -> sitk.Image:
+    size = [min(n, MOST_VOXELS) for n in image.GetSize()]
+    start = [(n - m) // 2 for n, m in zip(image.GetSize(), size, strict=True)]
+    return sitk.RegionOfInterest(image, size, start)
 
 
 def painted(data: Path, fixed: str, moving: str, mm: int) -> Material:
@@ -111,6 +118,7 @@ def painted(data: Path, fixed: str, moving: str, mm: int) -> Material:
     maps = [
         sitk.Shrink(cases.cropped(read_labels(label_maps.file_of(data, name))), [mm] * 3) for name in (fixed, moving)
     ]
+    maps = [_middle(labels) for labels in maps] if fixed == moving else maps
     images = [cases.painted_image(labels, "any", random) for labels in maps]
     brain = [(n,) for n in sorted(label_maps.BRAIN)]
     return Material(*images, *(cases.relabeled(labels, brain) for labels in maps), truth=sitk.Transform())
@@ -129,7 +137,7 @@ def measure(case: Case, data: Path, model: models.Model) -> dict:
     options = Options.of(align=case.align, device="cpu", spacing=case.spacing)
     inputs = pipeline.check(pair.fixed, pair.moving, None, None, options)
     resources = Resources.choose(options, inputs.fixed, inputs.moving, model)
-    matrix = pipeline.align(inputs, options, resources.device, progress=_nothing)
+    matrix = pipeline.align(inputs, options, resources.device, progress=_nothing).matrix
     resources = pipeline.cover(inputs, matrix, resources)
     with torch.inference_mode():
         sampled = pipeline.sample(inputs, matrix, resources, progress=_nothing)

@@ -3,6 +3,13 @@
 Only the settings are imported here, which need no torch; the registration is :func:`.method.register`.
 """
 
-from DivRegNetLib.registration.variational.settings import DEFAULT, REFINEMENT, Level, Smoothness, VariationalSettings
+from DivRegNetLib.registration.variational.settings import (
+    DEFAULT,
+    FAST,
+    REFINEMENT,
+    Level,
+    Smoothness,
+    VariationalSettings,
+)
 
-__all__ = ["DEFAULT", "REFINEMENT", "Level", "Smoothness", "VariationalSettings"]
+__all__ = ["DEFAULT", "FAST", "REFINEMENT", "Level", "Smoothness", "VariationalSettings"]

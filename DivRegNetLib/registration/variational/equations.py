@@ -19,14 +19,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from DivRegNetLib.core import fields
-from DivRegNetLib.registration.variational.features import FeatureEquations
+from DivRegNetLib.registration.variational.features import FeatureEquations, Valid
 from DivRegNetLib.registration.variational.histograms import histogram_rows, to_bins, write_tables
 from DivRegNetLib.registration.variational.schedule import sampling_offsets
 from DivRegNetLib.registration.variational.settings import Level, VariationalSettings
 
 NOT_COUNTED = 2.0**30  # a column beyond all histograms
-Valid = tuple[Tensor, Tensor]
-"""Where the fixed and the moving image were measured, each (N, 1, D, H, W), bool or the measured fraction of a voxel."""
 
 
 class Equations:
@@ -83,7 +81,7 @@ class Equations:
             moving_gradient.addcmul_(along[:, :, 2], warped[:, 3:4], value=0.5)
         normal = _normal(moving_gradient, self.fixed_gradient[self._sampled(number)], self._values(cell))
         for terms in self.features:
-            normal += terms(displacement)
+            normal += terms(displacement, number)
         return normal
 
     def objective(self, displacement: Tensor | None) -> Tensor:
@@ -166,5 +164,6 @@ def _differences(image: Tensor) -> Tensor:
     differences = image.new_zeros(len(image), 3, *image.shape[1:])
     for axis, dim in enumerate((4, 3, 2)):
         inner, out = image.shape[dim] - 2, differences[:, axis]
-        torch.sub(image.narrow(dim, 2, inner), image.narrow(dim, 0, inner), out=out.narrow(dim, 1, inner))
+        if inner > 0:
+            torch.sub(image.narrow(dim, 2, inner), image.narrow(dim, 0, inner), out=out.narrow(dim, 1, inner))
     return differences

@@ -5,6 +5,7 @@ which joint histograms give in closed form for a single pair. :mod:`.equations` 
 :mod:`.solver` into a smooth step; here steps are made from level to level. docs/method.md derives them.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from DivRegNetLib.core import fields
 from DivRegNetLib.registration.variational import solver
 from DivRegNetLib.registration.variational.equations import Equations, Valid, eroded
-from DivRegNetLib.registration.variational.features import FeatureEquations, Features
+from DivRegNetLib.registration.variational.features import FeatureEquations, Features, descriptors
 from DivRegNetLib.registration.variational.schedule import Stage, schedule
 from DivRegNetLib.registration.variational.settings import Smoothness, VariationalSettings
 
@@ -44,33 +45,53 @@ def register(
         progress: called after every step with the fraction of the steps that are done, up to 1; what it raises ends the
             registration.
     Returns:
-        (N, 3, d, h, w) on the grid of the padded images coarsened by ``settings.stride``, in voxels of that grid;
+        (N, 3, d, h, w) on the grid of the padded images coarsened by ``settings.output_stride``, in voxels of that grid;
         :func:`fields.upsample <DivRegNetLib.core.fields.upsample>` brings it to the images' grid. With
         ``settings.min_gain`` it is ``start`` itself where no round gained enough.
     """
-    fixed, moving = (fields.padded(x, settings.multiple) for x in (fixed, moving))
-    valid = None if valid is None else tuple(fields.padded(v, settings.multiple, mode="constant") for v in valid)
-    shape = fixed.shape[2:]
-    features = [f.extended(shape) for f in features]
+    fixed, moving, valid = _padded(fixed, moving, valid, settings.multiple)
+    output = tuple(n // settings.output_stride for n in fixed.shape[2:])
     if start is None and settings.min_gain is not None:
-        start = fixed.new_zeros(len(fixed), 3, *(n // settings.stride for n in shape))
-    displacement = start
+        start = fixed.new_zeros(len(fixed), 3, *output)
     with torch.autocast(fixed.device.type, enabled=False):  # counting voxels needs more than 16 bits
         stages = schedule(settings, _measured(fixed, valid, settings) if measured is None else measured)
+        multiple = math.lcm(settings.multiple, *(settings.stride * stage.level.shrink for stage in stages))
+        fixed, moving, valid = _padded(fixed, moving, valid, multiple)
+        shape = fixed.shape[2:]
+        features = [f.extended(shape) for f in features]
+        padded = tuple(n // settings.output_stride for n in shape)
+        displacement = before_all = None if start is None else _extended(start, padded)
         inner = None if valid is None else eroded(*valid)
         total, done = sum(len(stage.smoothness) for stage in stages), 0
-        for stage in stages:
-            coarser = settings.stride * stage.level.shrink
-            before = None if displacement is None else fields.resize(displacement, tuple(n // coarser for n in shape))
-            grid = tuple(n // coarser for n in shape)
+        for level, smoothness in stages:
+            there = settings.at(level)
+            grid = tuple(n // (there.stride * level.shrink) for n in shape)
+            before = None if displacement is None else fields.resize(displacement, grid)
             terms = [FeatureEquations(f, grid, valid, settings.validity_threshold) for f in features]
-            equations = Equations(fixed, moving, settings, stage.level, inner, terms)
-            after = _level(equations, stage, before, lambda steps, done=done: progress((done + steps) / total))
-            done += len(stage.smoothness)
+            if settings.descriptor_weight * level.descriptors:
+                terms.append(descriptors(fixed, moving, there, level, valid))
+            equations = Equations(fixed, moving, there, level, inner, terms)
+            after = _level(
+                equations, Stage(level, smoothness), before, lambda steps, done=done: progress((done + steps) / total)
+            )
+            done += len(smoothness)
             if after is not before:
                 displacement = after
     progress(1.0)
-    return fields.resize(displacement, tuple(n // settings.stride for n in shape))
+    if displacement is before_all:
+        return start
+    return fields.resize(displacement, padded)[(..., *(slice(n) for n in output))]
+
+
+def _padded(fixed: Tensor, moving: Tensor, valid: Valid | None, multiple: int) -> tuple[Tensor, Tensor, Valid | None]:
+    """Images and validity padded to multiples of a number of voxels; what is added was not measured."""
+    fixed, moving = (fields.padded(x, multiple) for x in (fixed, moving))
+    return fixed, moving, None if valid is None else tuple(fields.padded(v, multiple, mode="constant") for v in valid)
+
+
+def _extended(displacement: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """With the border repeated at the far ends, to the grid of images that were padded further."""
+    return fields.extended(displacement, [n - m for n, m in zip(shape, displacement.shape[2:], strict=True)])
 
 
 def _level(

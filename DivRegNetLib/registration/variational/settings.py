@@ -5,7 +5,7 @@ the notebook of the experiments has the comparisons.
 """
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 
 MASKS = ("multiply", "exclude")
 
@@ -36,12 +36,16 @@ class Level:
     block: side of the cubes in which joint histograms are counted, in voxels of the level's images; rounded down to a
         multiple of ``stride``.
     momentum: fraction of the previous step that is added to each step, 0 to below 1 (heavy ball; Polyak, 1964).
+    descriptors: fraction of ``descriptor_weight`` that the descriptors have at this level; 0 leaves them out.
+    stride: of this level's displacement, 1 or 2, as in :class:`VariationalSettings`; 0: that of all levels.
     """
 
     shrink: int
     share: float
     block: int
     momentum: float
+    descriptors: float = 1.0
+    stride: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,10 +55,13 @@ class VariationalSettings:
     Course:
 
     steps: Gauss-Newton steps in all, over all levels.
-    stride: voxels of the images per voxel of the displacement's grid, along each axis: 1 or 2.
+    stride: voxels of a level's images per voxel of its displacement's grid, along each axis: 1 or 2.
     levels: coarsest first; see :class:`Level`.
     min_steps: with fewer steps than this only the last level is used.
     min_voxels: a coarser level is left out unless both images were measured in as many voxels of its displacement's grid.
+    more_voxels: the first level is made once more with half the resolution, before all others and with as many steps, and so
+        on for as long as both images were measured in as many voxels of that grid: finer images get more levels, and start as
+        coarse as others. None: no level is added.
     first_smoothness: of all steps of the coarser levels and of the first step of the last level.
     last_smoothness: of the last step of the last level; the steps between are interpolated linearly.
     min_gain: gain of the objective (mean pointwise mutual information less the energies of features and of elasticity, in
@@ -84,6 +91,14 @@ class VariationalSettings:
     class_window: factor of the ``window`` of both smoothnesses where classes take part: they say more of a place than the
         joint histogram does, so that less is averaged.
 
+    Descriptors (MIND-SSC, :mod:`DivRegNetLib.similarity.descriptors`):
+
+    descriptor_weight: of the squared differences of the descriptors at a voxel of the displacement's grid, in nats; 0 leaves
+        them out.
+    descriptor_floor: a voxel's mean patch distance is taken for no less than this fraction of the image's mean, so that the
+        descriptors of surroundings without contrast, which would be those of noise, are all alike.
+    descriptor_parts: into which the 12 channels are divided; each step uses one part of them.
+
     Linear system of a step (Modersitzki, "FAIR", SIAM 2009):
 
     information_floor: added to the mean information that ``fluid`` is multiplied by, per squared voxel of the
@@ -96,11 +111,14 @@ class VariationalSettings:
     max_gradient: largest absolute gradient of a step along an axis, summed over its components; below 1 a step cannot fold.
     """
 
-    steps: int = 24
+    steps: int = 27
     stride: int = 2
-    levels: tuple[Level, ...] = (Level(4, 8 / 24, 8, 0.0), Level(2, 9 / 24, 12, 0.5), Level(1, 7 / 24, 12, 0.6))
+    levels: tuple[Level, ...] = (
+        Level(4, 8 / 27, 8, 0.0), Level(2, 9 / 27, 12, 0.5), Level(1, 7 / 27, 12, 0.6), Level(1, 3 / 27, 12, 0.6, stride=1)
+    )  # fmt: skip
     min_steps: int = 4
     min_voxels: int = 200
+    more_voxels: int | None = 300
     first_smoothness: Smoothness = Smoothness(2.8, 2.0, 0.6)
     last_smoothness: Smoothness = Smoothness(1.4, 0.4, 0.15)
     min_gain: float | None = None
@@ -115,6 +133,9 @@ class VariationalSettings:
     class_weight: float = 300.0
     class_temperature: float = 0.33
     class_window: float = 0.5
+    descriptor_weight: float = 2.0
+    descriptor_floor: float = 1.0
+    descriptor_parts: int = 2
     information_floor: float = 0.05
     tikhonov: float = 1e-3
     cg_iterations: int = 4
@@ -138,17 +159,45 @@ class VariationalSettings:
             _check_kind(f"levels[{i}]", level, Level)
             for part, low, high in _LEVEL_RANGES:
                 _check_number(level, part, low, high, f"levels[{i}].{part}")
-            if level.block < self.stride:
-                raise ValueError(f"levels[{i}].block: at least the stride, {self.stride}, got {level.block}")
+            if level.block < (stride := level.stride or self.stride):
+                raise ValueError(f"levels[{i}].block: at least the stride, {stride}, got {level.block}")
         if self.min_gain is not None:
             _check_number(self, "min_gain", 0.0, math.inf)
+        if self.more_voxels is not None:
+            _check_number(self, "more_voxels", 1, 10**9)
         if self.masks not in MASKS:
             raise ValueError(f"masks: one of {', '.join(MASKS)}, got {self.masks!r}")
 
     @property
     def multiple(self) -> int:
-        """Images are padded to a multiple of this number of voxels per axis, which all levels divide."""
-        return self.stride * math.lcm(*(level.shrink for level in self.levels))
+        """Images are padded to a multiple of this number of voxels per axis, which all of ``levels`` divide."""
+        return math.lcm(*(self.at(level).stride * level.shrink for level in self.levels), self.stride)
+
+    @property
+    def output_stride(self) -> int:
+        """Voxels of the images per voxel of the grid of the displacement that comes out, the last level's."""
+        last = self.levels[-1]
+        return self.at(last).stride * last.shrink
+
+    def at(self, level: Level) -> "VariationalSettings":
+        """The settings at a level: with the stride of its displacement. Steps on a finer grid have no more frequencies."""
+        if level.stride in (0, self.stride):
+            return self
+        share = self.frequencies * min(level.stride / self.stride, 1)
+        return replace(self, stride=level.stride, frequencies=share)
+
+    def with_effort(self, effort: str) -> "VariationalSettings":
+        """The settings for one of :data:`DivRegNetLib.options.EFFORTS`: ``fast`` has neither descriptors nor levels whose
+        displacement is on a finer grid than ``stride``; ``thorough`` makes twice as many steps."""
+        if effort == "thorough":
+            return replace(self, steps=2 * self.steps)
+        if effort != "fast":
+            return self
+        kept = tuple(level for level in self.levels if self.at(level).stride >= self.stride) or self.levels
+        steps = self.steps - sum(round(level.share * self.steps) for level in self.levels if level not in kept)
+        shares = self.steps / steps
+        levels = (replace(level, share=min(level.share * shares, 1.0)) for level in kept)
+        return replace(self, steps=steps, levels=tuple(levels), descriptor_weight=0.0)
 
     def as_dict(self) -> dict:
         """For JSON; :meth:`from_dict` is the inverse."""
@@ -185,10 +234,14 @@ _RANGES = (
     ("cg_iterations", 1, 1000), ("validity_threshold", 0.0, 1.0), ("parzen_sigma", 0.01, 100.0),
     ("block_sigma", 0.01, 100.0), ("global_weight", 0.0, math.inf), ("independence_weight", 0.0, 1.0),
     ("epsilon", 1e-30, 1e-3), ("class_weight", 0.0, math.inf), ("class_temperature", 0.01, 100.0), ("class_window", 0.0, 10.0),
+    ("descriptor_weight", 0.0, math.inf), ("descriptor_floor", 1e-6, 1e3), ("descriptor_parts", 1, 12),
     ("information_floor", 0.0, math.inf), ("tikhonov", 0.0, math.inf),
     ("frequencies", 0.01, 1.0), ("max_step", 0.0, math.inf), ("max_gradient", 0.0, math.inf),
 )  # fmt: skip
-_LEVEL_RANGES = (("shrink", 1, 64), ("share", 0.0, 1.0), ("block", 1, 1024), ("momentum", 0.0, 0.999))
+_LEVEL_RANGES = (
+    ("shrink", 1, 64), ("share", 0.0, 1.0), ("block", 1, 1024), ("momentum", 0.0, 0.999),
+    ("descriptors", 0.0, math.inf), ("stride", 0, 2),
+)  # fmt: skip
 
 
 def _check_number(owner: object, name: str, low: float, high: float, shown: str | None = None) -> None:
@@ -221,7 +274,8 @@ def _level(name: str, values: object) -> Level:
         return values
     known = _names(Level)
     values = _mapping(name, values, known)
-    if missing := [key for key in known if key not in values]:
+    required = [f.name for f in fields(Level) if f.default is MISSING]
+    if missing := [key for key in required if key not in values]:
         raise ValueError(f"{name}: {missing[0]!r} is missing")
     return Level(**values)
 
@@ -232,6 +286,9 @@ def _names(kind: type) -> tuple[str, ...]:
 
 DEFAULT = VariationalSettings()
 """Registration from the identity."""
+
+FAST = DEFAULT.with_effort("fast")
+"""The same without descriptors, the displacement on half of the grid throughout."""
 
 REFINEMENT = VariationalSettings(
     steps=16,

@@ -130,7 +130,11 @@ def _register_files(
             with ThreadPoolExecutor(1) as thread:  # ITK writes while the preview is drawn
                 written = [thread.submit(_write, w, folder / name, output / name) for name, w in writers.items()]
                 if preview:
-                    notes += _write_preview(fixed, moving, result, folder / PREVIEW)
+                    _write(
+                        lambda p: notes.extend(_write_preview(fixed, moving, result, p)),
+                        folder / PREVIEW,
+                        output / PREVIEW,
+                    )
                 for file in written:
                     file.result()
             names = [name for name in POSSIBLE_FILES if (folder / name).exists()]

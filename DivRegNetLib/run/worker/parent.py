@@ -19,7 +19,7 @@ from DivRegNetLib.options import Options
 from DivRegNetLib.quality.references import References
 from DivRegNetLib.registration.check import check_image
 from DivRegNetLib.result import Result
-from DivRegNetLib.run.worker.process import Process, Surroundings, remove_job
+from DivRegNetLib.run.worker.process import Process, Surroundings, can_write_temporary_files, remove_job
 from DivRegNetLib.run.worker.protocol import KINDS, Event, ResultFiles, WorkerDied, parse_message, write_job
 from DivRegNetLib.run.worker.standby import Standby
 
@@ -27,6 +27,7 @@ LOG_LINES = 30  # kept of what the child writes beside its messages
 LOG_BYTES = 8000
 READ_BYTES = 1 << 20  # of the child's output at a time
 KILLED = (-9, 137, 0xC0000017)  # exit codes of a process that the system killed for its memory
+TEMPORARY_FILES_REMEDY = "free space there, or set TMPDIR to another folder for temporary files"
 REUSABLE = (InputError, ModelError)  # after which a process can do the next job
 
 
@@ -118,8 +119,9 @@ class Worker:
             self._end()
             raise
         except OSError as error:
+            remedy = "" if can_write_temporary_files() else f"; {TEMPORARY_FILES_REMEDY}"
             self._end()
-            self._error = WorkerDied(f"the worker cannot be started: {error}")
+            self._error = WorkerDied(f"the worker cannot be started: {error}{remedy}")
             raise self._error from error
         self._images, self._references = {}, None
         self.running = True
@@ -313,6 +315,8 @@ class Worker:
         # Python that fails says why.
         silent = code == 1 and not any("Error" in line or "Traceback" in line for line in log)
         hint = ", as happens when memory runs out: choose a coarser spacing" if code in KILLED or silent else ""
+        if not can_write_temporary_files():
+            hint = f", as the folder for temporary files is full: {TEMPORARY_FILES_REMEDY}"
         return WorkerDied(f"the registration {how}{hint}", code, log)
 
     def _read_log(self) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from DivRegNetLib.run.worker.protocol import PARENT, STDERR, STDOUT, WORKER, job
 
 IDLE_SECONDS = 300.0  # without a job, after which a process that was kept ends itself
 END_SECONDS = 2.0  # that a killed child may take to end
+ENOUGH_BYTES = 1 << 17  # that a disk which is not full has left
 LARGEST_OUTPUT = 10_000_000  # bytes of both streams of a process that is kept
 
 
@@ -130,6 +131,17 @@ class Process:
     def may_stay(self) -> bool:
         """Whether it runs and has written no more than a process that is kept may."""
         return self.exit_code() is None and self.stdout.tell() + self.log_bytes < LARGEST_OUTPUT
+
+
+def can_write_temporary_files() -> bool:
+    """Whether the folder for temporary files can be written and has space left."""
+    try:
+        with tempfile.TemporaryFile() as file:
+            file.write(bytes(ENOUGH_BYTES))
+            file.flush()
+    except OSError:
+        return False
+    return True
 
 
 def remove_job(folder: Path) -> None:
