@@ -141,7 +141,7 @@ class Method(enum.Enum):
 
 
 class Effort(enum.Enum):
-    """How much time the deformation may take; values as in DivRegNetLib.options.EFFORTS. Presets set it."""
+    """How much time the deformation may take; values as in DivRegNetLib.options.EFFORTS."""
 
     FAST = "fast"
     USUAL = "usual"
@@ -1102,7 +1102,12 @@ class DivRegNetLogic(ScriptedLoadableModuleLogic):
     def getParameterNode(self) -> DivRegNetParameterNode:
         """The settings in the scene; where another version saved a value that this one does not know, the default."""
         node = super().getParameterNode()
-        for name, kind in (("alignment", Alignment), ("method", Method), ("interpolation", Interpolation)):
+        for name, kind in (
+            ("alignment", Alignment),
+            ("method", Method),
+            ("effort", Effort),
+            ("interpolation", Interpolation),
+        ):
             value = node.GetParameter(name)
             if value and value not in kind.__members__:  # Slicer's wrapper raises at every access (EnumSerializer.read)
                 text = _("DivRegNet: the scene has the unknown value {value} for {name}; the default is used.")

@@ -197,12 +197,9 @@ def test_classes_that_are_unknown_in_both_images_change_nothing_but_the_window(i
 def test_a_class_that_one_image_alone_has_moves_nothing():
     """A network that takes the bright ball of one image for class 1, and finds nothing in the other, which is dark."""
     bright, dark = ball((10.0, 15.0, 12.0)), torch.zeros(1, 1, *SHAPE)
-    noise = torch.rand(2, 1, 1, *SHAPE, generator=torch.Generator().manual_seed(0))
     for pair in (bright, dark), (dark, bright):
         classes = methods.with_classes(Images(*pair), BrightIsOne()).classes
-        found = deform(Images(*noise, classes=classes), ("variational",), DEFAULT, None)
-        plain = deform(Images(*noise), ("variational",), DEFAULT.with_classes(), None)
-        torch.testing.assert_close(found, plain, atol=1e-3, rtol=0)
+        assert classes is None
 
 
 def test_noise_instead_of_classes_folds_nothing(images):
