@@ -1,13 +1,12 @@
-"""Candidates and evidence: how stiff a deformation is, or whether there is one at all, is chosen for each pair.
+"""Candidates and evidence: whether there is a deformation at all, and how stiff it is, is chosen for each pair.
 
 Every step that raises the mutual information of a pair also follows its noise and the bias of its estimate. Two contrasts of
-one head that are aligned already are moved apart by it, by a third of a voxel with the usual stiffness. No stiffness suits all
-pairs: two patients' organs need a loose deformation, small or smooth differences a stiff one. So there are several candidates,
-and evidence that none of them was made to maximize chooses between them.
+one head that are aligned already are moved apart by it, by a third of a voxel with the usual stiffness. So no deformation is
+a candidate, too, and a thorough registration has more of them: a stiffer one, and one from a discrete start.
 
 A :class:`Candidate` is a name and a function that makes a displacement. :class:`Agreement` gathers the evidence for a
-displacement, and :func:`best_of` takes the candidate that it speaks for. :func:`deform` makes candidates of several stiffnesses
-and keeps to no deformation unless the best of them is better by all evidence.
+displacement, and :func:`best_of` takes the candidate that it speaks for. :func:`deform` makes the candidates and keeps to no
+deformation unless the best of them is better by all evidence.
 
 Axis order and units as in :mod:`DivRegNetLib.core.fields`.
 """
@@ -25,7 +24,7 @@ from torch.nn import functional as F
 from DivRegNetLib.core import fields
 from DivRegNetLib.quality import evidence
 from DivRegNetLib.registration import methods
-from DivRegNetLib.registration.methods import Coarse, Images, Run
+from DivRegNetLib.registration.methods import Images, Run
 from DivRegNetLib.registration.regnet import RegNet
 from DivRegNetLib.registration.variational.equations import gradient
 from DivRegNetLib.registration.variational.settings import VariationalSettings
@@ -33,14 +32,12 @@ from DivRegNetLib.similarity.descriptors import VARIANCES, believable
 
 Progress = Callable[[float], None]
 
-STIFFNESSES = (1.0, 0.2)
-"""Factors of the elastic weight that are tried; the first is usual."""
+STIFFNESSES = (1.0, 3.0)
+"""Factors of the elastic weight that a thorough registration tries; the first is usual, and else the only one."""
 
 NO_DEFORMATION = "none"
 DISCRETE_START = "discrete start"
-LEAST_GAIN = (
-    0.01  # of the edges' cosine, by which a deformation has to be better than none; fitted noise gains up to 0.007
-)
+LEAST_GAIN = 0.01  # of the edges' cosine, that a deformation has to be better by than none; fitted noise gains 0.007
 CUBE = 5  # voxels a side that a gradient and a descriptor look at
 BINS = 32  # of the joint histogram
 COUNTED, COMPARED = 100_000, 4_000  # voxels of the histogram, and of the edges, at least
@@ -111,17 +108,13 @@ class Choice:
         return {"chosen": self.candidate.name, "stiffness": self.candidate.stiffness, "scores": scores}
 
 
-def best_of(
-    candidates: Iterable[Candidate], evidence: Callable[[Tensor], Score], before: Choice | None = None
-) -> Choice:
+def best_of(candidates: Iterable[Candidate], evidence: Callable[[Tensor], Score]) -> Choice:
     """The candidate whose descriptors have the least distance; of equal ones the first.
 
-    Args:
-        before: an earlier choice, which is among the candidates.
     Raises:
         ValueError: there is no candidate.
     """
-    best, scores = before, {} if before is None else dict(before.scores)
+    best, scores = None, {}
     for candidate in candidates:
         displacement = candidate.make()
         scores[candidate.name] = evidence(displacement)
@@ -245,18 +238,16 @@ def deform(
     regnet: RegNet | None,
     stiffness: float | None = None,
     *,
-    discrete: bool = False,
+    thorough: bool = False,
     run: Run = methods.run,
     progress: Progress = lambda fraction: None,
 ) -> Choice:
-    """The displacement of some methods, with the stiffness that suits the pair.
+    """The displacement of some methods, or none, as suits the pair.
 
     Args:
         names, variational, regnet: as of :func:`DivRegNetLib.registration.methods.deform`.
-        stiffness: factor of the elastic weight; None: it is chosen, or no deformation. Without the variational method there
-            is no choice.
-        discrete: also try a discrete start (:mod:`DivRegNetLib.registration.discrete`), with the stiffness that is chosen
-            without it.
+        stiffness: factor of the elastic weight; None: there is a choice, unless the methods are without the variational one.
+        thorough: choose among all of STIFFNESSES and a discrete start (:mod:`DivRegNetLib.registration.discrete`) as well.
         run: runs methods, as :func:`DivRegNetLib.registration.methods.run`.
         progress: called with the fraction that is done; what it raises ends the registration.
     """
@@ -266,48 +257,28 @@ def deform(
         name = "+".join(names) if stiffness is None else _name(stiffness)
         made = run(images, names, settings, regnet, progress).fine()
         return Choice(Candidate(name, lambda: made, stiffness), made, {})
+    tried = [(_name(factor), names, factor) for factor in (STIFFNESSES if thorough else STIFFNESSES[:1])]
+    if thorough and names[0] == "variational":
+        tried.append((DISCRETE_START, ("discrete", *names), STIFFNESSES[0]))
+
+    def make(number: int, methods_in_order: tuple[str, ...], factor: float) -> Tensor:
+        def report(fraction: float) -> None:
+            progress((number + fraction) / len(tried))
+
+        return run(images, methods_in_order, stiffened(variational, factor), regnet, report).fine()
+
     score = Agreement(images)
-    at = len(names) - 1 - names[::-1].index("variational")
-    before, after = names[:at], names[at + 1 :]
-    discrete = discrete and not before
-    parts = bool(before) + len(STIFFNESSES) + discrete + bool(after)
-    done = 0
-
-    def report(fraction: float) -> None:
-        progress((done + fraction) / parts)
-
-    start = None
-    if before:
-        start = run(images, before, variational, regnet, report)
-        done += 1
-    finished: dict[str, Coarse] = {}
-
-    def finish(factor: float) -> Tensor:
-        nonlocal done
-        moved = run(images, ("variational",), stiffened(variational, factor), None, report, start)
-        finished[_name(factor)] = moved
-        done += 1
-        return moved.fine()
-
-    chosen = best_of((Candidate(_name(s), partial(finish, s), s) for s in STIFFNESSES), score)
-    if discrete:
-        stiffness = chosen.candidate.stiffness
-        settings, name = stiffened(variational, stiffness), f"{DISCRETE_START}, {chosen.candidate.name}"
-        moved = run(images, ("discrete", "variational"), settings, None, report)
-        finished[name] = moved
-        done += 1
-        chosen = best_of([Candidate(name, moved.fine, stiffness)], score, chosen)
+    chosen = best_of(
+        (Candidate(name, partial(make, i, order, factor), factor) for i, (name, order, factor) in enumerate(tried)),
+        score,
+    )
     none = no_deformation(images)
     undeformed = score(none.displacement)
-    unknown = all(score is NOTHING for score in (undeformed, *chosen.scores.values()))  # the first candidate is usual
+    scores = {NO_DEFORMATION: undeformed, **chosen.scores}
+    unknown = all(s is NOTHING for s in scores.values())  # the first candidate is usual
     if not (unknown or chosen.scores[chosen.candidate.name].beats(undeformed)):
-        chosen = replace(none, scores=chosen.scores)
-    elif after:
-        stiffness = chosen.candidate.stiffness
-        moved = run(images, after, stiffened(variational, stiffness), regnet, report, finished[chosen.candidate.name])
-        chosen = best_of([Candidate("+".join(after), moved.fine, stiffness)], score, chosen)
-    progress(1.0)
-    return replace(chosen, scores={NO_DEFORMATION: undeformed, **chosen.scores})
+        chosen = none
+    return replace(chosen, scores=scores)
 
 
 def no_deformation(images: Images) -> Choice:
