@@ -139,7 +139,7 @@ class Options:
             "help": "Stiffness of the deformation as a factor of the model's: above 1 it is stiffer, below 1 looser.",
             "low": 0.01,
             "high": 1000,
-            "default_help": "chosen for each pair, or no deformation, by evidence",
+            "default_help": "the model's, or no deformation where the images agree better without one",
         },
     )
     interpolation: str = field(

@@ -129,17 +129,15 @@ def _expected(quality: dict) -> tuple[float | None, Reasons]:
 
 
 def _deformation(quality: dict) -> Reasons:
-    """How stiff the deformation is, where that was chosen for the pair."""
+    """That nothing was deformed, or how stiff the deformation is, where that was chosen for the pair."""
     chosen = quality.get("deformation") or {}
     if not chosen.get("scores"):
         return []
     factor = chosen.get("stiffness")
     if factor is None and chosen["chosen"] == "none":
         return [(GREEN, _("No deformation: by the evidence, the images agree best as they were aligned."))]
-    if factor is None:
+    if factor in (None, 1):  # the usual
         return []
-    if factor == 1:
-        return [(GREEN, _("Stiffness chosen: the model's own."))]
     return [(GREEN, _("Stiffness chosen: {factor:g} times the model's.").format(factor=factor))]
 
 
