@@ -129,8 +129,8 @@ def test_the_context_of_a_sentence_is_that_of_slicers_translation_tools():
     ("deformation", "words"),
     [
         ({"chosen": "none", "stiffness": None, "scores": {"none": {}}}, "No deformation"),
-        ({"chosen": "stiffness 1", "stiffness": 1.0, "scores": {"none": {}}}, "Stiffness chosen: the model's own."),
-        ({"chosen": "regnet", "stiffness": 0.2, "scores": {"none": {}}}, "Stiffness chosen: 0.2 times the model's."),
+        ({"chosen": "stiffness 1", "stiffness": 1.0, "scores": {"none": {}}}, ""),
+        ({"chosen": "stiffness 3", "stiffness": 3.0, "scores": {"none": {}}}, "Stiffness chosen: 3 times the model's."),
         ({"chosen": "stiffness 3", "stiffness": 3.0, "scores": {}}, ""),
     ],
 )
