@@ -186,6 +186,7 @@ def test_the_figures_of_the_readme_are_those_of_the_benchmark():
         ("What trains best", "similarities"),
         ("AAL Brain", "aal-brain-2mm"),
         ("Calibration of the verdict", "calibration"),
+        ("No harm", "no-harm"),
     ],
 )
 def test_the_figures_of_the_notebook_are_those_of_the_results(section, results):
