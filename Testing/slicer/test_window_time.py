@@ -78,7 +78,7 @@ def test_no_slot_blocks_the_window_with_large_volumes_and_many_segments(slots, r
     ready.onUndo()
     longest = {name: max(times) for name, times in slots.items()}
     assert max(longest.values()) < LONGEST, longest
-    assert len(slots["onPoll"]) > 20 and len(slots["step"]) > 5
+    assert len(slots["onPoll"]) > 20 and len(slots["step"]) > 1  # several steps are made at a time where they are quick
 
 
 def test_a_map_of_large_slices_is_computed_in_short_steps(app):
