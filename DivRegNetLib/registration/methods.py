@@ -18,8 +18,8 @@ from DivRegNetLib.registration.variational.settings import VariationalSettings
 from DivRegNetLib.similarity.classes import ClassNet, shared
 
 Progress = Callable[[float], None]
-Run = Callable[..., "Coarse"]
-"""A function such as :func:`run`."""
+Deform = Callable[..., Tensor]
+"""A function such as :func:`deform`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,24 +82,6 @@ def with_classes(images: Images, classnet: ClassNet) -> Images:
     return replace(images, classes=Features(*both, stride=classnet.config.output_stride))
 
 
-@dataclass(frozen=True, eq=False)
-class Coarse:
-    """A displacement as a method returns it, on its output grid.
-
-    displacement: (N, 3, d, h, w) in voxels of the output grid.
-    grid: stride of the output grid, and the multiple of voxels that the images were padded to.
-    shape: (D, H, W) of the working grid.
-    """
-
-    displacement: Tensor
-    grid: tuple[int, int]
-    shape: tuple[int, int, int]
-
-    def fine(self) -> Tensor:
-        """The displacement in voxels of the working grid, (N, 3, D, H, W)."""
-        return fields.upsample(self.displacement, self.grid[0], self.shape).contiguous()
-
-
 def deform(
     images: Images,
     names: tuple[str, ...],
@@ -107,18 +89,6 @@ def deform(
     regnet: RegNet | None,
     progress: Progress = lambda fraction: None,
 ) -> Tensor:
-    """The displacement of :func:`run`, (N, 3, D, H, W) in voxels of the working grid."""
-    return run(images, names, variational, regnet, progress).fine()
-
-
-def run(
-    images: Images,
-    names: tuple[str, ...],
-    variational: VariationalSettings,
-    regnet: RegNet | None,
-    progress: Progress = lambda fraction: None,
-    start: Coarse | None = None,
-) -> Coarse:
     """Runs methods in order, each from the displacement of the one before.
 
     RegNet and the discrete start get the images multiplied by their masks, and know of no masks beside that; so does the
@@ -128,15 +98,15 @@ def run(
         names: of METHODS, at least one.
         regnet: for the method "regnet"; not needed without it.
         progress: called with the fraction that is done; what it raises ends the registration.
-        start: displacement before the first method; None: the identity.
+    Returns:
+        (N, 3, D, H, W) in voxels of the working grid.
     Raises:
         ValueError: an unknown method, none, or "regnet" without a network.
     """
     check_methods(names)
     if "regnet" in names and regnet is None:
         raise ValueError("method 'regnet' needs a network")
-    shape = tuple(images.fixed.shape[2:])
-    displacement, grid = (None, None) if start is None else (start.displacement, start.grid)
+    displacement, grid, shape = None, None, images.fixed.shape[2:]
     for i, name in enumerate(names):
 
         def report(fraction: float, i: int = i) -> None:
@@ -153,11 +123,11 @@ def run(
             report(0.0)
             displacement = regnet.register(*images.multiplied(), displacement, images.valid)
             report(1.0)
-    return Coarse(displacement, grid, shape)
+    return fields.upsample(displacement, grid[0], shape).contiguous()
 
 
-def recorded_run(recorder: Recorder, *, room: bool) -> Run:
-    """:func:`run`, on a CUDA device as recordings that are played again for images of the same shape.
+def recorded_deform(recorder: Recorder, *, room: bool) -> Deform:
+    """:func:`deform`, on a CUDA device as recordings that are played again for images of the same shape.
 
     Args:
         recorder: belongs to the network.
@@ -170,33 +140,29 @@ def recorded_run(recorder: Recorder, *, room: bool) -> Run:
         variational: VariationalSettings,
         regnet: RegNet | None,
         progress: Progress = lambda fraction: None,
-        start: Coarse | None = None,
-    ) -> Coarse:
+    ) -> Tensor:
         if images.fixed.device.type != "cuda" or not is_recordable(images, names, variational):
-            return run(images, names, variational, regnet, progress, start)
+            return deform(images, names, variational, regnet, progress)
         tensors, rebuild = images.taken_apart()
-        tensors.append(None if start is None else start.displacement)
         present = tuple(t is not None for t in tensors)
         stages = tuple(schedule(variational, images.measured)) if "variational" in names else ()
 
         def displacement(*given: Tensor) -> Tensor:
             rest = iter(given)
-            *parts, before = (next(rest) if there else None for there in present)
-            before = None if before is None else replace(start, displacement=before)
-            return run(rebuild(parts), names, variational, regnet, start=before).displacement
+            return deform(rebuild([next(rest) if there else None for there in present]), names, variational, regnet)
 
         progress(0.0)
-        key = names, variational, stages, present, None if start is None else start.grid
+        key = names, variational, stages, present
         given = (t for t in tensors if t is not None)
         moved = recorder(key, displacement, *given, room=room)
         progress(1.0)
-        return Coarse(moved, _output_grid(names[-1], variational, regnet), tuple(images.fixed.shape[2:]))
+        return moved
 
     return recorded
 
 
 def is_recordable(images: Images, names: tuple[str, ...], settings: VariationalSettings) -> bool:
-    """Whether the operations of :func:`run` depend on nothing but shapes: no voxels are counted, and no gain is measured."""
+    """Whether the operations of :func:`deform` depend on nothing but shapes: no voxels are counted, and no gain is measured."""
     if "variational" not in names:
         return True
     excluded = settings.masks == "exclude" and (images.fixed_mask is not None or images.moving_mask is not None)

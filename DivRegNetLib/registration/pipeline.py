@@ -260,10 +260,10 @@ def deform(sampled: Sampled, resources: Resources, options: Options, *, progress
     names = tuple(card.methods if options.method == "auto" else options.method.split("+"))
     if "regnet" in names and resources.model.regnet is None:
         raise InputError(f"method {options.method!r} needs a RegNet, which model {card.name!r} does not have")
-    run = methods.run
+    run = methods.deform
     if resources.device.type == "cuda":
         room = free_memory(resources.device) > SPARE * resources.estimate().device
-        run = methods.recorded_run(resources.model.recorder(), room=room)
+        run = methods.recorded_deform(resources.model.recorder(), room=room)
     settings, regnet = card.variational_settings.with_effort(options.effort), resources.model.regnet
     how = {"thorough": options.effort == "thorough", "run": run, "progress": progress}
     return selection.deform(sampled.images, names, settings, regnet, options.stiffness, **how)

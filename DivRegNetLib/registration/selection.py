@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from DivRegNetLib.core import fields
 from DivRegNetLib.quality import evidence
 from DivRegNetLib.registration import methods
-from DivRegNetLib.registration.methods import Images, Run
+from DivRegNetLib.registration.methods import Deform, Images
 from DivRegNetLib.registration.regnet import RegNet
 from DivRegNetLib.registration.variational.equations import gradient
 from DivRegNetLib.registration.variational.settings import VariationalSettings
@@ -152,9 +152,7 @@ class Agreement:
             return NOTHING
         cubes = cubes_at(warped, self.edges)
         distance = (descriptors_of(cubes) - self.descriptors).square().mean(1)
-        slopes = slopes_of(cubes)
-        product = (self.slopes * slopes).sum(1).square()
-        cosine = product / (self.slopes.square().sum(1) * slopes.square().sum(1)).clamp_min(1e-12)
+        cosine = evidence.squared_cosine(self.slopes, slopes_of(cubes))
         information = _information(self.fixed[inside], _in_bins(warped).flatten()[self.foreground][inside])
         return Score(distance[counted].mean().item(), cosine[counted].mean().item(), information)
 
@@ -239,7 +237,7 @@ def deform(
     stiffness: float | None = None,
     *,
     thorough: bool = False,
-    run: Run = methods.run,
+    run: Deform = methods.deform,
     progress: Progress = lambda fraction: None,
 ) -> Choice:
     """The displacement of some methods, or none, as suits the pair.
@@ -248,14 +246,14 @@ def deform(
         names, variational, regnet: as of :func:`DivRegNetLib.registration.methods.deform`.
         stiffness: factor of the elastic weight; None: there is a choice, unless the methods are without the variational one.
         thorough: choose among all of STIFFNESSES and a discrete start (:mod:`DivRegNetLib.registration.discrete`) as well.
-        run: runs methods, as :func:`DivRegNetLib.registration.methods.run`.
+        run: runs methods, as :func:`DivRegNetLib.registration.methods.deform`.
         progress: called with the fraction that is done; what it raises ends the registration.
     """
     methods.check_methods(names)
     if stiffness is not None or "variational" not in names:
         settings = variational if stiffness is None else stiffened(variational, stiffness)
         name = "+".join(names) if stiffness is None else _name(stiffness)
-        made = run(images, names, settings, regnet, progress).fine()
+        made = run(images, names, settings, regnet, progress)
         return Choice(Candidate(name, lambda: made, stiffness), made, {})
     tried = [(_name(factor), names, factor) for factor in (STIFFNESSES if thorough else STIFFNESSES[:1])]
     if thorough and names[0] == "variational":
@@ -265,7 +263,7 @@ def deform(
         def report(fraction: float) -> None:
             progress((number + fraction) / len(tried))
 
-        return run(images, methods_in_order, stiffened(variational, factor), regnet, report).fine()
+        return run(images, methods_in_order, stiffened(variational, factor), regnet, report)
 
     score = Agreement(images)
     chosen = best_of(

@@ -93,7 +93,7 @@ def forward_passes(device) -> None:
             return methods.deform(images, *arguments)
 
         def recorded(images=images):
-            return methods.recorded_run(model.recorder(), room=True)(images, *arguments).fine()
+            return methods.recorded_deform(model.recorder(), room=True)(images, *arguments)
 
         with torch.inference_mode():
             plain, played = (_milliseconds(function, device) for function in (run, recorded))
