@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from processes import PATIENCE, is_alive, wait_for
 
 from DivRegNetLib import models
 from DivRegNetLib.core.composites import field_of
@@ -21,7 +22,6 @@ from DivRegNetLib.run.worker import Standby, Worker, WorkerDied, process, warm_u
 
 OPTIONS = {"model": "tiny", "device": "cpu", "align": "none"}
 LONG = OPTIONS | {"refine": 100000, "spacing": 1.5}
-PATIENCE = 120  # seconds until something that must come is given up
 MOST_GROWTH = 8e6  # bytes of the process per job
 
 posix = pytest.mark.skipif(os.name == "nt", reason="signals")
@@ -49,19 +49,6 @@ def standby(folders):
     yield kept
     kept.close()
     assert folders() == []
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process is there and no zombie."""
-    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
-    return bool(state.strip()) and not state.strip().startswith("Z")
-
-
-def wait_for(condition) -> None:
-    until = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.01)
 
 
 def same(one, two) -> bool:

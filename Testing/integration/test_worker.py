@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from processes import PATIENCE, is_alive, wait_for
 
 from DivRegNetLib.core.composites import displacement_on, field_of
 from DivRegNetLib.core.grid import Grid, affine_transform
@@ -22,7 +23,6 @@ from DivRegNetLib.run.worker import Worker, WorkerDied
 from DivRegNetLib.run.worker.process import can_write_temporary_files
 
 OPTIONS = {"model": "tiny", "device": "cpu", "align": "none"}
-PATIENCE = 120  # seconds until something that must come is given up
 
 posix = pytest.mark.skipif(os.name == "nt", reason="signals")
 
@@ -65,19 +65,6 @@ def finish(worker) -> list:
         events += worker.poll()
         time.sleep(0.01)
     return events
-
-
-def wait_for(condition) -> None:
-    until = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.01)
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process is there and no zombie."""
-    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
-    return bool(state.strip()) and not state.strip().startswith("Z")
 
 
 def test_a_worker_gives_what_the_pipeline_gives(pair, tiny_model, folders, grid):

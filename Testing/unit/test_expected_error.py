@@ -5,19 +5,11 @@ import json
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from evidence_numbers import RIGHT, WRONG
 
 from DivRegNetLib.core.grid import Grid
 from DivRegNetLib.quality import expected_error
 from DivRegNetLib.quality.expected_error import Regression, Term, calibration, expected_error_mm
-
-RIGHT = {
-    "motion 1": 0.1, "soft motion 1": 1.0, "moved 1": 0.0, "motion 2": 0.02, "soft motion 2": 0.7, "moved 2": 0.0,
-    "fixed edges 1": 0.92, "bend": 0.4, "slope": 0.1, "covered": 1.0, "overlap": 0.98, "voxel_mm": 2.0, "diagonal_mm": 280.0,
-}  # fmt: skip
-WRONG = RIGHT | {
-    "motion 1": 2.4, "soft motion 1": 2.3, "moved 1": 0.8, "motion 2": 1.7, "soft motion 2": 2.0, "moved 2": 0.5,
-    "fixed edges 1": 0.5, "bend": 2.2,
-}  # fmt: skip
 
 
 def test_a_term_is_the_logarithm_or_the_value_itself_within_the_range_of_the_fit():

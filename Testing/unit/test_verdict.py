@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from evidence_numbers import RIGHT, WRONG
 
 import DivRegNetLib
 from DivRegNetLib.quality.verdict import judge, two_digits
@@ -52,16 +53,6 @@ def test_the_verdict_has_the_gravest_level_and_gives_the_reasons(changes, level,
     assert word in " ".join(verdict.reasons)
     assert level == "green" or word in verdict.reasons[0]
     assert json.loads(json.dumps(verdict.as_dict())) == verdict.as_dict()
-
-
-RIGHT = {
-    "motion 1": 0.1, "soft motion 1": 1.0, "moved 1": 0.0, "motion 2": 0.02, "soft motion 2": 0.7, "moved 2": 0.0,
-    "fixed edges 1": 0.92, "bend": 0.4, "slope": 0.1, "covered": 1.0, "overlap": 0.98, "voxel_mm": 2.0, "diagonal_mm": 280.0,
-}  # fmt: skip
-WRONG = RIGHT | {
-    "motion 1": 2.4, "soft motion 1": 2.3, "moved 1": 0.8, "motion 2": 1.7, "soft motion 2": 2.0, "moved 2": 0.5,
-    "fixed edges 1": 0.5, "bend": 2.2,
-}  # fmt: skip
 
 
 def test_evidence_decides_whether_the_similarity_rose_or_not():
