@@ -152,8 +152,9 @@ class Config:
             known = "[regnet], [variational, regnet] or, to train KLDivNet alone, [variational]"
             raise ValueError(f"methods to train with are {known}, got {list(self.methods)}")
         if not self.trains_regnet and self.loss.similarity != "kldiv":
-            raise ValueError(f"methods: [variational] train KLDivNet alone: loss.similarity is kldiv, got {self.loss.similarity!r}")
-        if self.trains_regnet and self.starts_from_variational and self.variational.stride != self.regnet.stride:
+            other = self.loss.similarity
+            raise ValueError(f"methods: [variational] train KLDivNet alone: loss.similarity is kldiv, got {other!r}")
+        if self.starts_from_variational and self.variational.stride != self.regnet.stride:
             raise ValueError(
                 f"variational.stride is that of regnet, {self.regnet.stride}, got {self.variational.stride}"
             )
@@ -166,7 +167,7 @@ class Config:
     @property
     def starts_from_variational(self) -> bool:
         """Whether RegNet continues from the variational displacement."""
-        return "variational" in self.methods
+        return self.trains_regnet and "variational" in self.methods
 
     def as_dict(self) -> dict:
         sections = {name: getattr(self, name).as_dict() for name in ("variational", "regnet", "kldivnet")}

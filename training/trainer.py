@@ -62,13 +62,9 @@ class Trainer:
             self._start_from(models.load(config.start))
         if self.objective.regnet is not None:
             self.objective.regnet.to(memory_format=torch.channels_last_3d)
-        self.optimizer = torch.optim.Adam(
-            [
-                {"params": part.parameters()}
-                for part in (self.objective.regnet, self.objective.kldivnet)
-                if part is not None
-            ]
-        )
+        parts = {"regnet": self.objective.regnet, "kldivnet": self.objective.kldivnet}
+        groups = [{"params": p.parameters(), "name": name} for name, p in parts.items() if p is not None]
+        self.optimizer = torch.optim.Adam(groups)
         self.wrapped, self.optimizer = fabric.setup(self.objective, self.optimizer)
         self.dtype = next(self.objective.parameters()).dtype
         self.average = self._averaged(self.objective.regnet)
@@ -141,8 +137,9 @@ class Trainer:
             FloatingPointError: the loss or its gradient is not finite; the weights are unchanged.
         """
         config, fabric = self.config, self.fabric
-        for group, rate in zip(self.optimizer.param_groups, self._rates(), strict=False):
-            group["lr"] = rate
+        rates = self._rates()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rates[group["name"]]
         self.optimizer.zero_grad(set_to_none=True)
         mine = config.batch // fabric.world_size
         numbers = [fabric.global_rank * mine + i for i in range(mine)]
@@ -212,12 +209,12 @@ class Trainer:
             coarse = None if coarse is None else coarse.detach().to(self.dtype)
         return terms
 
-    def _rates(self) -> tuple[float, float]:
-        """Learning rates of RegNet and of KLDivNet at the current step."""
+    def _rates(self) -> dict[str, float]:
+        """Learning rates of both networks at the current step."""
         c = self.config
         done = min(max(self.step_number - c.warmup, 0) / max(c.steps - c.warmup, 1), 1.0)
         rate = c.final_learning_rate + (c.learning_rate - c.final_learning_rate) * 0.5 * (1 + math.cos(done * math.pi))
-        return rate, c.similarity_learning_rate * rate / c.learning_rate
+        return {"regnet": rate, "kldivnet": c.similarity_learning_rate * rate / c.learning_rate}
 
     @torch.no_grad()
     def predict(self, fixed: Tensor, moving: Tensor) -> Tensor:
