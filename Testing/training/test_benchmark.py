@@ -182,17 +182,6 @@ def test_the_comparison_writes_table_plot_and_pictures_and_reuses_finished_rows(
         benchmark.compare(families, tmp_path, changed, tmp_path / "out", chosen=OURS)
 
 
-def test_the_variational_method_runs_alone_whatever_the_card_of_the_model_names(prepared, settings, tmp_path):
-    """The card of the tiny model names RegNet alone."""
-    moved = {}
-    for method in ("without network", "DivRegNet"):
-        measure.row(prepared, method, settings, tmp_path / method)
-        field = sitk.ReadImage(str(tmp_path / method / "displacement.mha"))
-        moved[method] = sitk.GetArrayFromImage(field)
-    assert all(np.abs(field).max() > 0.1 for field in moved.values())
-    assert np.abs(moved["without network"] - moved["DivRegNet"]).max() > 0.1
-
-
 def test_quick_takes_one_case_of_a_family_on_its_coarse_grid(families, settings, tmp_path):
     rows = benchmark.compare(families, tmp_path, settings, tmp_path / "out", quick=True, chosen=("initial",))
     assert [r["case"] for r in rows] == ["a"]
@@ -330,7 +319,7 @@ def test_a_preset_that_this_version_does_not_have_is_left_out(monkeypatch):
     monkeypatch.setitem(methods.METHODS, "DivRegNet, fast", unknown)
     assert methods.missing("DivRegNet, fast") == "this version has no preset no such"
     assert "align" not in methods.METHODS["DivRegNet, thorough"].all_options()
-    assert methods.missing("DivRegNet") is None and methods.missing("without network") is None
+    assert methods.missing("DivRegNet") is None
 
 
 def test_the_mask_of_elastix_covers_the_foreground(prepared):

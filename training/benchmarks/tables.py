@@ -12,7 +12,7 @@ COSTS = ("seconds", "deformation s", "CPU s", "peak MiB", "above start MiB", "GP
 HELD_BACK, SEEN, ALL = "held back", "seen", "all pairs"
 RIVALS = ("ANTs SyN", "ANTs SyN, CC", "elastix", "ConvexAdam", "NiftyReg", "greedy")
 AIM_OF_PAIRS = 0.9
-COLORS = dict(zip(METHODS, ("0.75", "0.45", "C0", "#8fbce6", "C1", "C2", "C8", "C4", "C6", "#f2a0a0", "C3", "#8c1a1a", "k"),
+COLORS = dict(zip(METHODS, ("0.75", "0.45", "C0", "#8fbce6", "C1", "C2", "C8", "C4", "#f2a0a0", "C3", "#8c1a1a", "k"),
                   strict=True))  # fmt: skip
 
 
