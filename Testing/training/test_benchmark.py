@@ -225,7 +225,7 @@ def test_the_peak_memory_includes_what_was_freed_again():
 
 def measured(method: str, case: str = "a", family: str = "f", seconds: float = 1.0, **scores: float) -> dict:
     """A row without folds; the deformation takes half of the time."""
-    times = {"seconds": seconds, "deformation s": seconds / 2}
+    times = {"seconds": seconds, "deformation s": seconds / 2, "CPU s": 2 * seconds}
     return {"family": family, "set": "held back", "case": case, "method": method, "folded %": 0.0} | times | scores
 
 
@@ -257,6 +257,23 @@ def test_methods_are_compared_pair_by_pair():
     assert row["at least as good %"] == everything["at least as good %"] == pytest.approx(200 / 3)
     (aim,) = tables.aims(rows)
     assert aim["families at or above"] == "1 of 1" and aim["90 % of pairs"] == "no"
+
+
+def test_the_worst_pairs_are_those_with_the_most_error_for_that_of_the_best_other_method():
+    rows = [
+        *(measured(m, "a", Dice=v) for m, v in {"DivRegNet": 0.6, "ANTs SyN": 0.8, "elastix": 0.5}.items()),  # 2 times
+        *(measured(m, "b", Dice=v) for m, v in {"DivRegNet": 0.9, "ANTs SyN": 0.8}.items()),  # half
+        *(
+            measured(m, "c", family="limb CT to MR", **{"error mm": v})
+            for m, v in {"DivRegNet": 3.0, "elastix": 1.0}.items()  # 3 times
+        ),
+        measured("DivRegNet", "d", Dice=0.1),  # no other method
+    ]
+    found = tables.worst(rows, 2)
+    assert [(w["family"], w["case"], w["best other"]) for w in found] == [
+        ("limb CT to MR", "c", "elastix"), ("f", "a", "ANTs SyN")
+    ]  # fmt: skip
+    assert [w["error, times that of the best other"] for w in found] == pytest.approx([3.0, 2.0])
 
 
 def test_of_errors_the_smallest_is_the_best():
