@@ -36,7 +36,7 @@ from training import pictures, report
 from training.benchmarks import measure, scaling, tables
 from training.benchmarks.cases import FAMILIES, FIRST_SEED, Family, Prepared, prepare_pair, stored
 from training.benchmarks.measure import Settings
-from training.benchmarks.methods import METHODS, missing, version
+from training.benchmarks.methods import DEFAULT, METHODS, missing, version
 
 
 def compare(

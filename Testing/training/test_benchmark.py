@@ -1,6 +1,7 @@
 """The benchmark on a generated pair with a known deformation; no other method needs to be installed."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -180,6 +181,18 @@ def test_the_comparison_writes_table_plot_and_pictures_and_reuses_finished_rows(
     with pytest.raises(AssertionError, match="registered again"):
         changed = replace(settings, threads=2)
         benchmark.compare(families, tmp_path, changed, tmp_path / "out", chosen=OURS)
+
+
+def test_the_worst_pairs_are_drawn_with_the_best_other_method(families, settings, tmp_path):
+    rows = benchmark.compare(families, tmp_path, settings, tmp_path / "out", chosen=("DivRegNet",))
+    family, case = rows[0]["family"], rows[0]["case"]
+    folder = benchmark.folder_of(tmp_path / "out", families[family], family, case, False)
+    shutil.copytree(folder / "DivRegNet", folder / "elastix")
+    worst = [{"family": family, "case": case, "best other": "elastix"}] * 2
+    drawn = benchmark.picture_of_worst(worst, families, tmp_path / "out", False)
+    titles = [axes.get_title() for axes in drawn.axes]
+    assert titles == ["fixed", "affine", "elastix", "DivRegNet"] * 2
+    assert all(axes.images for axes in drawn.axes)
 
 
 def test_quick_takes_one_case_of_a_family_on_its_coarse_grid(families, settings, tmp_path):
