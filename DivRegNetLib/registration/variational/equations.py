@@ -78,7 +78,7 @@ class Equations:
             moving_gradient = torch.addcmul(moving_gradient, along[:, :, 0], warped[:, 1:2], value=0.5)
             moving_gradient.addcmul_(along[:, :, 1], warped[:, 2:3], value=0.5)
             moving_gradient.addcmul_(along[:, :, 2], warped[:, 3:4], value=0.5)
-        along_m, along_f, info_m, info_f, _ = self._values(cell, number % self.settings.table_steps == 0)
+        along_m, along_f, info_m, info_f, _ = self._values(cell)
         normal = sum(terms(displacement, number) for terms in self.features)
         normal = self._products(moving_gradient, info_m, along_m, normal)
         return self._products(self.fixed_gradient[self._sampled(number)], info_f, along_f, normal)
@@ -129,10 +129,9 @@ class Equations:
             moved = torch.baddbmm(moved.flatten(1)[:, None], distance, along.flatten(2)).view_as(displacement)
         return fields.sample_displaced(self.moving, moved, self.stride)
 
-    def _values(self, cell: Tensor, renew: bool = True) -> Tensor:
-        """(5, N, 1, d, h, w): the entries of the tables for each voxel, see :func:`write_tables`; ``renew``: of new ones."""
-        if renew:
-            write_tables(cell, self.layout, self.settings, self.tables)
+    def _values(self, cell: Tensor) -> Tensor:
+        """(5, N, 1, d, h, w): the entries of the tables for each voxel, see :func:`write_tables`."""
+        write_tables(cell, self.layout, self.settings, self.tables)
         return self.tables.index_select(1, cell.flatten()).view(-1, *cell.shape)
 
 

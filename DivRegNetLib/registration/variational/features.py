@@ -115,7 +115,11 @@ class FeatureEquations:
                 out = parts[:, axis].narrow(dim, 1, inner)
                 torch.sub(both.narrow(dim, 2, inner), both.narrow(dim, 0, inner), out=out)
         torch.sub(fixed, warped, alpha=self.factor, out=parts[:, 3])
-        normal = (parts[:, :3, None] * parts[:, None]).sum(3).flatten(1, 2).mul_(scale)
+        first, *others = parts.unbind(2)
+        normal = first[:, :3, None] * first[:, None]
+        for channel in others:
+            normal.addcmul_(channel[:, :3, None], channel[:, None])
+        normal = normal.flatten(1, 2).mul_(scale)
         return normal if self.finer == 1 else F.interpolate(normal, scale_factor=self.finer, mode="nearest")
 
     def energy(self, displacement: Tensor | None) -> Tensor:

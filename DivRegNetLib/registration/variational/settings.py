@@ -81,7 +81,6 @@ class VariationalSettings:
     independence_weight: weight of the product of the marginals that is mixed into each joint distribution, 0 to 1, so that
         intensity pairs that were hardly observed carry little information (shrinkage towards independence).
     epsilon: voxels in an empty cell of a joint histogram: too few to matter, but enough to divide by.
-    table_steps: successive steps that use the same histograms, of which the first has made them.
 
     Classes (:mod:`DivRegNetLib.similarity.classes`):
 
@@ -131,7 +130,6 @@ class VariationalSettings:
     global_weight: float = 0.05
     independence_weight: float = 0.01
     epsilon: float = 1e-9
-    table_steps: int = 1
     class_weight: float = 300.0
     class_temperature: float = 0.33
     class_window: float = 0.5
@@ -233,7 +231,7 @@ class VariationalSettings:
 # Field, smallest and largest value; whole numbers where the limits are.
 _RANGES = (
     ("steps", 1, 100_000), ("stride", 1, 2), ("min_steps", 0, 100_000), ("min_voxels", 0, 10**9), ("bins", 4, 256),
-    ("cg_iterations", 1, 1000), ("table_steps", 1, 1000), ("validity_threshold", 0.0, 1.0), ("parzen_sigma", 0.01, 100.0),
+    ("cg_iterations", 1, 1000), ("validity_threshold", 0.0, 1.0), ("parzen_sigma", 0.01, 100.0),
     ("block_sigma", 0.01, 100.0), ("global_weight", 0.0, math.inf), ("independence_weight", 0.0, 1.0),
     ("epsilon", 1e-30, 1e-3), ("class_weight", 0.0, math.inf), ("class_temperature", 0.01, 100.0), ("class_window", 0.0, 10.0),
     ("descriptor_weight", 0.0, math.inf), ("descriptor_floor", 1e-6, 1e3), ("descriptor_parts", 1, 12),
