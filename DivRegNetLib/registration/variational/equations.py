@@ -24,6 +24,7 @@ from DivRegNetLib.registration.variational.histograms import histogram_rows, to_
 from DivRegNetLib.registration.variational.schedule import sampling_offsets
 from DivRegNetLib.registration.variational.settings import Level, VariationalSettings
 
+
 class Equations:
     """The equations of a pair at one level, for any displacement."""
 
@@ -58,7 +59,8 @@ class Equations:
         self.moving = torch.cat((to_bins(moving, settings.bins), gradient(moving, self.stride), *images[3:]), 1)
         self.fixed_gradient = gradient(fixed, self.stride)
         grid = [n // self.stride for n in fixed.shape[2:]]
-        self.columns, self.along = fixed.new_empty(len(fixed), 4, *grid), fixed.new_zeros(len(fixed), 3, 3, *grid)
+        # Kept to be written to again and again, where that takes little memory.
+        self.along = fixed.new_zeros(len(fixed), 3, 3, *grid) if self.stride > 1 else None
 
     def __call__(self, displacement: Tensor | None, number: int = 0) -> Tensor:
         """Information and force at each voxel of the displacement's grid.
@@ -85,9 +87,8 @@ class Equations:
 
     def _products(self, gradient: Tensor, information: Tensor, along: Tensor, plus: Tensor | int) -> Tensor:
         """``information * g g^T`` and ``along * g`` of a gradient g, as rows of four, (N, 12, d, h, w), added to ``plus``."""
-        torch.mul(gradient, information, out=self.columns[:, :3])
-        self.columns[:, 3:].copy_(along)
-        rows, columns = gradient[:, :, None], self.columns[:, None]
+        columns = torch.cat((gradient * information, along), 1)[:, None]
+        rows = gradient[:, :, None]
         if isinstance(plus, Tensor):
             plus.unflatten(1, (3, 4)).addcmul_(rows, columns)
             return plus

@@ -131,7 +131,12 @@ def next_step(
         The displacement after the step, and the step.
     """
     step = solver.step(
-        equations(displacement, number), smoothness, equations.settings, displacement, previous, equations.level.momentum
+        equations(displacement, number),
+        smoothness,
+        equations.settings,
+        displacement,
+        previous,
+        equations.level.momentum,
     )
     return step if displacement is None else fields.compose(displacement, step), step
 
