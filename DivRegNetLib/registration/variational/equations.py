@@ -81,18 +81,21 @@ class Equations:
             moving_gradient.addcmul_(along[:, :, 1], warped[:, 2:3], value=0.5)
             moving_gradient.addcmul_(along[:, :, 2], warped[:, 3:4], value=0.5)
         along_m, along_f, info_m, info_f, _ = self._values(cell)
-        normal = sum(terms(displacement, number) for terms in self.features)
+        normal = None
+        for terms in self.features:
+            more = terms(displacement, number)
+            normal = more if normal is None else normal.add_(more)
         normal = self._products(moving_gradient, info_m, along_m, normal)
         return self._products(self.fixed_gradient[self._sampled(number)], info_f, along_f, normal)
 
-    def _products(self, gradient: Tensor, information: Tensor, along: Tensor, plus: Tensor | int) -> Tensor:
+    def _products(self, gradient: Tensor, information: Tensor, along: Tensor, plus: Tensor | None) -> Tensor:
         """``information * g g^T`` and ``along * g`` of a gradient g, as rows of four, (N, 12, d, h, w), added to ``plus``."""
         columns = torch.cat((gradient * information, along), 1)[:, None]
         rows = gradient[:, :, None]
-        if isinstance(plus, Tensor):
-            plus.unflatten(1, (3, 4)).addcmul_(rows, columns)
-            return plus
-        return (rows * columns).flatten(1, 2)
+        if plus is None:
+            return (rows * columns).flatten(1, 2)
+        plus.unflatten(1, (3, 4)).addcmul_(rows, columns)
+        return plus
 
     def objective(self, displacement: Tensor | None) -> Tensor:
         """(N,): mean pointwise mutual information of the voxels that step 0 samples and that are counted, less the energy of

@@ -160,11 +160,12 @@ def descriptors(
     if any(n % DESCRIPTOR_STRIDE for n in images.shape[2:]):
         finer = 1
     grid = tuple(n // (settings.stride * finer) for n in images.shape[2:])
-    measured = None
+    reliable = None
     if valid is not None:
-        valid = tuple(resized(v.to(images.dtype), tuple(images.shape[2:])) for v in valid)
-        measured = torch.cat(valid) > settings.validity_threshold
-    channels = resized(mind_ssc(images, floor=settings.descriptor_floor, valid=measured), grid)
+        valid = tuple(resized(v.to(images.dtype), grid) for v in valid)
+        reliable = within(torch.cat(valid), 1, settings.validity_threshold).to(images.dtype)
+        reliable = F.interpolate(reliable, images.shape[2:]) > 0.5
+    channels = resized(mind_ssc(images, floor=settings.descriptor_floor, valid=reliable), grid)
     weight = settings.descriptor_weight * level.descriptors
     features = Features(*channels.chunk(2), weight=weight, parts=settings.descriptor_parts)
     # A descriptor reaches two voxels of the images, which are one of its grid, and differences another one.

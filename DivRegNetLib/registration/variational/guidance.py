@@ -31,7 +31,8 @@ def guidance(
         normal = Equations(fixed, warped, settings, settings.levels[-1], valid)(None)
         both = settings.first_smoothness, settings.last_smoothness
         smoothed = torch.cat([solver.smoothed(normal, s, settings) for s in both])
-        weight = torch.cat([solver.total_weight(solver.mean_information(normal), s, settings) for s in both])
+        mean = solver.mean_information(smoothed).split(len(normal))
+        weight = torch.cat([solver.total_weight(m, s, settings) for m, s in zip(mean, both, strict=True)])
         steps = solver.bounded(solver.solve(smoothed, None, weight, 0.0, settings), settings)
         # Information at each voxel, the mean over the axes, relative to the mean of the image.
         known = smoothed[:, ::5].mean(1, keepdim=True) + settings.tikhonov
