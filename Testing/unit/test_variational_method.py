@@ -122,7 +122,7 @@ def test_coarse_levels_are_used_only_where_enough_voxels_were_measured(measured,
     stages = schedule(DEFAULT, measured)
     assert [stage.level.shrink for stage in stages] == levels
     steps = {stage.level.shrink: len(stage.smoothness) for stage in stages}
-    assert steps == {n: {4: 7, 2: 8, 1: 6}[n] for n in levels}
+    assert steps == {n: {4: 8, 2: 9, 1: 7}[n] for n in levels}
     assert all(s == FIRST for stage in stages[:-1] for s in stage.smoothness)
     assert stages[-1].smoothness[0] == FIRST
     assert vars(stages[-1].smoothness[-1]) == pytest.approx(vars(LAST))
@@ -169,10 +169,10 @@ def test_a_level_of_its_own_stride_leaves_its_grid():
 def test_fast_has_neither_the_finest_grid_nor_descriptors_and_thorough_twice_the_steps():
     fast = USUAL.with_effort("fast")
     assert fast.output_stride == 2 and fast.descriptor_weight == 0
-    assert [len(stage.smoothness) for stage in schedule(fast, 10**6)] == [7, 8, 6]
-    assert USUAL.output_stride == 1 and [len(s.smoothness) for s in schedule(USUAL, 10**6)] == [7, 8, 6, 3]
+    assert [len(stage.smoothness) for stage in schedule(fast, 10**6)] == [8, 9, 7]
+    assert USUAL.output_stride == 1 and [len(s.smoothness) for s in schedule(USUAL, 10**6)] == [8, 9, 7, 3]
     assert USUAL.with_effort("usual") == USUAL
-    assert [len(s.smoothness) for s in schedule(USUAL.with_effort("thorough"), 10**6)] == [14, 16, 12, 6]
+    assert [len(s.smoothness) for s in schedule(USUAL.with_effort("thorough"), 10**6)] == [16, 18, 14, 6]
 
 
 # What it leaves alone

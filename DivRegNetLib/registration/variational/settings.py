@@ -111,10 +111,10 @@ class VariationalSettings:
     max_gradient: largest absolute gradient of a step along an axis, summed over its components; below 1 a step cannot fold.
     """
 
-    steps: int = 24
+    steps: int = 27
     stride: int = 2
     levels: tuple[Level, ...] = (
-        Level(4, 7 / 24, 8, 0.0), Level(2, 8 / 24, 12, 0.5), Level(1, 6 / 24, 12, 0.6), Level(1, 3 / 24, 12, 0.6, stride=1)
+        Level(4, 8 / 27, 8, 0.0), Level(2, 9 / 27, 12, 0.5), Level(1, 7 / 27, 12, 0.6), Level(1, 3 / 27, 12, 0.6, stride=1)
     )  # fmt: skip
     min_steps: int = 4
     min_voxels: int = 200
@@ -138,7 +138,7 @@ class VariationalSettings:
     descriptor_parts: int = 2
     information_floor: float = 0.05
     tikhonov: float = 1e-3
-    cg_iterations: int = 3
+    cg_iterations: int = 4
     frequencies: float = 0.6
     max_step: float = 2.0
     max_gradient: float = 0.7
