@@ -220,8 +220,9 @@ def survivors(problem: Problem, starts: Candidates, rough: Rounds, most: int) ->
     """The best of many starts, turned and shifted to where they fit best at the coarse level.
 
     Args:
-        rough: in each round, how many of the most similar are optimized in how many steps.
-        most: how many of these are left, by the agreement of edges and the similarity.
+        rough: in each round, how many of the best are optimized in how many steps; the best are the most similar ones, and
+            after a round those whose edges agree as well.
+        most: how many of these are left.
     """
     s, power = problem.settings, problem.settings.overlap_power
     if not len(starts.maps):
@@ -231,9 +232,9 @@ def survivors(problem: Problem, starts: Candidates, rough: Rounds, most: int) ->
         starts = starts[distinct(starts.maps, scores, s.apart, count)]
         maps, scores = optimize(level, starts.maps, "rigid", steps, s.rough_reach * level.voxel, s)
         starts = Candidates(maps, starts.references)
-    # Edges tell the right one of these from the others where contents are unlike or cut off, and the similarity does not.
-    merits = problem.edges.agreement(starts.maps, s.edge_every) + s.similarity_weight * scores
-    return refined(problem, starts[distinct(starts.maps, merits, s.apart, most)], "rigid", "coarse", power)
+        # Edges tell the right one of these from the others where contents are cut off, and the similarity does not.
+        scores = problem.edges.agreement(maps, s.edge_every) + s.similarity_weight * scores
+    return refined(problem, starts[distinct(starts.maps, scores, s.apart, most)], "rigid", "coarse", power)
 
 
 def stretched(problem: Problem, candidates: Candidates, mode: str) -> Candidates:

@@ -42,7 +42,7 @@ class AlignmentSettings:
             those after them.
         survivors, more_survivors: of these, the ones that are optimized further at the coarse level; coarse_steps: per kind of
             map.
-        edge_every: they are chosen by one in so many points on edges.
+        edge_every: after each round, the best are chosen by one in so many points on edges, and the similarity.
         stretched: of these, the ones that are optimized as similarities and as affine maps.
         sure: agreement of edges from which on there is no further search.
         finalists: optimized at the fine level, at most; rival: what the merit of the best exceeds theirs by, at most;
@@ -91,11 +91,11 @@ class AlignmentSettings:
     offset: float = 0.6
     least_room: float = 0.15
     apart: float = 0.2
-    rough: tuple[tuple[int, int], ...] = ((300, 2), (100, 4))
-    more_rough: tuple[tuple[int, int], ...] = ((700, 2), (200, 4))
-    survivors: int = 16
+    rough: tuple[tuple[int, int], ...] = ((200, 2), (48, 4))
+    more_rough: tuple[tuple[int, int], ...] = ((500, 3), (150, 3))
+    survivors: int = 12
     more_survivors: int = 24
-    edge_every: int = 4
+    edge_every: int = 8
     coarse_steps: int = 10
     stretched: int = 8
     sure: float = 0.55
