@@ -124,8 +124,8 @@ def _searched(problem: Problem, mode: str, progress: Progress) -> Alignment:
     finalists = _finalists(problem, Candidates.joined(found))
     best = refined(problem, finalists, mode, "fine")
     progress(0.9)
-    # Maps that less or nothing was done to compete on the same terms: no result is worse than its start by this evidence.
-    candidates = Candidates.joined([best, finalists, _centered(problem)])
+    # Maps that nothing was done to compete on the same terms: no result is worse than its start by this evidence.
+    candidates = Candidates.joined([best, _centered(problem)])
     merits = merit(problem, candidates)
     chosen = candidates[[int(merits.argmax())]]
     agreement = float(edges.agreement(chosen.maps))
