@@ -26,6 +26,7 @@ from DivRegNetLib.errors import DivRegNetError
 from DivRegNetLib.io.images import read_image, read_labels
 from DivRegNetLib.quality import metrics
 from DivRegNetLib.registration.pipeline import register
+from DivRegNetLib.registration.variational import DEFAULT
 from DivRegNetLib.result import Result
 from training import layers
 from training.classes import subjects
@@ -73,23 +74,24 @@ Registered = tuple[sitk.Transform, float, float, float]
 def registered(
     data: Path, fixed: str, moving: str, model: models.Model, device: str, before: dict[tuple, Registered]
 ) -> Row:
-    """Registers a pair with and without the class network of a model, from one alignment.
+    """Registers a pair with the class network of a model and, with the usual settings, without, from one alignment.
 
     Args:
-        before: results without class network; those of the same pair and settings are not computed again.
+        before: results without class network; those of the same pair on the same grid are not computed again.
     """
     images = [read_image(data / "hippocampus/images" / name) for name in (fixed, moving)]
     labels = [read_labels(data / "hippocampus/labels" / name) for name in (fixed, moving)]
-    key = (fixed, moving, model.card.variational_settings, model.card.spacing_mm)
+    key = (fixed, moving, model.card.spacing_mm)
     if key not in before:
-        without = register(*images, model=replace(model, classnet=None), device=device)
+        plain = replace(model, card=replace(model.card, variational=DEFAULT.as_dict()), classnet=None)
+        without = register(*images, model=plain, device=device)
         start = affine_transform(without.initial)
         dice = [_dice(labels, transform) for transform in (start, without.transform)]
         before[key] = start, *dice, _seconds(without)
-    start, affine, plain, seconds = before[key]
+    start, affine, usual, seconds = before[key]
     found = register(*images, model=model, device=device, align=start)
     dice = _dice(labels, found.transform)
-    return Row(fixed, moving, affine, plain, dice, found.quality["folded_percent"], seconds, _seconds(found))
+    return Row(fixed, moving, affine, usual, dice, found.quality["folded_percent"], seconds, _seconds(found))
 
 
 def _seconds(result: Result) -> float:
