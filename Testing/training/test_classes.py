@@ -348,6 +348,7 @@ def test_the_experiment_trains_on_few_cases_and_compares_on_pairs_it_never_saw(t
     )
     assert experiment.main() == 0
     assert "| 1 cases | 2 |" in (output / "classes.md").read_text()
+    assert (output / "classes-worst-1-cases.png").stat().st_size > 1000
     rows = list(csv.DictReader((output / "classes.csv").open()))
     assert [(row["fixed"], row["moving"]) for row in rows] == experiment.pairs(tmp_path)[:2]
     listed = json.loads((output / "cohort" / "cohort.json").read_text())["volumes"]
