@@ -51,7 +51,9 @@ NUMBERS = {
 }  # fmt: skip
 """Numbers that the mean error is fitted to -> offset of their logarithm; None: as they are."""
 
-CELLS = {"motion 1": 0.1, "soft motion 1": 0.1, "bend": 0.1, "slope": 0.02}
+CELLS = {
+    "motion 1": 0.1, "soft motion 1": 0.1, "wide motion 1": 0.1, "trend 1": 0.1, "edges 1": None, "bend": 0.1, "slope": 0.02,
+}  # fmt: skip
 """The same of the error in a cell."""
 
 RIDGE = 3.0  # weight of the squared coefficients, of standardized terms
@@ -360,7 +362,8 @@ def fit_mean(observations: list[Observation]) -> Regression:
 
 
 def fit_cells(observations: list[Observation]) -> Regression:
-    """Regression of the error in a cell, relative to that in the other cells of the image."""
+    """Regression of the error in a cell, relative to that in the other cells of the image. Its order counts: images whose
+    error differs little from place to place have the same weight as the others."""
     some = [o for o in observations if len(o.errors) > 50 and o.voxels < 6]
     targets, rows, weights = [], {name: [] for name in CELLS}, []
     for o in some:
@@ -369,7 +372,7 @@ def fit_cells(observations: list[Observation]) -> Regression:
         for name, offset in CELLS.items():
             row = transformed(o.cells[name], offset)
             rows[name].append(row - row.mean())
-        weights.append(np.full(len(target), 1 / len(target)))
+        weights.append(np.full(len(target), 1 / len(target) / max(target.std(), 0.1)))
     matrix = np.stack([np.concatenate(rows[name]) for name in CELLS], 1)
     target, weight = np.concatenate(targets), np.concatenate(weights)
     solved = np.linalg.solve((matrix * weight[:, None]).T @ matrix, (matrix * weight[:, None]).T @ target)
