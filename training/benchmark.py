@@ -2,6 +2,7 @@
 
     python training/benchmark.py --data DIR [--preset quick]
     python training/benchmark.py --scaling
+    python training/benchmark.py --alignment --data DIR ...   # initial alignments, see training/benchmarks/alignment.py
 
 Every pair is aligned once by DivRegNet's affine alignment (except phantoms and limbs, whose images share a frame) and
 resampled onto one isotropic grid, with intensities from 0 to 1 after clipping the outermost 0.5 %. Every method gets only
@@ -33,7 +34,7 @@ from DivRegNetLib.core import fields
 from DivRegNetLib.errors import DivRegNetError, InputError
 from DivRegNetLib.io import atomic
 from training import pictures, report
-from training.benchmarks import measure, scaling, tables
+from training.benchmarks import alignment, measure, scaling, tables
 from training.benchmarks.cases import FAMILIES, FIRST_SEED, Family, Prepared, prepare_pair, stored
 from training.benchmarks.measure import Settings
 from training.benchmarks.methods import DEFAULT, METHODS, missing, version
@@ -214,6 +215,8 @@ def scale(settings: Settings, output: Path, most: int, started: float) -> str:
 
 
 def main() -> int:
+    if "--alignment" in sys.argv[1:]:
+        return alignment.main([word for word in sys.argv[1:] if word != "--alignment"])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("."), help="folder with brain_t1t2pd, hippocampus, ...")
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=FAMILIES, metavar="FAMILY")
@@ -231,6 +234,11 @@ def main() -> int:
         "--refine", type=int, default=measure.Settings.refine, help="refinement steps (default: %(default)s)"
     )
     parser.add_argument("--scaling", action="store_true", help="measure time and memory against volume size instead")
+    parser.add_argument(
+        "--alignment",
+        action="store_true",
+        help="compare initial alignments instead, with options of its own (--alignment -h)",
+    )
     parser.add_argument("--largest", type=float, default=1e9, help="largest number of voxels, for --scaling")
     parser.add_argument("--output", type=Path, default=Path("build/benchmark"))
     args = parser.parse_args()

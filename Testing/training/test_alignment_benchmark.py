@@ -1,5 +1,6 @@
 """The benchmark of the initial alignment: misplaced pairs of known truth, methods in processes of their own, the table."""
 
+import json
 import sys
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import SimpleITK as sitk
 
 from DivRegNetLib.core.grid import Grid, apply_matrix
+from training import benchmark
 from training.benchmarks import alignment, misalignments
 from training.benchmarks.misalignments import KINDS, Case, Scene
 
@@ -60,10 +62,43 @@ def test_rows_are_measured_in_processes_of_their_own_and_kept(scene, tmp_path):
     assert len(said) == 4
     assert len(alignment.run(cases, methods, tmp_path, tmp_path / "out", {}, say=said.append)) == 4
     assert len(said) == 4
-    (row,) = [r for r in alignment.table(rows, ("split", "family"))]
-    assert row["cases"] == 2
-    assert row[alignment.OURS] == "2/2"
+    (row,) = alignment.table(rows, alignment.BY_FAMILY)
+    assert row == {"pair": alignment.ONE, "family": "phantom", "as the images lie": "0/2", alignment.OURS: "2/2"}
     assert alignment.seconds(rows)[0][alignment.OURS] > 0
+
+
+def row(method: str, family: str, kind: str, right: bool) -> dict:
+    case = f"{family}/one/{kind}"
+    return {"method": method, "case": case, "family": family, "scene": "one", "kind": kind, "split": "held out",
+            "limit mm": 5.0, "seconds": 1.0, "error mm": 1.0 if right else 40.0, "right": right}  # fmt: skip
+
+
+def test_every_kind_has_one_group_and_a_color():
+    kinds = [kind for group in alignment.GROUPS.values() for kind in group]
+    assert sorted(kinds) == sorted({*KINDS, *misalignments.SUBJECT_KINDS})
+    assert alignment.plot([row(m, "heads", "far", True) for m in alignment.METHODS]).axes
+
+
+def test_the_report_compares_methods_on_the_cases_that_all_of_them_have_had(tmp_path, monkeypatch):
+    cases = [Case("heads", "one", kind, "held out", None, None) for kind in ("far", "turned 180")]
+    cases.append(Case("two heads", "one", "turned 90", "held out", None, None))
+    rows = [row("SimpleITK", "heads", "turned 180", False), row(alignment.OURS, "heads", "turned 180", True),
+            row(alignment.OURS, "heads", "far", False), row(alignment.OURS, "two heads", "turned 90", True)]  # fmt: skip
+    (tmp_path / alignment.ROWS).write_text("".join(json.dumps(r) + "\n" for r in rows))
+    monkeypatch.setattr(misalignments, "cases", lambda: cases)
+    monkeypatch.setattr(
+        sys, "argv", ["benchmark.py", "--alignment", "--data", str(tmp_path), "--output", str(tmp_path), "--methods"]
+    )
+    assert benchmark.main() == 0
+    text = (tmp_path / "alignment.md").read_text()
+    (common,) = [
+        line for line in text.splitlines() if line.startswith("| one subject | turned by 60 to 180 degrees | 1/1")
+    ]
+    assert common == "| one subject | turned by 60 to 180 degrees | 1/1 | 0/1 |"
+    assert "The same 1 cases" in text
+    assert "| one subject | far away | 0/1 |" in text
+    assert "- DivRegNet: heads/one/far: 40 mm" in text
+    assert (tmp_path / "alignment.png").stat().st_size > 1000
 
 
 def test_a_method_that_fails_on_a_pair_has_failed_on_this_pair_only(scene, tmp_path, monkeypatch):

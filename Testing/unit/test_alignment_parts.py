@@ -138,6 +138,32 @@ def test_edges_agree_where_the_images_are_aligned_and_not_where_they_are_turned(
     turned = torch.tensor(transforms.about(np.diag([1.0, -1.0, -1.0]), np.zeros(3), np.zeros(3)))
     aligned, apart = edges.agreement(torch.stack((header, header @ turned))).tolist()
     assert aligned > apart + 0.02
+    fewer = edges.agreement(torch.stack((header, header @ turned)), every=3).tolist()
+    np.testing.assert_allclose(fewer, (aligned, apart), atol=0.03)
+    assert fewer != [aligned, apart]
+
+
+class Preferring:
+    """Edges that agree at the maps whose rotation is near one."""
+
+    def __init__(self, rotation: torch.Tensor) -> None:
+        self.rotation, self.asked = rotation, []
+
+    def agreement(self, maps: torch.Tensor, every: int = 1) -> torch.Tensor:
+        self.asked.append(len(maps))
+        return ((maps[:, :3, :3] - self.rotation).norm(dim=(1, 2)) < 0.8).double()
+
+
+def test_of_the_rough_starts_those_survive_whose_edges_agree_though_others_are_more_similar(grid_about, paint):
+    image = paint(grid_about((31, -47, 112), (32, 28, 30), (5.0, 5.0, 5.0)))
+    problem = search.Problem(*[pyramid.prepare(image, None)] * 2, SETTINGS, CPU)
+    starts = search.turned_starts(problem, 50)
+    right, turned = torch.eye(3, dtype=torch.float64), torch.tensor(transforms.rotations(50)[20])
+    for wanted, other in ((right, turned), (turned, right)):
+        edges = problem.__dict__["edges"] = Preferring(wanted)
+        (best,) = search.survivors(problem, starts, ((60, 2), (20, 2)), 1).maps[:, :3, :3]
+        assert (best - wanted).norm() < (best - other).norm()
+        assert edges.asked == [60, 20]
 
 
 def test_a_small_crop_counts_by_its_own_edges_though_hardly_any_of_the_whole_image_lie_in_it(grid_about, paint):

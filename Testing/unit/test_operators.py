@@ -16,7 +16,7 @@ from DivRegNetLib.registration.methods import Images
 from DivRegNetLib.registration.regnet import RegNet, RegNetConfig
 
 SHAPE = (48, 48, 48)  # large enough for all levels; the number of operations does not depend on it
-MOST_KERNELS = {"variational": 6100, "discrete+variational": 6800, "variational+regnet": 6700}
+MOST_KERNELS = {"variational": 4600, "discrete+variational": 5250, "variational+regnet": 5200}
 
 
 def images(seed: int, *, masks: bool = False) -> Images:

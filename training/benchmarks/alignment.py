@@ -1,14 +1,15 @@
 """The initial alignment measured against what users would pick instead, on pairs whose alignment is known.
 
-    python training/benchmarks/alignment.py --data DIR [--methods NAME ...] [--families NAME ...] [--split "held out"]
-    python training/benchmarks/alignment.py --data DIR --before CHECKOUT    # beside an older version of this project
+    python training/benchmark.py --alignment --data DIR [--methods NAME ...] [--families NAME ...] [--split "held out"]
+    python training/benchmark.py --alignment --data DIR --before CHECKOUT    # beside an older version of this project
 
 A case is right where the mean distance to the truth over the fixed foreground is below its limit: 5 mm for heads, less for
 smaller fields of view, more where the reference between two subjects is itself known to some mm only; see
 ``misalignments.py`` for the kinds. Each method gets the two volumes as files and gives a matrix; it runs in a process of its
 own that stays for all cases, with one thread, and its seconds are CPU seconds without reading the files.
 
-Rows are kept as they are done, so the same command goes on after an interruption.
+Rows are kept as they are done, so the same command goes on after an interruption. Methods may be measured one after the other,
+on few or many cases: ``--methods`` says what is measured, and the report is of all rows that are kept.
 """
 
 import argparse
@@ -24,13 +25,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import SimpleITK as sitk
+from matplotlib.figure import Figure
+
 HERE = Path(__file__).resolve()
-if __name__ == "__main__" and "--worker" not in sys.argv:
-    sys.path[0] = str(HERE.parents[2])
-
-import numpy as np  # noqa: E402
-import SimpleITK as sitk  # noqa: E402
-
+ROWS = "alignment-rows.jsonl"
 TIMEOUT_S = 600.0
 BEFORE = "DivRegNet before"
 OURS = "DivRegNet"
@@ -61,7 +61,7 @@ def ants(exhaustive: bool) -> Callable:
         there = [convert(_coarse(x)) for x in (fixed, moving)]
         start = None
         if exhaustive:
-            coarse = [convert(_coarse(x, 8.0)) for x in (fixed, moving)]
+            coarse = [convert(_coarse(x, 8.0, 20)) for x in (fixed, moving)]
             start = package.affine_initializer(
                 *coarse, search_factor=20, radian_fraction=1.0, use_principal_axis=False, local_search_iterations=10
             )
@@ -74,9 +74,9 @@ def ants(exhaustive: bool) -> Callable:
     return register
 
 
-def _coarse(image: sitk.Image, mm: float = 3.0) -> sitk.Image:
-    """Averaged in blocks to at most ``mm``, or a 64th of a small field of view, as the documents of each advise."""
-    grid_mm = min(mm, min(n * s for n, s in zip(image.GetSize(), image.GetSpacing(), strict=True)) / 24)
+def _coarse(image: sitk.Image, mm: float = 3.0, voxels: int = 48) -> sitk.Image:
+    """Averaged in blocks to about ``mm``, or to ``voxels`` along the shortest side of a small field of view."""
+    grid_mm = min(mm, min(n * s for n, s in zip(image.GetSize(), image.GetSpacing(), strict=True)) / voxels)
     return sitk.BinShrink(
         sitk.Cast(image, sitk.sitkFloat32), [max(int(grid_mm / s + 0.25), 1) for s in image.GetSpacing()]
     )
@@ -91,7 +91,7 @@ def _matrix(transform: sitk.Transform) -> np.ndarray:
 
 
 def simple_itk() -> Callable:
-    """Centers and principal axes of moments, then rigid and affine under Mattes MI, levels of 4, 2 and 1."""
+    """Centers of mass, then rigid and affine under Mattes MI, levels of 4, 2 and 1."""
 
     def register(fixed: sitk.Image, moving: sitk.Image) -> np.ndarray:
         fixed, moving = _coarse(fixed), _coarse(moving)
@@ -174,7 +174,10 @@ METHODS: dict[str, tuple[str, Callable[[], Callable]]] = {
         "affine_initializer on images of 8 mm, steps of 20 degrees over all angles, then Affine, Mattes MI; images of 3 mm",
         lambda: ants(True),
     ),
-    "SimpleITK": ("moments, then rigid and affine, Mattes MI of 32 bins, three levels; images of 3 mm", simple_itk),
+    "SimpleITK": (
+        "centers of mass (moments), then rigid and affine, Mattes MI of 32 bins, three levels; images of 3 mm",
+        simple_itk,
+    ),
     "elastix": ("center of gravity, then default rigid and affine, four resolutions; images of 3 mm", elastix),
 }
 
@@ -257,16 +260,22 @@ def write(case, data: Path, folder: Path) -> tuple[np.ndarray, np.ndarray, float
         return kept["truth"], kept["points"], float(kept["limit"])
 
 
+def kept_rows(output: Path, cases: set[str] | None = None) -> list[dict]:
+    """The rows that were measured before; of some cases only, or of all."""
+    file = output / ROWS
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return [r for r in rows if cases is None or r["case"] in cases]
+
+
 def run(chosen, methods: list[str], data: Path, output: Path, checkouts: dict[str, Path],
         pairs: Path | None = None, say=print) -> list[dict]:  # fmt: skip
     """A row per case and method; those in ``output`` are not done again."""
-    kept = output / "alignment-rows.jsonl"
     output.mkdir(parents=True, exist_ok=True)
-    rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    rows = kept_rows(output)
     done = {(r["method"], r["case"]) for r in rows}
     workers = {m: Worker(m, checkouts.get(m, HERE.parents[2])) for m in methods}
     try:
-        with open(kept, "a") as file:
+        with open(output / ROWS, "a") as file:
             for case in chosen:
                 missing = [m for m in methods if (m, case.name) not in done]
                 if not missing:
@@ -290,21 +299,65 @@ def run(chosen, methods: list[str], data: Path, output: Path, checkouts: dict[st
     return [r for r in rows if r["case"] in names and r["method"] in methods]
 
 
-def table(rows: list[dict], by: tuple[str, ...] = ("split", "family", "kind")) -> list[dict]:
-    """Share of right cases of each method, and its median seconds, per family and kind."""
+GROUPS = {
+    "as it is": ("as it is",),
+    "turned by 10 to 60 degrees, or thick slices": ("turned 10-60", "thick slices", "small"),
+    "turned by 60 to 180 degrees": ("turned 60-120", "turned 120-180", "turned 90", "turned 180", "axis order"),
+    "far away": ("far",),
+    "wrong scale or slice spacing": ("scale 0.6-1.6", "slice spacing"),
+    "slab or crop": ("slab", "crop"),
+    "scale, slab or crop, turned by 90 to 180": ("scale, turned 90-180", "slab, turned 90-180", "crop, turned 90-180"),
+}
+"""What the kinds of misplacement are summed up as."""
+ONE, TWO = "one subject", "two subjects, or CT and MR"
+
+
+def pair_of(row: dict) -> str:
+    """Whether both images of a row show one subject, so that the truth is known."""
+    return TWO if row["family"].startswith("two") or " to " in row["family"] else ONE
+
+
+def group_of(row: dict) -> str:
+    return next(group for group, kinds in GROUPS.items() if row["kind"] in kinds)
+
+
+def table(rows: list[dict], by: dict[str, Callable[[dict], str]]) -> list[dict]:
+    """Right cases of all cases, of each method.
+
+    Args:
+        by: what rows are sorted by, name -> function of a row.
+    """
     methods = [m for m in METHODS if any(r["method"] == m for r in rows)]
+    keys = {id(r): tuple(of(r) for of in by.values()) for r in rows}
     found = []
-    for key in dict.fromkeys(tuple(r[k] for k in by) for r in rows):
+    for key in dict.fromkeys(keys.values()):
         row = dict(zip(by, key, strict=True))
         for method in methods:
-            these = [r for r in rows if r["method"] == method and tuple(r[k] for k in by) == key]
-            row["cases"] = max(row.get("cases", 0), len(these))
+            these = [r for r in rows if r["method"] == method and keys[id(r)] == key]
             row[method] = f"{sum(r['right'] for r in these)}/{len(these)}" if these else ""
         found.append(row)
     return found
 
 
+BY_FAMILY = {"pair": pair_of, "family": lambda row: row["family"]}
+BY_GROUP = {"pair": pair_of, "misplaced": group_of}
+BY_KIND = {"split": lambda row: row["split"], **BY_FAMILY, "kind": lambda row: row["kind"]}
+
+
+def in_common(rows: list[dict]) -> list[dict]:
+    """The rows of the cases that every method has been measured on."""
+    methods = {r["method"] for r in rows}
+    of = {c: {r["method"] for r in rows if r["case"] == c} for c in dict.fromkeys(r["case"] for r in rows)}
+    return [r for r in rows if of[r["case"]] == methods]
+
+
+def ordered(rows: list[dict]) -> list[dict]:
+    """Sorted as pairs and groups are named."""
+    return sorted(rows, key=lambda r: ((ONE, TWO).index(pair_of(r)), list(GROUPS).index(group_of(r))))
+
+
 def seconds(rows: list[dict]) -> list[dict]:
+    """Median CPU seconds of each method."""
     found = []
     for family in dict.fromkeys(r["family"] for r in rows):
         row = {"family": family}
@@ -316,19 +369,77 @@ def seconds(rows: list[dict]) -> list[dict]:
     return found
 
 
-def main() -> int:
-    if "--worker" in sys.argv:
-        work(sys.argv[sys.argv.index("--worker") + 1])
-        return 0
+def plot(rows: list[dict]) -> Figure:
+    """Share of right cases by what was done to the images, a bar per method."""
+    methods = [m for m in METHODS if any(r["method"] == m for r in rows)]
+    colors = dict(zip(METHODS, ("0.75", "0.5", "C3", "#8fbce6", "C0", "C2", "C1"), strict=True))
+    rows = ordered(rows)
+    groups = [g for g in GROUPS if any(group_of(r) == g for r in rows)]
+    figure = Figure(figsize=(8, 0.9 + 0.16 * len(groups) * (len(methods) + 1)), layout="constrained")
+    axes, high = figure.subplots(), 0.8 / len(methods)
+    for n, method in enumerate(methods):
+        for at, group in enumerate(groups):
+            these = [r["right"] for r in rows if r["method"] == method and group_of(r) == group]
+            if these:
+                place = at + high * (n - (len(methods) - 1) / 2)
+                axes.barh(place, 100 * np.mean(these), high, color=colors[method], label=method if at == 0 else None)
+                axes.text(100 * np.mean(these) + 1, place, f"{sum(these)} of {len(these)}", va="center", fontsize=7)
+    axes.set(
+        yticks=range(len(groups)),
+        yticklabels=groups,
+        xlim=(0, 112),
+        xlabel="right cases, %",
+        ylim=(len(groups) - 0.5, -0.5),
+    )
+    figure.legend(
+        *axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(methods), fontsize=8, frameon=False
+    )
+    return figure
+
+
+def write_report(rows: list[dict], output: Path, about: dict) -> str:
+    """Writes the report ``alignment`` with its plot; returns its main tables."""
+    from DivRegNetLib.io import atomic
     from training import report
+
+    rows = ordered(rows)
+    common = in_common(rows)
+    same = common or rows
+    sections = [
+        f"## The same {len({r['case'] for r in same})} cases by every method" if common else "## All rows",
+        report.table(table(same, BY_GROUP)), "![Share of right cases](alignment.png)",
+        "## All that was measured", report.table(table(rows, BY_GROUP)), report.table(table(rows, BY_FAMILY)),
+        "## CPU seconds, median", report.table(seconds(rows)),
+    ]  # fmt: skip
+    wrong = [
+        f"- {r['method']}: {r['case']}: " + (f"{r['error mm']:.3g} mm" if "error mm" in r else r["failed"])
+        for r in rows if r["method"] == OURS and not r["right"]
+    ]  # fmt: skip
+    sections += ["## Where DivRegNet is wrong", "\n".join(wrong) or "nowhere"]
+    intro = "Right cases of all cases: the mean distance to the truth over the fixed foreground is below the limit of the case."
+    note = "\n\n".join((intro, *sections, "## By kind"))
+    report.write(output, "alignment", table(rows, BY_KIND), about | {"note": note})
+    drawn = plot(same)
+    atomic.write_atomically(output / "alignment.png", lambda part: drawn.savefig(part, dpi=110, format="png"))
+    return "\n\n".join(sections)
+
+
+def main(words: list[str]) -> int:
+    """``training/benchmark.py --alignment``.
+
+    Args:
+        words: of the command line, without ``--alignment``.
+    """
     from training.benchmarks import misalignments
 
     everything = misalignments.cases()
     families = list(dict.fromkeys(c.family for c in everything))
     kinds = list(dict.fromkeys(c.kind for c in everything))
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "benchmark.py --alignment", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True, help="folder with brain_labelmaps, hippocampus, ...")
-    parser.add_argument("--methods", nargs="+", default=[m for m in METHODS if m != BEFORE], choices=METHODS)
+    parser.add_argument("--methods", nargs="*", default=[m for m in METHODS if m != BEFORE], choices=METHODS)
     parser.add_argument("--families", nargs="+", default=families, choices=families, metavar="FAMILY")
     parser.add_argument("--kinds", nargs="+", default=kinds, choices=kinds, metavar="KIND")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="every N-th of these cases only")
@@ -336,28 +447,22 @@ def main() -> int:
     parser.add_argument("--before", type=Path, help="checkout of an older version, which is measured as well")
     parser.add_argument("--output", type=Path, default=Path("build/alignment"))
     parser.add_argument("--pairs", type=Path, help="folder in which the pairs (some 20 GB) are kept for other runs")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     methods = args.methods + [BEFORE] * bool(args.before and BEFORE not in args.methods)
     chosen = [
         c for c in everything
         if c.family in args.families and c.kind in args.kinds and args.split in (None, c.split)
-    ][:: args.every]  # fmt: skip
+    ]  # fmt: skip
     started = time.time()
-    rows = run(chosen, methods, args.data, args.output, {BEFORE: args.before} if args.before else {},
-               args.pairs)  # fmt: skip
-    about = {"preset": args.split or "fitted and held out", "every": args.every, "seeds": "of the names of the cases",
-             "device": "cpu, one thread",
-             "seconds": round(time.time() - started)}  # fmt: skip
-    about |= {f"{m} with": METHODS[m][0] for m in METHODS if m in methods}
-    kinds_table = table(rows, ("split", "kind"))
-    note = "\n\n".join(("Right cases of all cases.", "## By kind", report.table(kinds_table), "## CPU seconds, median",
-                        report.table(seconds(rows)), "## By family and kind"))  # fmt: skip
-    report.write(args.output, "alignment", table(rows), about | {"note": note})
-    print(report.table(table(rows, ("split", "family"))))
-    print(report.table(kinds_table))
-    print(report.table(seconds(rows)))
+    checkouts = {BEFORE: args.before} if args.before else {}
+    run(chosen[:: args.every], methods, args.data, args.output, checkouts, args.pairs)
+    rows = kept_rows(args.output, {c.name for c in chosen})
+    about = {"preset": args.split or "fitted and held out", "seeds": "of the names of the cases",
+             "device": "cpu, one thread", "seconds": round(time.time() - started)}  # fmt: skip
+    about |= {f"{m} with": METHODS[m][0] for m in METHODS if any(r["method"] == m for r in rows)}
+    print(write_report(rows, args.output, about))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    work(sys.argv[sys.argv.index("--worker") + 1])

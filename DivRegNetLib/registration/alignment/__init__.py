@@ -131,7 +131,7 @@ def _searched(problem: Problem, mode: str, progress: Progress) -> Alignment:
     agreement = float(edges.agreement(chosen.maps))
     matrix = problem.physical(chosen.maps)[0]
     remarks = words.remarks(matrix, s.large_degrees, s.large_scale)
-    rival = float(merit(problem, finalists).max()) - s.mirror_margin
+    rival = float(merit(problem, finalists).max())
     mirror = mirrored(problem, chosen, mode, rival, everywhere=agreement < s.sure)
     if float(merit(problem, mirror)) > float(merits.max()) + s.mirror_margin:
         remarks.append(words.MIRRORED)

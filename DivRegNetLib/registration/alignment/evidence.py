@@ -30,21 +30,25 @@ class Edges:
             for own in (0, 1)
         ]  # fmt: skip
 
-    def agreement(self, maps: Tensor) -> Tensor:
+    def agreement(self, maps: Tensor, every: int = 1) -> Tensor:
         """(K,): mean squared cosine of the angle between the edges of both images, (K, 4, 4) maps.
 
         On the strongest edges of the fixed image and on those of the moving one, of which each side counts as much as it has
         edges inside the other image's field of view; where that is less than a tenth of either's there is no agreement.
         Edges that meet none stronger than the floor count as across.
+
+        Args:
+            every: only every so many of the points is looked at, which is cheaper.
         """
         total = shares = most = maps.new_zeros(len(maps))
         for own, there in ((0, maps), (1, transforms.inverse(maps))):
             side, other = self.sides[own], self.sides[1 - own]
-            gradient, known = side.look_up(there)
+            gradient, known = side.look_up(there, every)
             gradient = there[:, :3, :3].transpose(1, 2).to(torch.float32) @ gradient
             # A map that stretches an image by s has s times its gradients.
             stretch = torch.linalg.det(there[:, :3, :3]).abs().pow(1 / 3).to(torch.float32)[:, None, None]
-            cosine = squared_cosine(side.directions[None], gradient, self.floor * other.strength * stretch)[:, 0]
+            own_directions = side.directions[None, :, ::every]
+            cosine = squared_cosine(own_directions, gradient, self.floor * other.strength * stretch)[:, 0]
             share = known.double().mean(1)
             total, shares, most = total + (cosine * known).double().mean(1), shares + share, torch.maximum(most, share)
         return torch.where(most > 0.1, total / shares.clamp_min(1e-9), total.new_zeros(()))
@@ -69,9 +73,9 @@ class _Side:
         self.field = torch.tensor(padded, dtype=torch.float32, device=device)[None]
         self.size = torch.tensor(self.field.shape[:1:-1], dtype=torch.float32, device=device)
 
-    def look_up(self, maps: Tensor) -> tuple[Tensor, Tensor]:
+    def look_up(self, maps: Tensor, every: int = 1) -> tuple[Tensor, Tensor]:
         """Gradients (K, 3, N) of the other image at the points under maps, and where it is known (K, N)."""
-        index = (self.to_index @ maps)[:, :3].to(torch.float32) @ self.points
+        index = (self.to_index @ maps)[:, :3].to(torch.float32) @ self.points[:, ::every]
         grid = ((index.transpose(1, 2) * 2 + 1) / self.size - 1)[None, :, None]
         found = torch.nn.functional.grid_sample(self.field, grid, padding_mode="border", align_corners=False)[
             0, :, :, 0

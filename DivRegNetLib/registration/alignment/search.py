@@ -21,6 +21,8 @@ from DivRegNetLib.registration.alignment.similarity import Frame, Level
 STAGES = {"rigid": ("rigid",), "similarity": ("rigid", "similarity"), "affine": ("rigid", "similarity", "affine")}
 """Kinds of maps that are optimized one after the other, for each kind that is asked for."""
 
+Rounds = tuple[tuple[int, int], ...]
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -121,7 +123,7 @@ def searches(problem: Problem, mode: str) -> Iterator[Candidates]:
     """The candidates of one search after the other, each wider than the one before."""
     s = problem.settings
 
-    def best(starts: Candidates, rough: int = s.rough, most: int = s.survivors) -> Candidates:
+    def best(starts: Candidates, rough: Rounds = s.rough, most: int = s.survivors) -> Candidates:
         return stretched(problem, survivors(problem, starts, rough, most), mode)
 
     affine = mode == "affine"
@@ -137,7 +139,7 @@ def searches(problem: Problem, mode: str) -> Iterator[Candidates]:
     if whole:
         yield best(turned_starts(problem, s.more_rotations), s.more_rough, s.more_survivors)
         return
-    yield best(moved_starts(problem))
+    yield best(moved_starts(problem), s.more_rough)
     if affine:
         yield best(scaled_starts(problem))
 
@@ -207,29 +209,32 @@ def mirrored(problem: Problem, best: Candidates, mode: str, rival: float, *, eve
     starts = Candidates(maps, best.references.expand(len(maps)))
     if everywhere:
         starts = Candidates.joined([starts, turned_starts(problem, s.rotations, mirror=True)])
-    rough, most = (s.rough, s.survivors) if everywhere else (s.mirrors // 4, s.finalists)
+    rough, most = (s.rough, s.survivors) if everywhere else (s.mirror_rough, s.finalists)
     found = stretched(problem, survivors(problem, starts, rough, most), mode)
     merits = merit(problem, found)
     found = found[[int(merits.argmax())]]
     return refined(problem, found, mode, "fine") if float(merits.max()) > rival else found
 
 
-def survivors(problem: Problem, starts: Candidates, rough: int, most: int) -> Candidates:
+def survivors(problem: Problem, starts: Candidates, rough: Rounds, most: int) -> Candidates:
     """The best of many starts, turned and shifted to where they fit best at the coarse level.
 
     Args:
-        rough: how many are optimized in a few steps.
+        rough: in each round, how many of the best are optimized in how many steps; the best are the most similar ones, and
+            after a round those whose edges agree as well.
         most: how many of these are left.
     """
     s, power = problem.settings, problem.settings.overlap_power
     if not len(starts.maps):
         return starts
-    scores = problem.level("search", power).search(starts.maps)
-    chosen = starts[distinct(starts.maps, scores, s.apart, rough)]
-    level = problem.level("rough", power)
-    maps, scores = optimize(level, chosen.maps, "rigid", s.rough_steps, s.rough_reach * level.voxel, s)
-    kept = distinct(maps, scores, s.apart, most)
-    return refined(problem, Candidates(maps, chosen.references)[kept], "rigid", "coarse", power)
+    scores, level = problem.level("search", power).search(starts.maps), problem.level("rough", power)
+    for count, steps in rough:
+        starts = starts[distinct(starts.maps, scores, s.apart, count)]
+        maps, scores = optimize(level, starts.maps, "rigid", steps, s.rough_reach * level.voxel, s)
+        starts = Candidates(maps, starts.references)
+        # Edges tell the right one of these from the others where contents are cut off, and the similarity does not.
+        scores = problem.edges.agreement(maps, s.edge_every) + s.similarity_weight * scores
+    return refined(problem, starts[distinct(starts.maps, scores, s.apart, most)], "rigid", "coarse", power)
 
 
 def stretched(problem: Problem, candidates: Candidates, mode: str) -> Candidates:

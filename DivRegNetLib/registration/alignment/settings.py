@@ -38,9 +38,11 @@ class AlignmentSettings:
         offset: shares of the room that one content has inside the other by which centers are moved.
         least_room: room, in extents, below which centers are not moved.
         apart: mean distance at the radius, in radii, below which two starts are the same.
-        rough, more_rough: starts that are optimized in a few steps, and of that second search; rough_steps: how many steps.
+        rough, more_rough: rounds of the rough optimization, each of so many starts and steps; of the first searches, and of
+            those after them.
         survivors, more_survivors: of these, the ones that are optimized further at the coarse level; coarse_steps: per kind of
             map.
+        edge_every: after each round, the best are chosen by one in so many points on edges, and the similarity.
         stretched: of these, the ones that are optimized as similarities and as affine maps.
         sure: agreement of edges from which on there is no further search.
         finalists: optimized at the fine level, at most; rival: what the merit of the best exceeds theirs by, at most;
@@ -54,8 +56,8 @@ class AlignmentSettings:
         edge_points: of these, looked at in each image.
         edge_floor: share of the strength of strong edges below which a gradient has no direction.
         similarity_weight: of NMI - 1 at the fine level, times the share that is inside, beside the agreement of edges.
-        mirrors: planes at which the moving image is mirrored in the end; mirror_margin: what the merit of a mirror image must
-            exceed that of the result by to be mentioned.
+        mirrors: planes at which the moving image is mirrored in the end; mirror_rough: rounds as above; mirror_margin: what
+            the merit of a mirror image must exceed that of the result by to be mentioned.
     Words
         large_degrees, large_scale: rotation, and ratio of sizes, beyond which the user is told.
     """
@@ -89,11 +91,11 @@ class AlignmentSettings:
     offset: float = 0.6
     least_room: float = 0.15
     apart: float = 0.2
-    rough: int = 200
-    more_rough: int = 300
-    rough_steps: int = 6
-    survivors: int = 16
-    more_survivors: int = 40
+    rough: tuple[tuple[int, int], ...] = ((200, 2), (48, 4))
+    more_rough: tuple[tuple[int, int], ...] = ((500, 3), (150, 3))
+    survivors: int = 12
+    more_survivors: int = 24
+    edge_every: int = 8
     coarse_steps: int = 10
     stretched: int = 8
     sure: float = 0.55
@@ -111,6 +113,7 @@ class AlignmentSettings:
     similarity_weight: float = 1.5
     edge_floor: float = 0.25
     mirrors: int = 64
+    mirror_rough: tuple[tuple[int, int], ...] = ((16, 6),)
     mirror_margin: float = 0.03
 
     large_degrees: float = 60.0
