@@ -13,7 +13,8 @@ Three questions are asked of the images, and again of their averages over cubes 
   become when one image is shifted? Not at all, where they are not aligned.
 * What is left to move? At every place, the warped image is compared to the fixed one after each of some shifts, by MIND-SSC
   and by pointwise mutual information, both averaged over a Gaussian window. The shifts, each with the weight
-  ``exp(-cost / temperature)``, have an expected length, called motion here.
+  ``exp(-cost / temperature)``, have an expected length, called motion here, and a mean. The affine map nearest to these means
+  is what an alignment would still change, called trend.
 
 Air, fill values and what lies outside of either field of view do not count.
 
@@ -50,6 +51,9 @@ COMPONENTS = 6  # principal components of the descriptors that are compared
 TEMPERATURE = 0.02  # of descriptor distances, as a fraction of their mean
 NATS = 0.08  # temperature of the pointwise mutual information
 SOFT = 6.0  # how much higher the second temperature is
+WIDE = 1.5  # standard deviation of a second Gaussian window, in cells, on top of the first
+RELATIVE = 0.4  # temperature in the wider window, as a fraction of the standard deviation of the costs there
+EDGE_WINDOW = 2.0  # standard deviation of the Gaussian window of the cells' edges, in cells
 MOVED = 1.5  # voxels of motion from which a cell counts as displaced
 STRONG = 0.3  # fraction of the voxels, those of the strongest gradients, at which gradients are compared
 BINS = 32  # of the joint histogram
@@ -96,15 +100,17 @@ def measure(
         ``fixed edges k``, ``warped edges k``: squared cosine at the strong edges of either image.
         ``distance growth k``, ``information loss k``: what a shift by 2 voxels makes of the descriptor distance (a ratio),
         and of the pointwise mutual information (nats).
-        ``motion k``, ``soft motion k``: mean of the map, in averaged voxels, at two temperatures; ``moved k``: fraction of
-        the cells whose motion exceeds MOVED.
+        ``motion k``, ``soft motion k``: mean of the map, in averaged voxels, at two temperatures; ``wide motion k``: the
+        same in a wider window, at a temperature that follows from the costs there; ``trend k``: mean length of the trend;
+        ``moved k``: fraction of the cells whose motion exceeds MOVED.
 
         ``overlap``: Dice coefficient of the foregrounds. ``covered``: fraction of the fixed foreground where both were
         measured. ``bend``, ``slope``: mean length, and mean norm of the gradient, of the displacement less its best affine
         fit. ``voxel_mm``, ``diagonal_mm``: of the box.
 
-        Cells: ``motion k``, ``soft motion k`` (voxels of the box), ``weight k`` (how much was seen around), ``bend``,
-        ``slope`` and ``inside``, the fraction of the cell that counts. Lengths are in voxels of the box.
+        Cells: ``motion k``, ``soft motion k``, ``wide motion k``, ``trend k``, ``edges k`` (squared cosine, weighted by both
+        gradients' strength), ``weight k`` (how much was seen around), ``bend``, ``slope`` and ``inside``, the fraction of the
+        cell that counts. Lengths are in voxels of the box.
     """
     if valid is None:
         valid = torch.ones_like(fixed, dtype=torch.bool)
@@ -114,11 +120,10 @@ def measure(
     scales = {k: scale for k in SHRINK if (scale := look(box, k)) is not None}
     if SHRINK[0] not in scales:
         return None
-    shape = scales[SHRINK[0]].motion.shape
     numbers = {name: value for scale in scales.values() for name, value in scale.numbers.items()}
-    cells = {f"{name} {k}": value for k, scale in scales.items() for name, value in scale.cells().items()}
+    cells = {name: value for scale in scales.values() for name, value in scale.cells.items()}
     inside = F.avg_pool3d(box.inside.to(fixed.dtype), CELL)[0, 0]
-    cells["inside"] = inside
+    cells["inside"], shape = inside, inside.shape
     if displacement is not None:
         bend, slope = _beyond_affine(_to_cells(displacement, box, shape) / box.shrink, inside)
         cells |= {"bend": bend, "slope": slope}
@@ -275,21 +280,10 @@ def _shrunk(image: Tensor, factor: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Scale:
-    """What the images say at one averaging.
-
-    numbers: see :func:`measure`.
-    motion, soft_motion: (d, h, w) expected length of what is left to move, voxels of the box.
-    weight: (d, h, w) how much was compared in the window of each cell, 1 at most.
-    """
+    """What the images say at one averaging: numbers, and arrays (d, h, w) of the cells, by name; see :func:`measure`."""
 
     numbers: dict[str, float]
-    motion: Tensor
-    soft_motion: Tensor
-    weight: Tensor
-
-    def cells(self) -> dict[str, Tensor]:
-        """The maps by name."""
-        return {"motion": self.motion, "soft motion": self.soft_motion, "weight": self.weight}
+    cells: dict[str, Tensor]
 
 
 def look(box: Box, shrink: int) -> Scale | None:
@@ -304,23 +298,30 @@ def look(box: Box, shrink: int) -> Scale | None:
         return None
     known = believable(valid)
     at, known = _if_enough(inside & known, inside), _if_enough(known, valid)
-    numbers = _edges(fixed, warped, at)
+    numbers, edges = _edges(fixed, warped, at, CELL // shrink)
     # All channels of the descriptors take more memory than anything else here, and are gone before the costs.
     components = _principal(*(mind_ssc(x, valid=valid) for x in (fixed, warped)), at)
     costs = _Costs(components, _pointwise(fixed, warped, at), at, known, shrink)
     axes = [i for i, s in enumerate(SHIFTS) if LENGTHS[i] == 2 and sum(map(bool, s)) == 1]
     numbers["distance growth"] = (costs.distance[axes].mean() / costs.distance[0].clamp_min(1e-6)).item()
     numbers["information loss"] = (costs.information[axes].mean() - costs.information[0]).item()
-    motion, soft = (costs.expected_length(t) for t in (1.0, SOFT))
+    motion = costs.expected_length()
+    lengths = {
+        "motion": motion,
+        "soft motion": costs.expected_length(SOFT),
+        "wide motion": costs.wide_expected_length(),
+        "trend": costs.trend(),
+    }
     seen = costs.weight > 0.05 * costs.weight.amax()
-    for name, values in (("motion", motion), ("soft motion", soft), ("moved", motion > MOVED)):
+    for name, values in (lengths | {"moved": motion > MOVED}).items():
         numbers[name] = ((values * costs.weight)[seen].sum() / costs.weight[seen].sum()).item()
-    named = {f"{name} {shrink}": value for name, value in numbers.items()}
-    return Scale(named, motion * shrink, soft * shrink, costs.weight)
+    cells = {name: values * shrink for name, values in lengths.items()} | {"edges": edges, "weight": costs.weight}
+    return Scale(*({f"{name} {shrink}": value for name, value in some.items()} for some in (numbers, cells)))
 
 
-def _edges(fixed: Tensor, warped: Tensor, at: Tensor) -> dict[str, float]:
-    """Mean squared cosine between the gradients where those of one image, or of the other, are strongest."""
+def _edges(fixed: Tensor, warped: Tensor, at: Tensor, cell: int) -> tuple[dict[str, float], Tensor]:
+    """Mean squared cosine between the gradients where those of one image, or of the other, are strongest; and (d, h, w) that
+    around each cell, of so many voxels a side, weighted by the strength of both."""
     slopes = [_gradient(x) for x in (fixed, warped)]
     strength = [x.square().sum(1, keepdim=True) for x in slopes]
     cosine = squared_cosine(*slopes)
@@ -328,7 +329,10 @@ def _edges(fixed: Tensor, warped: Tensor, at: Tensor) -> dict[str, float]:
     for name, values in zip(("fixed edges", "warped edges"), strength, strict=True):
         of = values[at]
         numbers[name] = cosine[at & (values >= of.kthvalue(int((1 - STRONG) * len(of)) + 1).values)].mean().item()
-    return numbers
+    weight = (strength[0] * strength[1]).sqrt_().mul_(at)
+    sums = F.avg_pool3d(torch.cat((cosine.mul_(weight), weight)), cell)
+    sums = fields.along_axes(sums, *(_windows(n, 1, CELL, CELL * EDGE_WINDOW, like=sums) for n in sums.shape[:1:-1]))
+    return numbers, (sums[0] / sums[1].clamp_min(1e-9))[0]
 
 
 def squared_cosine(slope: Tensor, other: Tensor, floor: Tensor | float = 0.0) -> Tensor:
@@ -383,6 +387,7 @@ class _Costs:
 
     distance, information: (S,) mean descriptor distance and negative pointwise mutual information after each shift.
     cells: (S, d, h, w) total cost, in units of the temperatures.
+    wide_cells: the same in a wider window.
     weight: (d, h, w) fraction of the window that was compared.
     """
 
@@ -424,13 +429,34 @@ class _Costs:
         windows = [_windows(n, stride, shrink, WINDOW[shrink], like=table) for n in at.shape[::-1]]
         costs, counts = (fields.along_axes(x[:, None], *windows)[:, 0] for x in (costs, counted))
         self.weight = counts[0]
-        # A shift after which hardly anything can be compared is as likely as any other.
-        self.cells = torch.where(counts < 0.5 * counts[0], costs.sum() / counts.sum(), costs / counts.clamp_min(1e-9))
+        self.cells = self._mean(costs, counts)
+        windows = [_windows(n, 1, CELL, CELL * WIDE, like=table) for n in counts.shape[:0:-1]]
+        self.wide_cells = self._mean(*(fields.along_axes(x[:, None], *windows)[:, 0] for x in (costs, counts)))
 
-    def expected_length(self, temperature: float) -> Tensor:
+    @staticmethod
+    def _mean(costs: Tensor, counts: Tensor) -> Tensor:
+        """A shift after which hardly anything can be compared is as likely as any other."""
+        return torch.where(counts < 0.5 * counts[0], costs.sum() / counts.sum(), costs / counts.clamp_min(1e-9))
+
+    def expected_length(self, temperature: float = 1.0) -> Tensor:
         """(d, h, w) mean length of the shifts at a multiple of the temperatures, in voxels."""
         weights = torch.softmax(self.cells / -temperature, 0)
         return torch.tensordot(weights.new_tensor(LENGTHS), weights, 1)
+
+    def wide_expected_length(self) -> Tensor:
+        """(d, h, w) the same in the wider window, at a temperature that suits the costs there: where shifts differ little,
+        because there is little to see, or much."""
+        spread = self.wide_cells.std(0, keepdim=True).clamp_min(1e-6)
+        weights = torch.softmax(self.wide_cells / (-RELATIVE * spread), 0)
+        return torch.tensordot(weights.new_tensor(LENGTHS), weights, 1)
+
+    def trend(self) -> Tensor:
+        """(d, h, w) length of the affine map nearest to the mean shifts, which count the more the surer they are, in voxels."""
+        weights = torch.softmax(-self.cells, 0)
+        shifts = weights.new_tensor(SHIFTS)
+        mean = torch.tensordot(shifts.T, weights, 1)
+        variance = torch.tensordot(shifts.square().sum(1), weights, 1) - mean.square().sum(0)
+        return _nearest_affine(mean, self.weight / (variance.clamp_min(0) + 0.3)).square().sum(0).sqrt()
 
 
 def _padded(values: Tensor, by: int) -> Tensor:
@@ -471,15 +497,24 @@ def _beyond_affine(displacement: Tensor, weight: Tensor) -> tuple[Tensor, Tensor
         displacement: in voxels of the box, of cells.
         weight: (d, h, w) how much each cell counts in the fit.
     """
+    rest = displacement - _nearest_affine(displacement, weight)
+    squares = torch.zeros_like(weight)
+    for dim in (1, 2, 3):
+        if rest.shape[dim] > 1:
+            squares += torch.gradient(rest, dim=dim)[0].square().sum(0)
+    return rest.square().sum(0).sqrt(), squares.sqrt() / CELL
+
+
+def _nearest_affine(displacement: Tensor, weight: Tensor) -> Tensor:
+    """The affine map nearest to a displacement (3, d, h, w) in the sense of weighted least squares, (3, d, h, w).
+
+    Args:
+        weight: (d, h, w) how much each cell counts.
+    """
     points = fields.identity(weight.shape, like=displacement)[0].flatten(1)
     points = torch.cat((points, torch.ones_like(points[:1]))).double()
     target, scale = displacement.flatten(1).double(), weight.flatten().double() + 1e-3
     affine = torch.linalg.solve(
         (points * scale) @ points.T + 1e-6 * torch.eye(4).to(points), (points * scale) @ target.T
     )
-    rest = (target - affine.T @ points).view_as(displacement).to(displacement.dtype)
-    squares = torch.zeros_like(weight)
-    for dim in (1, 2, 3):
-        if rest.shape[dim] > 1:
-            squares += torch.gradient(rest, dim=dim)[0].square().sum(0)
-    return rest.square().sum(0).sqrt(), squares.sqrt() / CELL
+    return (affine.T @ points).view_as(displacement).to(displacement.dtype)

@@ -68,6 +68,31 @@ def test_the_map_shows_where_the_images_do_not_match(pair):
     assert motion[:, :, 9:-1].mean() == pytest.approx(2.5, abs=0.7)
 
 
+def test_the_trend_is_the_affine_part_of_what_is_left_to_move(pair):
+    fixed, other = pair
+    points = fields.identity(SHAPE, like=torch.zeros(1))
+    stretch = torch.zeros_like(points)
+    stretch[:, 1] = 0.06 * (points[:, 1] - (SHAPE[1] - 1) / 2)
+    trend = measure(fixed, fields.warp(other, stretch)).cells["trend 1"]
+    expected = np.abs(0.06 * (evidence.CELL * (np.arange(trend.shape[1]) + 0.5) - SHAPE[1] / 2))
+    assert trend.mean((0, 2)) == pytest.approx(expected, abs=0.3)
+    assert measure(fixed, other).numbers["trend 1"] < 0.1
+
+
+def test_edges_agree_where_the_images_match(pair):
+    fixed, other = pair
+    half = torch.cat((other[..., : SHAPE[2] // 2], other[..., SHAPE[2] // 2 :].flip(3)), 4)
+    edges = measure(fixed, half).cells["edges 1"]
+    assert edges[:, :, :3].mean() > 0.75 and edges[:, :, -3:].mean() < 0.5
+
+
+def test_the_wider_window_tells_a_shift_as_well(pair):
+    fixed, other = pair
+    wide = [measure(fixed, fields.shifted(other, s, 0, 0)).numbers["wide motion 1"] for s in (0, 1, 2, 4)]
+    assert wide == sorted(wide)
+    assert wide[2] == pytest.approx(2, abs=0.4)
+
+
 def test_air_around_the_images_and_what_was_not_measured_change_nothing(pair):
     bright = [0.3 + 0.7 * x for x in pair]
     alone = measure(*bright).numbers

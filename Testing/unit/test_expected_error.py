@@ -59,7 +59,7 @@ def test_the_map_has_the_expected_error_as_its_mean_and_nothing_in_air():
     random = np.random.default_rng(0)
     cells = {
         name: random.uniform(0.1, 2, shape).astype(np.float32)
-        for name in ("motion 1", "soft motion 1", "bend", "slope")
+        for name in ("motion 1", "soft motion 1", "wide motion 1", "edges 1", "bend", "slope")
     }
     inside = np.ones(shape, np.float32)
     inside[:, :, :2] = 0

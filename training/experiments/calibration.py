@@ -5,12 +5,15 @@
 Registers the cases of :mod:`training.experiments.registrations`, puts known smooth deformations into those that went right,
 gathers the evidence (:mod:`DivRegNetLib.quality.evidence`), and fits the error to it on two thirds of the subjects. Writes
 ``DivRegNetLib/quality/calibration.json``, and ``calibration.md``, ``.csv``, ``.json`` and ``.png`` with how it does on the
-other third and on families of anatomy that were left out of the fit. What a case came to is kept in the work folder: run again,
-the command continues where it was interrupted; ``--fit`` fits to what is there.
+other third and on families of anatomy that were left out of the fit. Registrations are kept in the work folder: run again,
+the command continues where it was interrupted; ``--fit`` fits to what is there, and measures the evidence again if that has
+changed since.
 """
 
 import argparse
+import collections
 import json
+import math
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -22,6 +25,7 @@ import SimpleITK as sitk
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from DivRegNetLib import models
@@ -35,21 +39,24 @@ from DivRegNetLib.quality.evidence import Evidence
 from DivRegNetLib.quality.expected_error import FORMAT, Regression, Term, transformed
 from DivRegNetLib.registration import pipeline
 from DivRegNetLib.registration.resources import Resources
+from DivRegNetLib.similarity import descriptors
 from training import report
 from training.data.free_form import ffd
 from training.data.randomness import Random
 from training.experiments.registrations import Case, cases, rotation
 
 NUMBERS = {
-    "motion 1": 0.1, "soft motion 1": 0.1, "moved 1": None, "motion 2": 0.05, "soft motion 2": 0.1, "moved 2": None,
-    "motion 4": 0.05, "soft motion 4": 0.1, "moved 4": None, "bend": 0.1,
+    "motion 1": 0.1, "soft motion 1": 0.1, "motion 2": 0.05, "moved 1": None, "moved 2": None, "moved 4": None,
+    "trend 1": 0.02, "trend 2": 0.02, "trend 4": 0.02, "bend": 0.1,
 }  # fmt: skip
 """Numbers that the mean error is fitted to -> offset of their logarithm; None: as they are."""
 
-CELLS = {"motion 1": 0.1, "soft motion 1": 0.1, "bend": 0.1, "slope": 0.02}
+CELLS = {
+    "motion 1": 0.1, "soft motion 1": 0.1, "wide motion 1": 0.1, "edges 1": None, "bend": 0.1, "slope": 0.02,
+}  # fmt: skip
 """The same of the error in a cell."""
 
-RIDGE = 3.0  # weight of the squared coefficients, of standardized terms
+RIDGE = 1.0  # weight of the squared coefficients, of standardized terms
 UNRELATED = 12.0  # voxels of error that stand for images that do not belong together
 LEAST, MOST = 0.25, 20.0  # voxels, to which errors are clipped
 LARGEST = 4.0  # voxels of expected error, from which on it is only known to be large
@@ -85,12 +92,65 @@ class Observation:
         return UNRELATED if self.error_mm is None else self.error_mm / self.numbers["voxel_mm"]
 
 
-# --- observations
+# --- registrations
 
 
-def observe(case: Case, model: models.Model) -> Iterator[Observation]:
-    """What the registration of a case came to; what its alignment alone did; and what the registration is after known
-    deformations were put into it."""
+@dataclass(frozen=True)
+class Registration:
+    """What the registration of a case came to: all that evidence is measured from.
+
+    version: commit of the code that made it.
+    grid: the working grid; images, valid: on it, as in :class:`~DivRegNetLib.registration.methods.Images`.
+    displacement: (1, 3, D, H, W) voxels.
+    linear: (3, 3) maps a displacement in voxels to one in mm in the moving image.
+    error: (1, 3, D, H, W) estimated less true position of every voxel in the moving image, LPS mm; None where it is not
+        known.
+    error_mm: mean error told by label maps; None: there are none.
+    """
+
+    case: str
+    family: str
+    kind: str
+    held_out: bool
+    version: str
+    grid: Grid
+    fixed: Tensor
+    moving: Tensor
+    valid: tuple[Tensor, Tensor]
+    displacement: Tensor
+    linear: np.ndarray
+    error: Tensor | None
+    error_mm: float | None
+
+    def save(self, path: Path) -> None:
+        """Writes it in half precision; the error, which is smooth, on half the voxels along each axis."""
+        names = ("case", "family", "kind", "held_out", "version", "error_mm")
+        about = {name: getattr(self, name) for name in names}
+        about |= {"size": self.grid.size, "matrix": self.grid.matrix.tolist(), "linear": self.linear.tolist()}
+        arrays = {name: getattr(self, name) for name in ("fixed", "moving", "displacement")}
+        if self.error is not None:
+            half = [math.ceil(n / 2) for n in self.grid.shape]
+            arrays["error"] = F.interpolate(self.error, size=half, mode="trilinear", align_corners=False)
+        arrays = {name: values.numpy().astype(np.float16) for name, values in arrays.items()}
+        arrays["valid"] = np.packbits(torch.cat(self.valid).numpy())
+        _write_arrays(path, about, arrays)
+
+    @classmethod
+    def load(cls, path: Path) -> "Registration":
+        """The inverse of :meth:`save`."""
+        about, arrays = _read_arrays(path)
+        grid = Grid(tuple(about.pop("size")), np.array(about.pop("matrix")))
+        linear = np.array(about.pop("linear"))
+        valid = torch.from_numpy(np.unpackbits(arrays.pop("valid"))[: 2 * np.prod(grid.shape)].astype(bool))
+        images = {name: torch.from_numpy(values.astype(np.float32)) for name, values in arrays.items()}
+        if "error" in images:
+            images["error"] = F.interpolate(images["error"], size=grid.shape, mode="trilinear", align_corners=False)
+        valid = tuple(valid.view(2, 1, 1, *grid.shape))
+        return cls(**about, grid=grid, linear=linear, valid=valid, **{"error": None} | images)
+
+
+def register(case: Case, model: models.Model) -> Registration:
+    """Registers a case as the program does."""
     options = Options.of(align=case.align, device="cpu")
     inputs = pipeline.check(case.fixed, case.moving, None, None, options)
     resources = Resources.choose(options, inputs.fixed, inputs.moving, model)
@@ -100,65 +160,12 @@ def observe(case: Case, model: models.Model) -> Iterator[Observation]:
         sampled = pipeline.sample(inputs, matrix, resources, progress=_nothing)
         displacement = pipeline.deform(sampled, resources, options, progress=_nothing).displacement
         error = _error(case, sampled, displacement, matrix)
-        first = _observation(case, "", sampled, displacement, displacement, error)
-        if first is None:
-            return
-        if case.labels is not None:
-            first = replace(first, error_mm=_error_by_labels(case, sampled, displacement, matrix))
-        yield first
-        if case.truth is None:
-            return
-        still = torch.zeros_like(displacement)
-        undeformed = _observation(case, "undeformed", sampled, still, still, _error(case, sampled, still, matrix))
-        if undeformed is not None:
-            yield undeformed
-        if first.voxels > GOOD:
-            return
-        seed = zlib.crc32(case.name.encode())
-        for number, (kind, voxels) in enumerate(PUT):
-            change = _deformation(kind, voxels, displacement.shape[2:], seed + number)
-            changed = fields.compose(displacement, change)
-            linear = torch.tensor(matrix[:3, :3] @ sampled.grid.matrix[:3, :3], dtype=torch.float32)
-            more = torch.einsum("ij,njdhw->nidhw", linear, changed - displacement)
-            found = _observation(case, kind, sampled, changed, displacement, error + more)
-            if found is not None:
-                yield found
-
-
-def _observation(
-    case: Case, put: str, sampled: pipeline.Sampled, displacement: Tensor, of_registration: Tensor, error: Tensor | None
-) -> Observation | None:
-    """
-    Args:
-        displacement: what the moving image is deformed by.
-        of_registration: without what was put in, which the evidence is not to see.
-        error: (1, 3, D, H, W) mm; None: not known.
-    """
-    images = sampled.images
-    both = fields.warp(torch.cat((images.moving, images.valid[1].float()), 1), displacement)
-    valid = images.valid[0] & (both[:, 1:] > evidence.MEASURED)
-    known = evidence.measure(images.fixed, both[:, :1], sampled.grid, valid=valid, displacement=of_registration)
-    if known is None:
-        return None
-    mean, errors, cells = None, np.zeros(0), {}
-    if error is not None:
-        length = fields.length(error)
-        counts = valid & evidence.foreground(images.fixed)
-        mean = length[counts].mean().item()
-        errors, cells = _by_cell(known, length / known.numbers["voxel_mm"], counts, sampled.grid)
-    return Observation(case.name, case.family, case.kind, case.held_out, put, known.numbers, mean, errors, cells)
-
-
-def _by_cell(known: Evidence, error: Tensor, counts: Tensor, grid: Grid) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Mean error of the cells of which half counts, and the evidence there."""
-    sums = [
-        sitk.GetArrayFromImage(
-            resampling.resample_smooth(grid.image(x[0, 0].float().numpy()), known.grid, np.eye(4))[0]
-        )
-        for x in (error * counts, counts)
-    ]
-    use = (sums[1] > 0.5) & (known.cells["inside"] > 0.5)
-    return (sums[0] / np.maximum(sums[1], 1e-6))[use], {name: values[use] for name, values in known.cells.items()}
+        by_labels = None if case.labels is None else _error_by_labels(case, sampled, displacement, matrix)
+    linear, images = matrix[:3, :3] @ sampled.grid.matrix[:3, :3], sampled.images
+    return Registration(
+        case.name, case.family, case.kind, case.held_out, report.commit(), sampled.grid, images.fixed, images.moving,
+        images.valid, displacement, linear, error, by_labels,
+    )  # fmt: skip
 
 
 def _error(case: Case, sampled: pipeline.Sampled, displacement: Tensor, matrix: np.ndarray) -> Tensor | None:
@@ -189,6 +196,75 @@ def _error_by_labels(case: Case, sampled: pipeline.Sampled, displacement: Tensor
     return 2 * float(np.nanmean([metrics.surface_distances(*pair, grid)["asd"] for pair in masks]))
 
 
+# --- observations
+
+
+def observe(registration: Registration) -> Iterator[Observation]:
+    """What a registration came to; what its alignment alone did; and what it is after known deformations were put into
+    it."""
+    displacement, error = registration.displacement, registration.error
+    first = _observation(registration, "", displacement, displacement, error)
+    if first is None:
+        return
+    yield replace(first, error_mm=registration.error_mm) if error is None else first
+    if error is None:
+        return
+    still, linear = torch.zeros_like(displacement), torch.tensor(registration.linear, dtype=torch.float32)
+
+    def changed_by(change: Tensor) -> Tensor:
+        return error + torch.einsum("ij,njdhw->nidhw", linear, change)
+
+    found = _observation(registration, "undeformed", still, still, changed_by(-displacement))
+    if found is not None:
+        yield found
+    if first.voxels > GOOD:
+        return
+    seed = zlib.crc32(registration.case.encode())
+    for number, (kind, voxels) in enumerate(PUT):
+        change = _deformation(kind, voxels, displacement.shape[2:], seed + number)
+        changed = fields.compose(displacement, change)
+        found = _observation(registration, kind, changed, displacement, changed_by(changed - displacement))
+        if found is not None:
+            yield found
+
+
+def _observation(
+    registration: Registration, put: str, displacement: Tensor, of_registration: Tensor, error: Tensor | None
+) -> Observation | None:
+    """
+    Args:
+        displacement: what the moving image is deformed by.
+        of_registration: without what was put in, which the evidence is not to see.
+        error: (1, 3, D, H, W) mm; None: not known.
+    """
+    fixed, (fixed_valid, moving_valid) = registration.fixed, registration.valid
+    both = fields.warp(torch.cat((registration.moving, moving_valid.float()), 1), displacement)
+    valid = fixed_valid & (both[:, 1:] > evidence.MEASURED)
+    known = evidence.measure(fixed, both[:, :1], registration.grid, valid=valid, displacement=of_registration)
+    if known is None:
+        return None
+    mean, errors, cells = None, np.zeros(0), {}
+    if error is not None:
+        length = fields.length(error)
+        counts = valid & evidence.foreground(fixed)
+        mean = length[counts].mean().item()
+        errors, cells = _by_cell(known, length / known.numbers["voxel_mm"], counts, registration.grid)
+    case, family, kind, held_out = (getattr(registration, n) for n in ("case", "family", "kind", "held_out"))
+    return Observation(case, family, kind, held_out, put, known.numbers, mean, errors, cells)
+
+
+def _by_cell(known: Evidence, error: Tensor, counts: Tensor, grid: Grid) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Mean error of the cells of which half counts, and the evidence there."""
+    sums = [
+        sitk.GetArrayFromImage(
+            resampling.resample_smooth(grid.image(x[0, 0].float().numpy()), known.grid, np.eye(4))[0]
+        )
+        for x in (error * counts, counts)
+    ]
+    use = (sums[1] > 0.5) & (known.cells["inside"] > 0.5)
+    return (sums[0] / np.maximum(sums[1], 1e-6))[use], {name: values[use] for name, values in known.cells.items()}
+
+
 def _deformation(kind: str, voxels: float, shape: torch.Size, seed: int) -> Tensor:
     """A smooth displacement (1, 3, D, H, W) in voxels. A ``local`` one has the mean length that is given, and differs from
     place to place; of another one the length is drawn."""
@@ -211,44 +287,65 @@ def _deformation(kind: str, voxels: float, shape: torch.Size, seed: int) -> Tens
 
 
 def gather(data: Path, work: Path, turns: int) -> None:
-    """Observes all cases that are not in the work folder yet."""
+    """Registers all cases that are not in the work folder yet."""
     work.mkdir(parents=True, exist_ok=True)
     model = models.load("general", torch.device("cpu"))
-    todo = [(name, make) for name, make in cases(data, turns) if not (work / f"{name}.npz").exists()]
+    todo = [(name, make) for name, make in cases(data, turns) if not any(work.glob(f"{name}.*"))]
     for name, make in tqdm(todo, unit="case", mininterval=10):
         try:
-            found = list(observe(make(), model))
+            register(make(), model).save(work / f"{name}.npz")
         except DivRegNetError as error:  # two images that are refused have no verdict
-            tqdm.write(f"{name}: {error}")
-            found = []
-        save(found, work / f"{name}.npz")
+            atomic.write_text(f"{error}\n", work / f"{name}.txt")
 
 
-def save(observations: list[Observation], path: Path) -> None:
+def observations(work: Path) -> tuple[list[Observation], list[str]]:
+    """The observations of all registrations in the work folder, and the versions that made these. Evidence is kept beside
+    them until what measures it is changed."""
+    sources = (Path(module.__file__).read_bytes() for module in (evidence, descriptors))
+    folder = work / f"evidence-{zlib.crc32(b''.join(sources)):08x}"
+    folder.mkdir(parents=True, exist_ok=True)
+    found, versions = [], []
+    for path in tqdm(sorted(work.glob("*.npz")), unit="registration", mininterval=10):
+        kept = folder / path.name
+        if not kept.exists():
+            with torch.inference_mode():
+                save(list(observe(Registration.load(path))), kept)
+        found += load(kept)
+        versions.append(_read_arrays(path, only_about=True)[0]["version"])
+    return found, versions
+
+
+def save(observed: list[Observation], path: Path) -> None:
     """Writes observations of one case."""
     records, arrays = [], {}
-    for i, found in enumerate(observations):
+    for i, found in enumerate(observed):
         records.append({k: v for k, v in vars(found).items() if k not in ("errors", "cells")})
         arrays |= {f"{i} errors": found.errors} | {f"{i} {name}": values for name, values in found.cells.items()}
-    small = {name: values.astype(np.float16) for name, values in arrays.items()}
-
-    def write(part: Path) -> None:
-        with part.open("wb") as file:
-            np.savez_compressed(file, about=json.dumps(records), **small)
-
-    atomic.write_atomically(path, write)
+    _write_arrays(path, records, {name: values.astype(np.float16) for name, values in arrays.items()})
 
 
 def load(path: Path) -> list[Observation]:
     """The inverse of :func:`save`."""
-    with np.load(path) as file:
-        records = json.loads(str(file["about"]))
-        arrays = {name: file[name].astype(np.float32) for name in file.files if name != "about"}
+    records, arrays = _read_arrays(path)
     found = []
     for i, record in enumerate(records):
-        of_it = {name.split(" ", 1)[1]: values for name, values in arrays.items() if name.split(" ", 1)[0] == str(i)}
+        of_it = {n.split(" ", 1)[1]: v.astype(np.float32) for n, v in arrays.items() if n.split(" ", 1)[0] == str(i)}
         found.append(Observation(**record, errors=of_it.pop("errors"), cells=of_it))
     return found
+
+
+def _write_arrays(path: Path, about: "dict | list", arrays: dict[str, np.ndarray]) -> None:
+    def write(part: Path) -> None:
+        with part.open("wb") as file:
+            np.savez_compressed(file, about=json.dumps(about), **arrays)
+
+    atomic.write_atomically(path, write)
+
+
+def _read_arrays(path: Path, only_about: bool = False) -> tuple["dict | list", dict[str, np.ndarray]]:
+    with np.load(path) as file:
+        arrays = {} if only_about else {name: file[name] for name in file.files if name != "about"}
+        return json.loads(str(file["about"])), arrays
 
 
 # --- fit
@@ -265,7 +362,8 @@ def fit_mean(observations: list[Observation]) -> Regression:
 
 
 def fit_cells(observations: list[Observation]) -> Regression:
-    """Regression of the error in a cell, relative to that in the other cells of the image."""
+    """Regression of the error in a cell, relative to that in the other cells of the image. Its order counts: images whose
+    error differs little from place to place have the same weight as the others."""
     some = [o for o in observations if len(o.errors) > 50 and o.voxels < 6]
     targets, rows, weights = [], {name: [] for name in CELLS}, []
     for o in some:
@@ -274,7 +372,7 @@ def fit_cells(observations: list[Observation]) -> Regression:
         for name, offset in CELLS.items():
             row = transformed(o.cells[name], offset)
             rows[name].append(row - row.mean())
-        weights.append(np.full(len(target), 1 / len(target)))
+        weights.append(np.full(len(target), 1 / len(target) / max(target.std(), 0.1)))
     matrix = np.stack([np.concatenate(rows[name]) for name in CELLS], 1)
     target, weight = np.concatenate(targets), np.concatenate(weights)
     solved = np.linalg.solve((matrix * weight[:, None]).T @ matrix, (matrix * weight[:, None]).T @ target)
@@ -410,8 +508,7 @@ def draw(observations: list[Observation], expected: np.ndarray, path: Path) -> N
 
 def finish(work: Path, output: Path, started: float, file: Path = expected_error.FILE) -> None:
     """Fits to what is in the work folder, and writes the calibration and the report."""
-    kept = sorted(work.glob("*.npz"))
-    everything = [o for path in kept for o in load(path)]
+    everything, versions = observations(work)
     fitted, held_out = ([o for o in everything if o.held_out == side] for side in (False, True))
     mean, cell = fit_mean(fitted), fit_cells(fitted)
     expected, rows = predict(mean, held_out), []
@@ -453,7 +550,8 @@ def finish(work: Path, output: Path, started: float, file: Path = expected_error
         f"is of {len(fitted)} alignments of other subjects."
     )
     about = {
-        "preset": f"{len(kept)} cases",
+        "preset": f"{len(versions)} cases",
+        "registered by": ", ".join(f"{n} x {v}" for v, n in collections.Counter(versions).items()),
         "seeds": "the cases'",
         "device": "cpu",
         "seconds": round(time.time() - started),

@@ -6,6 +6,7 @@ two subjects with label maps; or what does not belong together. A subject is eit
 out.
 """
 
+import collections
 import functools
 import itertools
 import zlib
@@ -78,24 +79,33 @@ def cases(data: Path, turns: int) -> Iterator[tuple[str, Callable[[], Case]]]:
     """Names of the cases and functions that make them, in an order in which any beginning is a fair sample."""
     everyone = subjects(data)
     for turn in range(turns):
-        for i, subject in enumerate(everyone):
-            if subject.family in ("hippocampus", "shapes") and (i + turn) % 3:
-                continue
-            for kind in (RIGHT[(turn * 3 + i * 5) % len(RIGHT)], WRONG[(turn + i * 2) % len(WRONG)]):
-                yield f"{subject.name}, {kind} {turn}", functools.partial(one_subject, subject, kind, turn)
-            if (i + turn) % 6 == 0:
-                strangers = [s for s in everyone if s.family != subject.family and s.held_out == subject.held_out]
-                other = strangers[(i * 3 + turn) % len(strangers)] if (i + turn) % 4 else None
-                name = f"{subject.name}, {'noise' if other is None else other.name} {turn}"
-                yield name, functools.partial(unrelated, subject, other, turn)
-            if subject.labels is not None and (i + turn) % 2 == 0:
-                peers = [
-                    s for s in everyone if (s.family, s.held_out) == (subject.family, subject.held_out) and s.labels
-                ]
-                other = peers[(peers.index(subject) + turn + 1) % len(peers)]
-                if other is not subject:
-                    name = f"{subject.name}, {other.name} {turn}"
-                    yield name, functools.partial(two_subjects, subject, other, turn)
+        groups = collections.defaultdict(list)
+        for subject, name, make in _turn(everyone, turn):
+            groups[subject.family, subject.held_out].append((zlib.crc32(name.encode()), name, make))
+        places = []
+        for some in groups.values():
+            places += [((i + 0.5) / len(some), *named) for i, (_, *named) in enumerate(sorted(some))]
+        yield from ((name, make) for _, name, make in sorted(places))
+
+
+def _turn(everyone: list[Subject], turn: int) -> Iterator[tuple[Subject, str, Callable[[], Case]]]:
+    """Some cases of every subject; in each turn others."""
+    for i, subject in enumerate(everyone):
+        if subject.family in ("hippocampus", "shapes") and (i + turn) % 3:
+            continue
+        for kind in (RIGHT[(turn * 3 + i * 5) % len(RIGHT)], WRONG[(turn + i * 2) % len(WRONG)]):
+            yield subject, f"{subject.name}, {kind} {turn}", functools.partial(one_subject, subject, kind, turn)
+        if (i + turn) % 6 == 0:
+            strangers = [s for s in everyone if s.family != subject.family and s.held_out == subject.held_out]
+            other = strangers[(i * 3 + turn) % len(strangers)] if (i + turn) % 4 else None
+            name = f"{subject.name}, {'noise' if other is None else other.name} {turn}"
+            yield subject, name, functools.partial(unrelated, subject, other, turn)
+        if subject.labels is not None and (i + turn) % 2 == 0:
+            peers = [s for s in everyone if (s.family, s.held_out) == (subject.family, subject.held_out) and s.labels]
+            other = peers[(peers.index(subject) + turn + 1) % len(peers)]
+            if other is not subject:
+                name = f"{subject.name}, {other.name} {turn}"
+                yield subject, name, functools.partial(two_subjects, subject, other, turn)
 
 
 # --- subjects
