@@ -35,9 +35,9 @@ from DivRegNetLib.errors import DivRegNetError, InputError
 from DivRegNetLib.io import atomic
 from training import pictures, report
 from training.benchmarks import alignment, measure, scaling, tables
-from training.benchmarks.cases import FAMILIES, FIRST_SEED, Family, Prepared, prepare_pair
+from training.benchmarks.cases import FAMILIES, FIRST_SEED, Family, Prepared, prepare_pair, stored
 from training.benchmarks.measure import Settings
-from training.benchmarks.methods import METHODS, missing, version
+from training.benchmarks.methods import DEFAULT, METHODS, missing, version
 
 
 def compare(
@@ -59,8 +59,7 @@ def compare(
     todo = [(n, c) for n, family in families.items() for c in list(family.cases)[: 1 if quick else None]]
     for name, case in tqdm(todo, desc="pairs"):
         family = families[name]
-        spacing = family.quick_spacing if quick else family.spacing
-        folder = output / f"{spacing:g} mm" / name / case
+        spacing, folder = spacing_of(family, quick), folder_of(output, family, name, case, quick)
         pair = prepare_pair(lambda load=family.cases[case]: load(data), spacing, folder, family.align)
         for method in present:
             scores = measure.row(pair, method, settings, folder / method)
@@ -71,6 +70,16 @@ def compare(
             folder / "pair.png", lambda part, drawn=drawn: drawn.savefig(part, dpi=110, format="png")
         )
     return rows
+
+
+def spacing_of(family: Family, quick: bool) -> float:
+    """The spacing in mm of the grid of a family's pairs."""
+    return family.quick_spacing if quick else family.spacing
+
+
+def folder_of(output: Path, family: Family, name: str, case: str, quick: bool) -> Path:
+    """Where a pair is kept."""
+    return output / f"{spacing_of(family, quick):g} mm" / name / case
 
 
 def left_out(chosen: tuple[str, ...]) -> list[str]:
@@ -92,20 +101,34 @@ def plot_scaling(rows: list[dict]) -> Figure:
 
 def picture(pair: Prepared, done: list[str], title: str) -> Figure:
     """The middle slice of a pair and of the moving image warped by each method, with the outline of the fixed labels."""
+    figure = Figure(figsize=(2.2 * (len(done) + 2), 2.8), layout="constrained")
+    draw(figure.subplots(1, len(done) + 2), pair, done)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def picture_of_worst(worst: list[dict], families: dict[str, Family], output: Path, quick: bool) -> Figure:
+    """The pairs of :func:`training.benchmarks.tables.worst`, each with the best other method and with DivRegNet."""
+    figure = Figure(figsize=(8.8, 2.6 * len(worst)), layout="constrained")
+    for axes, row in zip(figure.subplots(len(worst), 4, squeeze=False), worst, strict=True):
+        folder = folder_of(output, families[row["family"]], row["family"], row["case"], quick)
+        draw(axes, stored(folder), [row["best other"], DEFAULT])
+        axes[0].set_ylabel(f"{row['family']}\n{row['case']}", fontsize=8)
+    return figure
+
+
+def draw(axes: np.ndarray, pair: Prepared, done: list[str]) -> None:
+    """Draws fixed image, moving image after the affine alignment, and warped images, into a row of axes."""
     fixed, moving = (_tensor(sitk.ReadImage(str(pair.folder / f"{n}.mha"))) for n in ("fixed", "moving"))
     labels = _tensor(pair.fixed_labels)
     inside = np.flatnonzero((labels[0, 0] > 0).flatten(1).any(1).numpy())
     at = (inside[len(inside) // 2] + 0.5) / max(labels.shape[2] - 1, 1)
-    figure = Figure(figsize=(2.2 * (len(done) + 2), 2.8), layout="constrained")
-    axes = figure.subplots(1, len(done) + 2)
     pictures.show(axes[0], fixed, "fixed", labels, at)
     pictures.show(axes[1], moving, "affine", labels, at)
     for i, method in enumerate(done, 2):
         field = sitk.ReadImage(str(pair.folder / method / "displacement.mha"), sitk.sitkVectorFloat32)
         u = torch.from_numpy(np.moveaxis(sitk.GetArrayFromImage(field), -1, 0).copy())[None] / field.GetSpacing()[0]
         pictures.show(axes[i], fields.warp(moving, u), method, labels, at)
-    figure.suptitle(title, fontsize=10)
-    return figure
 
 
 def _tensor(image: sitk.Image) -> torch.Tensor:
@@ -138,6 +161,7 @@ def write(rows: list[dict], settings: Settings, output: Path, preset: str, start
     """
     means = tables.means(rows)
     accuracy, against, aims = tables.accuracy(means), tables.against(rows), tables.aims(rows)
+    worst = tables.worst(rows)
     ran = [name for name in METHODS if any(r["method"] == name for r in rows)]
     with_ = {f"{n} with": METHODS[n].settings for n in ran}
     packages = dict.fromkeys(METHODS[n].package for n in ran if METHODS[n].package)
@@ -150,6 +174,7 @@ def write(rows: list[dict], settings: Settings, output: Path, preset: str, start
         "## Accuracy", report.table(accuracy),
         *(["## DivRegNet against other methods, pair by pair", report.table(against)] if against else []),
         *(["## Aims", report.table(aims)] if aims else []),
+        *(["## The worst pairs", report.table(worst), "![The worst pairs](benchmark-worst.png)"] if worst else []),
     ]  # fmt: skip
     note = "\n\n".join(filter(None, [
         "*Held back* are pairs whose images no training and no choice of settings has used; *seen* are all others. Values "
@@ -166,8 +191,11 @@ def write(rows: list[dict], settings: Settings, output: Path, preset: str, start
     ]))  # fmt: skip
     report.write(output, "benchmark-pairs", rows, run)
     report.write(output, "benchmark", means, run | {"note": note})
-    drawn = tables.plot(rows)
-    atomic.write_atomically(output / "benchmark.png", lambda part: drawn.savefig(part, dpi=110, format="png"))
+    figures = {"benchmark": tables.plot(rows)}
+    if worst:
+        figures["benchmark-worst"] = picture_of_worst(worst, FAMILIES, output, preset == "quick")
+    for name, drawn in figures.items():
+        atomic.write_atomically(output / f"{name}.png", lambda part, f=drawn: f.savefig(part, dpi=110, format="png"))
     return "\n\n".join([*sections, *notes, *failed])
 
 

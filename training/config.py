@@ -100,13 +100,14 @@ class Config:
     start: a bundled model, or the path of a model card, whose weights and architecture training starts from; "" for none.
     batch: pairs per step, over all processes. ``micro_batch``: pairs that go through the network together in one process;
         their gradients are accumulated, and the network's batch statistics are over the micro-batches of all processes.
-    warmup: steps in which only KLDivNet learns.
+    warmup: steps in which only KLDivNet learns, at a constant rate; without RegNet it learns alone after them, too.
     single_pass: steps after the warm-up in which the network is applied once, before ``regnet.passes`` takes effect.
     learning_rate: learning rate of RegNet; it falls along a cosine to ``final_learning_rate``.
         ``similarity_learning_rate``: that of KLDivNet, which falls in proportion.
     ema: decay of the exponential moving average of the weights. The averaged weights are validated and exported.
     precision: a precision of Lightning Fabric: ``32-true``, ``bf16-mixed``, ``16-mixed`` or ``64-true``.
-    methods: the methods that the model runs, in order. ``regnet`` is trained, starting from the result of those before it.
+    methods: the methods that the model runs, in order. ``regnet`` is trained, starting from the result of those before it;
+        without it KLDivNet is trained alone, which measures the similarity of the results.
     variational: settings of the method of that name, and of the guidance of a guided RegNet.
     classes: training of a class network on the labels of the cohort, before RegNet; with ``classes.steps`` 0 there is none.
     card: fields of the model card that training cannot know: version, summary, modalities, anatomy, skull, license,
@@ -147,17 +148,26 @@ class Config:
         if not re.fullmatch(r"\w[\w.-]*", self.name):
             raise ValueError(f"name becomes a file name: letters, digits, '_', '-' and '.', got {self.name!r}")
         check_methods(self.methods)
-        if self.methods not in (("regnet",), ("variational", "regnet")):
-            raise ValueError(f"methods to train with are [regnet] or [variational, regnet], got {list(self.methods)}")
+        if self.methods not in (("regnet",), ("variational", "regnet"), ("variational",)):
+            known = "[regnet], [variational, regnet] or, to train KLDivNet alone, [variational]"
+            raise ValueError(f"methods to train with are {known}, got {list(self.methods)}")
+        if not self.trains_regnet and self.loss.similarity != "kldiv":
+            other = self.loss.similarity
+            raise ValueError(f"methods: [variational] train KLDivNet alone: loss.similarity is kldiv, got {other!r}")
         if self.starts_from_variational and self.variational.stride != self.regnet.stride:
             raise ValueError(
                 f"variational.stride is that of regnet, {self.regnet.stride}, got {self.variational.stride}"
             )
 
     @property
+    def trains_regnet(self) -> bool:
+        """Whether the model has a RegNet; else KLDivNet is trained alone."""
+        return "regnet" in self.methods
+
+    @property
     def starts_from_variational(self) -> bool:
         """Whether RegNet continues from the variational displacement."""
-        return "variational" in self.methods
+        return self.trains_regnet and "variational" in self.methods
 
     def as_dict(self) -> dict:
         sections = {name: getattr(self, name).as_dict() for name in ("variational", "regnet", "kldivnet")}

@@ -41,7 +41,8 @@ def export_model(trainer: Trainer, run: Path, folder: Path, classes: dict | None
     config, cohort = trainer.config, trainer.source.cohort
     best = torch.load(run / BEST, map_location=trainer.fabric.device, weights_only=True)
     trainer.objective.load_state_dict(best["objective"])
-    trainer.ema.load_state_dict(best["ema"])
+    if trainer.ema is not None:
+        trainer.ema.load_state_dict(best["ema"])
     contrasts = sorted({c for v in cohort.volumes for c in v.contrasts})
     about = {
         "version": "1.0",
@@ -75,7 +76,7 @@ def export_model(trainer: Trainer, run: Path, folder: Path, classes: dict | None
         "methods": list(config.methods),
         "variational": config.variational.as_dict(),
         "refinement": REFINEMENT.as_dict(),
-        "regnet": config.regnet.as_dict(),
+        "regnet": None if trainer.ema is None else config.regnet.as_dict(),
         "kldivnet": None if kldivnet is None else config.kldivnet.as_dict(),
         "scores": scores,
         "sha256": "",

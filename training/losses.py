@@ -31,12 +31,13 @@ class Batch:
 
 
 class Objective(nn.Module):
-    """RegNet, the KLDivNet that it is trained with (if any), and the loss of a batch. All parameters are trained."""
+    """RegNet (if it is trained), the KLDivNet that it is trained with (if any), and the loss of a batch. All parameters are
+    trained."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.loss = config.loss
-        self.regnet = RegNet(config.regnet, config.variational)
+        self.regnet = RegNet(config.regnet, config.variational) if config.trains_regnet else None
         self.kldivnet = KLDivNet(config.kldivnet) if config.loss.similarity == "kldiv" else None
 
     def forward(

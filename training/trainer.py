@@ -23,6 +23,7 @@ from DivRegNetLib import models
 from DivRegNetLib.core import fields
 from DivRegNetLib.io import atomic
 from DivRegNetLib.registration import methods
+from DivRegNetLib.registration.regnet import RegNet
 from DivRegNetLib.similarity.classes import ClassNet
 from training import scoring
 from training.config import Config
@@ -59,29 +60,31 @@ class Trainer:
         self.objective = Objective(config)
         if config.start:
             self._start_from(models.load(config.start))
-        self.objective.regnet.to(memory_format=torch.channels_last_3d)
-        self.optimizer = torch.optim.Adam(
-            [
-                {"params": part.parameters()}
-                for part in (self.objective.regnet, self.objective.kldivnet)
-                if part is not None
-            ]
-        )
+        if self.objective.regnet is not None:
+            self.objective.regnet.to(memory_format=torch.channels_last_3d)
+        parts = {"regnet": self.objective.regnet, "kldivnet": self.objective.kldivnet}
+        groups = [{"params": p.parameters(), "name": name} for name, p in parts.items() if p is not None]
+        self.optimizer = torch.optim.Adam(groups)
         self.wrapped, self.optimizer = fabric.setup(self.objective, self.optimizer)
         self.dtype = next(self.objective.parameters()).dtype
-        average = AveragedModel(self.objective.regnet, multi_avg_fn=self._exponential_average, use_buffers=True)
-        self.average = average.eval().requires_grad_(False)
+        self.average = self._averaged(self.objective.regnet)
         self.step_number, self.best, self.log = 0, -math.inf, []
         self._drawn: tuple[int, list[Pair]] = (-1, [])  # number and parts of the pair that was drawn last
 
+    def _averaged(self, regnet: RegNet | None) -> AveragedModel | None:
+        if regnet is None:
+            return None
+        average = AveragedModel(regnet, multi_avg_fn=self._exponential_average, use_buffers=True)
+        return average.eval().requires_grad_(False)
+
     @property
-    def ema(self) -> torch.nn.Module:
-        """RegNet with the averaged weights."""
-        return self.average.module
+    def ema(self) -> RegNet | None:
+        """RegNet with the averaged weights; None if KLDivNet is trained alone."""
+        return None if self.average is None else self.average.module
 
     def _start_from(self, model: models.Model) -> None:
         try:
-            if model.regnet is not None:
+            if self.objective.regnet is not None and model.regnet is not None:
                 self.objective.regnet.load_state_dict(model.regnet.state_dict())
             if self.objective.kldivnet is not None and model.kldivnet is not None:
                 self.objective.kldivnet.load_state_dict(model.kldivnet.state_dict())
@@ -95,7 +98,7 @@ class Trainer:
         return {
             "config": self.config.as_dict(),
             "objective": self.objective.state_dict(),
-            "average": self.average.state_dict(),
+            "average": {} if self.average is None else self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "precision": self.fabric.strategy.precision.state_dict(),  # the scale of the loss in 16-mixed
             "step": self.step_number,
@@ -116,24 +119,27 @@ class Trainer:
                 "resume with the same settings, or choose another --output"
             )
         for name in ("objective", "average", "optimizer"):
-            getattr(self, name).load_state_dict(state[name])
+            if (part := getattr(self, name)) is not None:
+                part.load_state_dict(state[name])
         self.fabric.strategy.precision.load_state_dict(state["precision"])
         self.step_number, self.best, self.log = state["step"], state["best"], state["log"]
 
     @property
     def warming_up(self) -> bool:
         """True while only KLDivNet learns."""
-        return self.objective.kldivnet is not None and self.step_number < self.config.warmup
+        alone = self.objective.regnet is None
+        return self.objective.kldivnet is not None and (alone or self.step_number < self.config.warmup)
 
     def step(self) -> dict[str, float]:
-        """Updates both networks with ``config.batch`` pairs, and returns the mean terms of the loss.
+        """Updates the networks with ``config.batch`` pairs, and returns the mean terms of the loss.
 
         Raises:
             FloatingPointError: the loss or its gradient is not finite; the weights are unchanged.
         """
         config, fabric = self.config, self.fabric
-        for group, rate in zip(self.optimizer.param_groups, self._rates(), strict=False):
-            group["lr"] = rate
+        rates = self._rates()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rates[group["name"]]
         self.optimizer.zero_grad(set_to_none=True)
         mine = config.batch // fabric.world_size
         numbers = [fabric.global_rank * mine + i for i in range(mine)]
@@ -188,7 +194,7 @@ class Trainer:
 
     def _accumulate(self, batch: Batch, share: float, last: bool) -> dict[str, Tensor]:
         """Adds up the gradients of the losses of all passes; the loss of a pass is that of the composed displacement."""
-        regnet, learning = self.objective.regnet.train(), self.step_number - self.config.warmup
+        regnet, learning = self.objective.train().regnet, self.step_number - self.config.warmup
         passes = 1 if self.warming_up or learning < self.config.single_pass else regnet.config.passes
         coarse = None
         if self.config.starts_from_variational and not self.warming_up:
@@ -203,12 +209,12 @@ class Trainer:
             coarse = None if coarse is None else coarse.detach().to(self.dtype)
         return terms
 
-    def _rates(self) -> tuple[float, float]:
-        """Learning rates of RegNet and of KLDivNet at the current step."""
+    def _rates(self) -> dict[str, float]:
+        """Learning rates of both networks at the current step."""
         c = self.config
         done = min(max(self.step_number - c.warmup, 0) / max(c.steps - c.warmup, 1), 1.0)
         rate = c.final_learning_rate + (c.learning_rate - c.final_learning_rate) * 0.5 * (1 + math.cos(done * math.pi))
-        return rate, c.similarity_learning_rate * rate / c.learning_rate
+        return {"regnet": rate, "kldivnet": c.similarity_learning_rate * rate / c.learning_rate}
 
     @torch.no_grad()
     def predict(self, fixed: Tensor, moving: Tensor) -> Tensor:
@@ -334,11 +340,12 @@ def _validated(trainer: Trainer, output: Path, board: TensorBoardLogger) -> dict
     board.experiment.add_figure("registration", trainer.example(), trainer.step_number)
     ranked = [value for name, value in scores.items() if name.endswith(("Dice", "NMI"))]
     score = sum(ranked) / len(ranked)
-    if score > trainer.best or not (output / BEST).exists():  # a score may be NaN
+    # Of equal scores the last, since KLDivNet alone does not change them. A score may be NaN.
+    if score >= trainer.best or not (output / BEST).exists():
         trainer.best = score
         kept = {
             "objective": trainer.objective.state_dict(),
-            "ema": trainer.ema.state_dict(),
+            "ema": None if trainer.ema is None else trainer.ema.state_dict(),
             "step": trainer.step_number,
         }
         _save(kept, output / BEST)

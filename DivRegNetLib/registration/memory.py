@@ -31,7 +31,7 @@ FLOAT = 4
 PER_CHANNEL = 12  # features of the two finest levels, joined, before and after a convolution
 PER_CLASS = 16  # on the displacement's grid: class probabilities of both images, warped, and their gradients
 INVERSION = 275  # of the field, after the network's memory is free
-WHOLE_GRID = 130  # equations and displacements, where the last level has its displacement on the whole working grid
+WHOLE_GRID = 165  # equations and displacements, where the last level has its displacement on the whole working grid
 REFINEMENT = 60  # at full resolution, where the field is twice as fine
 # Bytes per voxel of the volumes.
 SMOOTHING = 20  # smoothing of the larger volume in single precision

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 CHANNELS = 12
+LITTLE = 1e-6  # weight of a voxel that was not measured, beside others
 VARIANCES = 1e-3, 1e3  # a voxel's mean patch distance is taken for no less and no more of the image's mean
 
 
@@ -47,21 +48,23 @@ def mind_ssc(
     """
     shape, moves = image.shape[2:], _moves(dilation)
     sums = _patch_distances(image, radius, dilation, stride, moves)
-    distances = image.new_empty(len(image), CHANNELS, *(n // stride for n in shape))
-    for number, (a, side, b, other) in enumerate(_pairs(dilation)):
+    windows = []
+    for a, side, b, other in _pairs(dilation):
         move = moves.index(((a, b), other * side // dilation))
         around = _offset(b, other) if side > 0 else _offset(a, side)
         index = (slice(o + dilation, o + dilation + n - stride + 1, stride) for o, n in zip(around, shape, strict=True))
-        distances[:, number] = sums[(slice(None), move, *index)]
+        windows.append(sums[(slice(None), move, *index)])
+    distances = torch.stack(windows, 1)
     distances -= distances.amin(1, keepdim=True)
     variance = distances.mean(1, keepdim=True)
-    usual = variance.flatten(1).mean(1)
-    if valid is not None:
-        inside = valid.to(variance.dtype).flatten(1)
-        count = inside.sum(1)
-        usual = torch.where(count > 0, (variance.flatten(1) * inside).sum(1) / count.clamp_min(1), usual)
-    low, high = (usual.clamp_min(torch.finfo(image.dtype).tiny).view(-1, 1, 1, 1, 1) * k for k in (floor, VARIANCES[1]))
-    return distances.div_(variance.clamp_(min=low, max=high)).neg_().exp_()
+    usual = variance.flatten(1)
+    if valid is None:
+        usual = usual.mean(1)
+    else:
+        inside = valid.flatten(1) + LITTLE
+        usual = (usual * inside).sum(1) / inside.sum(1)
+    usual = usual.clamp_min_(torch.finfo(image.dtype).tiny).view(-1, 1, 1, 1, 1)
+    return distances.div_(variance.clamp_(min=usual * floor, max=usual * VARIANCES[1])).neg_().exp_()
 
 
 def _moves(dilation: int) -> list[tuple[tuple[int, int], int]]:
@@ -76,10 +79,8 @@ def _patch_distances(image: Tensor, radius: int, dilation: int, stride: int, mov
     margin = dilation + radius
     padded, shape = F.pad(image, [dilation + margin] * 6, mode="replicate"), image.shape[2:]
     window = partial(_window, padded, reach=dilation + margin, margin=margin, shape=shape)
-    squares = image.new_empty(len(image), len(moves), *(n + 2 * margin for n in shape))
-    for out, ((a, b), other) in zip(squares.unbind(1), moves, strict=True):
-        torch.sub(window(_offset(a, dilation, b, -other))[:, 0], window([0, 0, 0])[:, 0], out=out)
-    return _box(squares.square_(), radius, stride)
+    around = torch.cat([window(_offset(a, dilation, b, -other)) for (a, b), other in moves], 1)
+    return _box(around.sub_(window([0, 0, 0])).square_(), radius, stride)
 
 
 def _pairs(dilation: int) -> list[tuple[int, int, int, int]]:
@@ -119,8 +120,9 @@ def _box(image: Tensor, radius: int, stride: int = 1) -> Tensor:
     """Sum over cubes of ``2 * radius + stride`` voxels a side, which begin at each voxel."""
     for dim in (2, 3, 4):
         length = image.shape[dim] - 2 * radius - stride + 1
-        total = image.narrow(dim, 0, length).clone()
-        for start in range(1, 2 * radius + stride):
-            total += image.narrow(dim, start, length)
+        parts = [image.narrow(dim, start, length) for start in range(2 * radius + stride)]
+        total = parts[0] + parts[1] if parts[1:] else parts[0]
+        for part in parts[2:]:
+            total += part
         image = total
     return image

@@ -105,7 +105,7 @@ def count_operations(device: str) -> None:
         moving, fixed, _ = (x.to(device) for x in deformed(shape, 2.0, seed=0))
         valid = (torch.ones_like(fixed, dtype=torch.bool),) * 2
         images = methods.Images(fixed, moving, valid=valid, measured=fixed.numel())
-        for names in (("variational",), ("variational", "regnet")):
+        for names in (("variational",), ("discrete", "variational")):
 
             def run(images=images, names=names) -> None:
                 methods.deform(images, names, model.card.variational_settings, model.regnet)

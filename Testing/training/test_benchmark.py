@@ -1,6 +1,7 @@
 """The benchmark on a generated pair with a known deformation; no other method needs to be installed."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -182,15 +183,16 @@ def test_the_comparison_writes_table_plot_and_pictures_and_reuses_finished_rows(
         benchmark.compare(families, tmp_path, changed, tmp_path / "out", chosen=OURS)
 
 
-def test_the_variational_method_runs_alone_whatever_the_card_of_the_model_names(prepared, settings, tmp_path):
-    """The card of the tiny model names RegNet alone."""
-    moved = {}
-    for method in ("without network", "DivRegNet"):
-        measure.row(prepared, method, settings, tmp_path / method)
-        field = sitk.ReadImage(str(tmp_path / method / "displacement.mha"))
-        moved[method] = sitk.GetArrayFromImage(field)
-    assert all(np.abs(field).max() > 0.1 for field in moved.values())
-    assert np.abs(moved["without network"] - moved["DivRegNet"]).max() > 0.1
+def test_the_worst_pairs_are_drawn_with_the_best_other_method(families, settings, tmp_path):
+    rows = benchmark.compare(families, tmp_path, settings, tmp_path / "out", chosen=("DivRegNet",))
+    family, case = rows[0]["family"], rows[0]["case"]
+    folder = benchmark.folder_of(tmp_path / "out", families[family], family, case, False)
+    shutil.copytree(folder / "DivRegNet", folder / "elastix")
+    worst = [{"family": family, "case": case, "best other": "elastix"}] * 2
+    drawn = benchmark.picture_of_worst(worst, families, tmp_path / "out", False)
+    titles = [axes.get_title() for axes in drawn.axes]
+    assert titles == ["fixed", "affine", "elastix", "DivRegNet"] * 2
+    assert all(axes.images for axes in drawn.axes)
 
 
 def test_quick_takes_one_case_of_a_family_on_its_coarse_grid(families, settings, tmp_path):
@@ -236,7 +238,7 @@ def test_the_peak_memory_includes_what_was_freed_again():
 
 def measured(method: str, case: str = "a", family: str = "f", seconds: float = 1.0, **scores: float) -> dict:
     """A row without folds; the deformation takes half of the time."""
-    times = {"seconds": seconds, "deformation s": seconds / 2}
+    times = {"seconds": seconds, "deformation s": seconds / 2, "CPU s": 2 * seconds}
     return {"family": family, "set": "held back", "case": case, "method": method, "folded %": 0.0} | times | scores
 
 
@@ -268,6 +270,23 @@ def test_methods_are_compared_pair_by_pair():
     assert row["at least as good %"] == everything["at least as good %"] == pytest.approx(200 / 3)
     (aim,) = tables.aims(rows)
     assert aim["families at or above"] == "1 of 1" and aim["90 % of pairs"] == "no"
+
+
+def test_the_worst_pairs_are_those_with_the_most_error_for_that_of_the_best_other_method():
+    rows = [
+        *(measured(m, "a", Dice=v) for m, v in {"DivRegNet": 0.6, "ANTs SyN": 0.8, "elastix": 0.5}.items()),  # 2 times
+        *(measured(m, "b", Dice=v) for m, v in {"DivRegNet": 0.9, "ANTs SyN": 0.8}.items()),  # half
+        *(
+            measured(m, "c", family="limb CT to MR", **{"error mm": v})
+            for m, v in {"DivRegNet": 3.0, "elastix": 1.0}.items()  # 3 times
+        ),
+        measured("DivRegNet", "d", Dice=0.1),  # no other method
+    ]
+    found = tables.worst(rows, 2)
+    assert [(w["family"], w["case"], w["best other"]) for w in found] == [
+        ("limb CT to MR", "c", "elastix"), ("f", "a", "ANTs SyN")
+    ]  # fmt: skip
+    assert [w["error, times that of the best other"] for w in found] == pytest.approx([3.0, 2.0])
 
 
 def test_of_errors_the_smallest_is_the_best():
@@ -330,7 +349,7 @@ def test_a_preset_that_this_version_does_not_have_is_left_out(monkeypatch):
     monkeypatch.setitem(methods.METHODS, "DivRegNet, fast", unknown)
     assert methods.missing("DivRegNet, fast") == "this version has no preset no such"
     assert "align" not in methods.METHODS["DivRegNet, thorough"].all_options()
-    assert methods.missing("DivRegNet") is None and methods.missing("without network") is None
+    assert methods.missing("DivRegNet") is None
 
 
 def test_the_mask_of_elastix_covers_the_foreground(prepared):

@@ -371,6 +371,20 @@ def test_during_the_warm_up_regnet_and_its_average_do_not_change(tiny_cohort):
     assert {name.split(".")[0] for name in changed} == {"/kldivnet", "/regnet"}
 
 
+def test_kldivnet_alone_learns_at_its_own_rate_and_becomes_a_model_without_regnet(tiny_cohort, tmp_path):
+    output = tmp_path / "alone"
+    config = tiny(tiny_cohort, methods=["variational"], steps=6, warmup=4, similarity_learning_rate=5e-2)
+    run(replace(config, steps=2), output)
+    trainer = run(config, output, resume=True)
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == pytest.approx([0.5 * (5e-2 + 5e-3)])
+    assert not differing(dict(trainer.objective.state_dict()), checkpoint(output / "best.pt")["objective"])
+    unbroken = run(config, tmp_path / "unbroken")
+    assert not differing(dict(trainer.objective.state_dict()), dict(unbroken.objective.state_dict()))
+    model = models.load(str(exports.export_model(trainer, output, tmp_path)))
+    assert model.regnet is None and model.card.regnet is None and model.card.methods == ["variational"]
+    assert not differing(dict(model.kldivnet.state_dict()), dict(trainer.objective.kldivnet.state_dict()))
+
+
 def test_the_decay_of_the_average_rises_to_the_one_in_the_configuration(tiny_cohort):
     trainer = trainer_of(tiny(tiny_cohort, loss={"similarity": "mi"}, warmup=0, ema=0.25))
     expected = {k: v.clone() for k, v in trainer.objective.regnet.state_dict().items()}

@@ -88,7 +88,10 @@ def test_an_override_reaches_every_kind_of_value(file, override, read):
         ("variational.stepps=5", r"variational\.stepps: Key 'stepps' not in .*; known are steps, stride, levels"),
         ("variational.first_smoothness.fluid=x", r"variational\.first_smoothness\.fluid: Value 'x'"),
         ("variational.levels=[{shrink: 2}]", "variational: .*levels.*'share' is missing"),
-        ("methods=[variational]", r"methods to train with are \[regnet\] or \[variational, regnet\]"),
+        (
+            "methods=[discrete]",
+            r"methods to train with are \[regnet\], \[variational, regnet\] or, .* \[variational\], got",
+        ),
         ("batch=0", "batch is at least 1, got 0"),
         ("steps=0", "steps is at least 1"),
         ("name=null", "name: .*None.* 'str'"),
@@ -98,6 +101,13 @@ def test_an_invalid_value_is_refused_with_its_key_and_file(file, override, named
     with pytest.raises(ValueError, match=named) as caught:
         configs.load(file, overrides=[override])
     assert str(caught.value).startswith(str(file))
+
+
+def test_kldivnet_alone_is_only_trained_where_it_is_the_similarity(file):
+    alone = "methods=[variational]"
+    assert not configs.load(file, overrides=[alone, "loss.similarity=kldiv"]).trains_regnet
+    with pytest.raises(ValueError, match=r"train KLDivNet alone: loss\.similarity is kldiv, got 'mi'"):
+        configs.load(file, overrides=[alone, "loss.similarity=mi"])
 
 
 @pytest.mark.parametrize("override", ["steps", "=5", "steps=[1", ""])

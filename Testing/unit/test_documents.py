@@ -182,7 +182,6 @@ def test_the_figures_of_the_readme_are_those_of_the_benchmark():
 @pytest.mark.parametrize(
     "section, results",
     [
-        ("What the network adds", "benchmark"),
         ("What trains best", "similarities"),
         ("AAL Brain", "aal-brain-2mm"),
         ("Calibration of the verdict", "calibration"),

@@ -12,7 +12,7 @@ from DivRegNetLib.core import fields
 from DivRegNetLib.registration.variational import DEFAULT, Smoothness, solver
 
 SHAPE = (4, 5, 6)  # three different sides
-XX, YY, ZZ, XY, XZ, YZ, X, Y, Z = range(9)
+XX, XY, XZ, X, YX, YY, YZ, Y, ZX, ZY, ZZ, Z = range(12)
 
 
 def solve(normal, displacement, fluid, elastic: float, iterations: int) -> torch.Tensor:
@@ -21,12 +21,11 @@ def solve(normal, displacement, fluid, elastic: float, iterations: int) -> torch
 
 
 def equations(seed: int, shape=SHAPE, pairs: int = 1) -> torch.Tensor:
-    """Positive definite matrices and forces at every voxel, (pairs, 9, *shape), double precision."""
+    """Positive definite matrices and forces at every voxel, (pairs, 12, *shape), double precision."""
     root = torch.randn(pairs, 3, 3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     matrix = torch.einsum("nij...,nkj...->nik...", root, root)
-    upper = [matrix[:, i, j] for i, j in ((0, 0), (1, 1), (2, 2), (0, 1), (0, 2), (1, 2))]
-    force = torch.randn(pairs, 3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 1))
-    return torch.cat((torch.stack(upper, 1), force), 1)
+    force = torch.randn(pairs, 3, 1, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 1))
+    return torch.cat((matrix, force), 2).flatten(1, 2)
 
 
 def weights(*values: float) -> torch.Tensor:
@@ -46,10 +45,9 @@ def laplacian(field: torch.Tensor) -> torch.Tensor:
 def dense(normal: torch.Tensor, displacement: torch.Tensor, fluid: float, elastic: float) -> torch.Tensor:
     """The same by a dense matrix among the cosines of low frequency (Galerkin's method)."""
     waves = low_frequencies(displacement.shape[2:])
-    xx, yy, zz, xy, xz, yz = normal[:, :6].unbind(1)
-    matrix = torch.stack((xx, xy, xz, xy, yy, yz, xz, yz, zz), 1).unflatten(1, (3, 3))
+    matrix, force = solver.parts(normal)
     left = (matrix * waves[:, None]).sum(2) + (fluid + elastic) * laplacian(waves)
-    right = normal[:, 6:] - elastic * laplacian(displacement)
+    right = force - elastic * laplacian(displacement)
     shares = torch.linalg.solve(waves.flatten(1) @ left.flatten(1).T, waves.flatten(1) @ right.flatten())
     return (shares @ waves.flatten(1)).view(displacement.shape)
 
@@ -81,19 +79,19 @@ def test_each_iteration_comes_closer():
 
 def test_the_same_matrix_everywhere_is_solved_at_once():
     """There the preconditioner is the inverse: a force of one cosine is answered by that cosine."""
-    normal = torch.zeros(1, 9, *SHAPE, dtype=torch.float64)
-    normal[:, :3] = 3.0
+    normal = torch.zeros(1, 12, *SHAPE, dtype=torch.float64)
+    normal[:, [XX, YY, ZZ]] = 3.0
     at = torch.arange(SHAPE[2], dtype=torch.float64)
-    normal[:, 6] = torch.cos(torch.pi * 2 * (at + 0.5) / SHAPE[2])
+    normal[:, X] = torch.cos(torch.pi * 2 * (at + 0.5) / SHAPE[2])
     found = solve(normal, None, weights(1.5), 0.5, iterations=1)
     stiffness = 2.0 * (2 - 2 * torch.cos(torch.tensor(torch.pi * 2 / SHAPE[2])).double())
-    torch.testing.assert_close(found, normal[:, 6:] / (3 + stiffness))
+    torch.testing.assert_close(found, solver.parts(normal)[1] / (3 + stiffness))
 
 
 @given(seed=st.integers(0, 10**6))
 def test_pairs_of_a_batch_do_not_know_of_each_other(seed):
     normal, fluid, elastic = equations(seed, pairs=2), weights(0.5, 2.0), 0.1
-    displacement = equations(seed + 7, pairs=2)[:, 6:]
+    displacement = solver.parts(equations(seed + 7, pairs=2))[1]
     together = solve(normal, displacement, fluid, elastic, 5)
     for i in range(2):
         one = (x[i : i + 1] for x in (normal, displacement, fluid))
@@ -102,7 +100,7 @@ def test_pairs_of_a_batch_do_not_know_of_each_other(seed):
 
 def test_without_force_nothing_moves_and_without_information_nothing_breaks():
     normal = equations(2)
-    normal[:, 6:] = 0
+    normal[:, [X, Y, Z]] = 0
     for still in (normal, torch.zeros_like(normal)):
         assert torch.equal(solve(still, None, weights(1.0), 0.0, 6), torch.zeros(1, 3, *SHAPE).double())
     assert torch.isfinite(solve(torch.zeros_like(normal), None, weights(0.0), 0.0, 6)).all()
@@ -117,7 +115,7 @@ def step_of(normal: torch.Tensor, smoothness: Smoothness, stride: int) -> torch.
 
 def constant(values: dict[int, float], shape=(6, 7, 8)) -> torch.Tensor:
     """Equations that are the same everywhere."""
-    normal = torch.zeros(1, 9, *shape, dtype=torch.float64)
+    normal = torch.zeros(1, 12, *shape, dtype=torch.float64)
     for part, value in values.items():
         normal[:, part] = value
     return normal
@@ -126,6 +124,7 @@ def constant(values: dict[int, float], shape=(6, 7, 8)) -> torch.Tensor:
 def test_equal_equations_everywhere_have_their_own_solution():
     """A u = b, A with off-diagonal terms, by torch's solver: nothing to smooth."""
     parts = {XX: 4.0, XY: 1.0, XZ: -0.5, YY: 3.0, YZ: 0.25, ZZ: 2.0, X: 0.6, Y: -0.3, Z: 0.9}
+    parts |= {YX: parts[XY], ZX: parts[XZ], ZY: parts[YZ]}
     step = step_of(constant(parts), DEFAULT.first_smoothness, 2)
     matrix = torch.tensor([[4.0, 1.0, -0.5], [1.0, 3.0, 0.25], [-0.5, 0.25, 2.0]], dtype=torch.float64)
     expected = torch.linalg.solve(matrix, torch.tensor([0.6, -0.3, 0.9]).double())

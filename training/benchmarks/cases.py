@@ -115,6 +115,11 @@ def prepare_pair(load: Callable[[], Material], spacing: float, folder: Path, ali
     """
     if not (folder / "pair.json").exists():
         _prepare(load(), spacing, folder, align)
+    return stored(folder)
+
+
+def stored(folder: Path) -> Prepared:
+    """The pair that :func:`prepare_pair` has put into a folder."""
     about = json.loads((folder / "pair.json").read_text())
     fixed, fixed_labels, moving_labels, inside = (
         sitk.ReadImage(str(folder / f"{n}.mha")) for n in ("fixed", "fixed_labels", "moving_labels", "inside")
@@ -130,7 +135,7 @@ def prepare_pair(load: Callable[[], Material], spacing: float, folder: Path, ali
         landmarks=None if points is None else (np.array(points[0]), np.array(points[1])),
         initial=np.array(about["initial"]),
         seconds=about["seconds"],
-        unbent=prepare_pair(load, spacing, folder / UNBENT, align) if (folder / UNBENT).is_dir() else None,
+        unbent=stored(folder / UNBENT) if (folder / UNBENT).is_dir() else None,
     )
 
 

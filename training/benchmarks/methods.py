@@ -252,7 +252,6 @@ METHODS = {
         "picsl-greedy", "normalized mutual information, 100 x 50 x 10 iterations at shrink factors 4, 2 and 1, "
         "default smoothing", greedy,
     ),
-    "without network": Method(None, "the variational method alone", divregnet, {"method": "variational"}),
     "DivRegNet, fast": Method(None, "preset fast", divregnet, {}, "fast"),
     DEFAULT: Method(None, "all options as they are", divregnet, {}),
     "DivRegNet, refined": Method(None, "as many steps of refinement as --refine says", divregnet, {"refine": REFINE_STEPS}),

@@ -12,7 +12,7 @@ COSTS = ("seconds", "deformation s", "CPU s", "peak MiB", "above start MiB", "GP
 HELD_BACK, SEEN, ALL = "held back", "seen", "all pairs"
 RIVALS = ("ANTs SyN", "ANTs SyN, CC", "elastix", "ConvexAdam", "NiftyReg", "greedy")
 AIM_OF_PAIRS = 0.9
-COLORS = dict(zip(METHODS, ("0.75", "0.45", "C0", "#8fbce6", "C1", "C2", "C8", "C4", "C6", "#f2a0a0", "C3", "#8c1a1a", "k"),
+COLORS = dict(zip(METHODS, ("0.75", "0.45", "C0", "#8fbce6", "C1", "C2", "C8", "C4", "#f2a0a0", "C3", "#8c1a1a", "k"),
                   strict=True))  # fmt: skip
 
 
@@ -126,8 +126,30 @@ def aims(rows: list[dict]) -> list[dict]:
     return table
 
 
+def worst(rows: list[dict], count: int = 5, ours: str = DEFAULT) -> list[dict]:
+    """The pairs on which ``ours`` has the most error, as a multiple of that of the best other method.
+
+    The error is 1 - Dice where Dice ranks the family, and the error in mm elsewhere.
+    """
+    errors: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        by = judged(row["family"])
+        if "failed" not in row and row.get(by) is not None:
+            value = 1 - row[by] if by == "Dice" else row[by]
+            errors.setdefault((row["family"], row["case"]), {})[row["method"]] = value
+    table = []
+    for (family, case), of in errors.items():
+        others = {m: e for m, e in of.items() if m in RIVALS}
+        if ours in of and others:
+            best = min(others, key=others.get)
+            times = of[ours] / max(others[best], 1e-9)
+            table.append({"family": family, "case": case, "best other": best, "error, times that of the best other": times}
+                         | {"error of ours": of[ours]})  # fmt: skip
+    return sorted(table, key=lambda row: -row["error, times that of the best other"])[:count]
+
+
 def plot(rows: list[dict]) -> Figure:
-    """Accuracy against time, one panel per family: means over all its pairs, bars of one standard error."""
+    """Accuracy against CPU time, one panel per family: means over all its pairs, bars of one standard error."""
     families = list(dict.fromkeys(r["family"] for r in rows))
     table = means([r | {"set": ALL} for r in rows])
     columns = min(len(families), 4)
@@ -140,10 +162,10 @@ def plot(rows: list[dict]) -> Figure:
                 axes.axhline(row[by], color=COLORS[method], linestyle=":", label=method)
                 continue
             marker = "D" if method in OURS else "o"
-            axes.errorbar(row["seconds"], row[by], yerr=row.get(f"{by} se"), fmt=marker, color=COLORS[method], label=method,
+            axes.errorbar(row["CPU s"], row[by], yerr=row.get(f"{by} se"), fmt=marker, color=COLORS[method], label=method,
                           markersize=5, elinewidth=0.8)  # fmt: skip
         count = max((row["pairs"] for row in of.values()), default=0)
-        axes.set(xscale="log", title=f"{family}, {count} pair{'s' * (count != 1)}", xlabel="seconds", ylabel=by)
+        axes.set(xscale="log", title=f"{family}, {count} pair{'s' * (count != 1)}", xlabel="CPU seconds", ylabel=by)
         if by != "Dice":  # better is up
             axes.invert_yaxis()
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -72,6 +72,12 @@ def _crops(data: Path, fixed: int, moving: int) -> Material:
     return Material(*images, *(read_labels(data / f"hippocampus/labels/{names[i]}") for i in (fixed, moving)))
 
 
+def _thick(data: Path, task: str, millimeters: int = 3) -> Material:
+    """A phantom whose moving image has thick slices."""
+    material = cases.phantom(data, task, 7000)
+    return replace(material, moving=sitk.BinShrink(material.moving, [1, 1, millimeters]))
+
+
 def _heads(spacing: float) -> list[Case]:
     """Pairs of painted heads of subjects that may be learned from."""
     pairs = (("01", "02", ("T2", "T1")), ("05", "06", ("any", "any")))
@@ -90,6 +96,8 @@ DEVELOPMENT = [
     *(Case("hippocampus", f"{m} to {f}", partial(_crops, fixed=f, moving=m), 1.0, "affine", "Dice")
       for f, m in ((0, 1), (40, 41), (80, 82), (120, 123))),
     *(Case("AAL phantoms", task, partial(cases.phantom, task=task, seed=7000), 2.0, "none", "error mm")
+      for task in ("T1-T2", "PD-T2")),
+    *(Case("thick slices, AAL phantoms", task, partial(_thick, task=task), 2.0, "none", "error mm")
       for task in ("T1-T2", "PD-T2")),
     *_of_benchmark("aligned pairs", ("T1 to T2", "PD to T2")),
     *_of_benchmark("MS07 to BrainWeb", ("T2 to T1", "T1POST to T2")),

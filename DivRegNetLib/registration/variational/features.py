@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from DivRegNetLib.core import fields
 from DivRegNetLib.registration.variational.settings import Level, VariationalSettings
-from DivRegNetLib.similarity.descriptors import believable, mind_ssc
+from DivRegNetLib.similarity.descriptors import mind_ssc
 
 DESCRIPTOR_STRIDE = 2  # voxels of a level's images per descriptor, along each axis
 
@@ -61,38 +61,6 @@ class Features:
         return Features(*sharp, weight, self.stride)
 
 
-def normal_equations(fixed: Tensor, warped: Tensor, weight: float, counted: Tensor | None = None) -> Tensor:
-    """Information and force of features at every voxel.
-
-    Args:
-        fixed, warped: (N, C, D, H, W), the moving features after the displacement.
-        weight: see :class:`Features`.
-        counted: (N, 1, D, H, W) bool, the voxels that count; None: all. Differences do not reach across their edge.
-    Returns:
-        (N, 9, D, H, W): xx, yy, zz, xy, xz, yz of the information and x, y, z of the force, in voxels.
-    """
-    difference, both = fixed - warped, fixed + warped
-    slopes = both.new_zeros(len(both), 3, *both.shape[1:])  # central differences of the mean, 0 at the border
-    for slope, dim in zip(slopes.unbind(1), (4, 3, 2), strict=True):
-        inner = both.shape[dim] - 2
-        if inner > 0:
-            middle = slope.narrow(dim, 1, inner)
-            torch.sub(both.narrow(dim, 2, inner), both.narrow(dim, 0, inner), out=middle)
-            if counted is not None:
-                middle.mul_(counted.narrow(dim, 2, inner) & counted.narrow(dim, 0, inner))
-    slopes.mul_(0.25)
-    normal = both.new_empty(len(both), 9, *both.shape[2:])
-    # Diagonal; xy and xz; yz; force.
-    for out, one, other in (
-        (slice(0, 3), slopes, slopes),
-        (slice(3, 5), slopes[:, :1], slopes[:, 1:]),
-        (slice(5, 6), slopes[:, 1:2], slopes[:, 2:]),
-        (slice(6, 9), slopes, difference[:, None]),
-    ):
-        torch.sum(one * other, 2, out=normal[:, out])
-    return normal.mul_(weight if counted is None else weight * counted)
-
-
 class FeatureEquations:
     """The equations of a pair's features at one level, for any displacement."""
 
@@ -100,53 +68,79 @@ class FeatureEquations:
         self,
         features: Features,
         shape: tuple[int, int, int],
-        valid: tuple[Tensor, Tensor] | None = None,
+        valid: Valid | None = None,
         threshold: float = 0.5,
         finer: int = 1,
+        reach: int = 1,
     ) -> None:
         """
         Args:
             shape: (D, H, W) to which features are averaged, or interpolated: that of the level's displacements, or ...
             finer: ... a grid that displacements are so many times finer than. Equations then hold for all voxels of a cube.
             valid: where the fixed and the moving image were measured, (N, 1, ...) on any grid that covers the images.
-            threshold: a voxel counts where at least this fraction of it was measured.
+            threshold: a voxel counts where more than this fraction of it, and of those around it, was measured.
+            reach: how many voxels around it; 1 is what differences need.
         """
-        self.weight, self.threshold, self.parts = features.weight, threshold, features.parts
-        self.shape, self.finer = tuple(shape), finer
-        self.fixed, self.moving = (resized(x, shape) for x in (features.fixed, features.moving))
-        self.valid = None if valid is None else tuple(resized(v.to(self.fixed.dtype), shape) for v in valid)
+        self.shape, self.finer, self.parts = tuple(shape), finer, features.parts
+        self.weight, self.measured = features.weight, valid is not None
+        # The gradient of the mean is a quarter of the differences of the sum: with the fixed features times ``factor``, one
+        # number is left to multiply information and force by.
+        self.factor = 4 * finer
+        fixed, moving = (resized(x, shape) for x in (features.fixed, features.moving))
+        self.fixed = fixed * self.factor
+        self.scale = features.weight * self.parts / self.factor**2
+        inside = ()
+        if valid is not None:
+            both = within(torch.cat([resized(v.to(fixed.dtype), shape) for v in valid]), reach, threshold).chunk(2)
+            self.scale, *inside = self.scale * both[0], both[1].to(fixed.dtype)
+        self.moving = [torch.cat((moving[:, i :: self.parts], *inside), 1) for i in range(self.parts)]
+        # Differences along x, y and z, which stay 0 at the border, and that of the two images.
+        self.differences = fixed.new_zeros(len(fixed), 4, *self.fixed[:, :: self.parts].shape[1:])
 
     def __call__(self, displacement: Tensor | None, number: int = 0) -> Tensor:
-        """Information and force at each voxel, (N, 9, d, h, w), see :func:`normal_equations`.
+        """Information and force at each voxel.
 
         Args:
             displacement: (N, 3, d, h, w) in voxels of the level's grid; None: the identity.
             number: of the step, which decides the channels that are used.
+        Returns:
+            (N, 12, d, h, w): three rows of xx, xy, xz of the information and x of the force, in voxels of the level's grid.
         """
-        part = slice(number % self.parts, None, self.parts)
-        warped, counted = self._warped(displacement, part)
-        normal = normal_equations(self.fixed[:, part], warped, self.weight * self.parts, counted)
-        if self.finer == 1:
-            return normal
-        normal[:, :6].div_(self.finer**2)  # per squared voxel of the displacement's grid
-        normal[:, 6:].div_(self.finer)
-        return F.interpolate(normal, scale_factor=self.finer, mode="nearest")
+        fixed, warped, scale = self._warped(displacement, number % self.parts)
+        both = torch.add(warped, fixed, alpha=1 / self.factor)
+        parts = self.differences[:, :, : both.shape[1]]
+        for axis, dim in enumerate((4, 3, 2)):
+            inner = both.shape[dim] - 2
+            if inner > 0:
+                out = parts[:, axis].narrow(dim, 1, inner)
+                torch.sub(both.narrow(dim, 2, inner), both.narrow(dim, 0, inner), out=out)
+        torch.sub(fixed, warped, alpha=self.factor, out=parts[:, 3])
+        first, *others = parts.unbind(2)
+        normal = first[:, :3, None] * first[:, None]
+        for channel in others:
+            normal.addcmul_(channel[:, :3, None], channel[:, None])
+        normal = normal.flatten(1, 2).mul_(scale)
+        return normal if self.finer == 1 else F.interpolate(normal, scale_factor=self.finer, mode="nearest")
 
     def energy(self, displacement: Tensor | None) -> Tensor:
         """(N,): mean energy of the voxels that count, in nats."""
-        warped, counted = self._warped(displacement)
-        return _mean(self.weight / 2 * (self.fixed - warped).square().sum(1, keepdim=True), counted)
+        energy, counted = 0.0, None
+        for part in range(self.parts):
+            fixed, warped, scale = self._warped(displacement, part)
+            squares = (fixed - self.factor * warped).square().sum(1, keepdim=True)
+            energy = energy + self.weight / (2 * self.factor**2) * squares
+            counted = scale > 0 if self.measured else torch.ones_like(squares, dtype=torch.bool)
+        return (energy * counted).flatten(1).sum(1) / counted.flatten(1).sum(1).clamp_min(1)
 
-    def _warped(self, displacement: Tensor | None, part: slice = slice(None)) -> tuple[Tensor, Tensor | None]:
-        """The warped moving features of some channels, and the voxels that count (N, 1, d, h, w), or None."""
-        channels = self.moving[:, part]
-        channels = channels if self.valid is None else torch.cat((channels, self.valid[1]), 1)
+    def _warped(self, displacement: Tensor | None, part: int) -> tuple[Tensor, Tensor, Tensor | float]:
+        """The fixed features of one part times ``factor``, the warped moving ones, and what information and force of each
+        voxel are multiplied by, (N, 1, d, h, w) or a number."""
+        fixed, channels = self.fixed[:, part :: self.parts], self.moving[part]
         if displacement is not None:
             channels = fields.warp(channels, fields.resize(displacement, self.shape))
-        if self.valid is None:
-            return channels, None
-        counted = (self.valid[0] > self.threshold) & (channels[:, -1:] > self.threshold)
-        return channels[:, :-1], counted
+        if not self.measured:
+            return fixed, channels, self.scale
+        return fixed, channels[:, :-1], self.scale * channels[:, -1:]
 
 
 def descriptors(
@@ -166,21 +160,40 @@ def descriptors(
     if any(n % DESCRIPTOR_STRIDE for n in images.shape[2:]):
         finer = 1
     grid = tuple(n // (settings.stride * finer) for n in images.shape[2:])
-    within = known = None
+    reliable = None
     if valid is not None:
-        measured = torch.cat([resized(v.to(images.dtype), tuple(images.shape[2:])) for v in valid])
-        within = believable(measured > settings.validity_threshold)
-        known = resized(within.to(images.dtype), grid).chunk(2)
-    channels = resized(mind_ssc(images, floor=settings.descriptor_floor, valid=within), grid)
+        valid = tuple(resized(v.to(images.dtype), grid) for v in valid)
+        reliable = within(torch.cat(valid), 1, settings.validity_threshold).to(images.dtype)
+        reliable = F.interpolate(reliable, images.shape[2:]) > 0.5
+    channels = resized(mind_ssc(images, floor=settings.descriptor_floor, valid=reliable), grid)
     weight = settings.descriptor_weight * level.descriptors
     features = Features(*channels.chunk(2), weight=weight, parts=settings.descriptor_parts)
-    return FeatureEquations(features, grid, known, settings.validity_threshold, finer)
+    # A descriptor reaches two voxels of the images, which are one of its grid, and differences another one.
+    return FeatureEquations(features, grid, valid, settings.validity_threshold, finer, reach=2)
 
 
-def _mean(energy: Tensor, counted: Tensor | None) -> Tensor:
-    if counted is None:
-        return energy.flatten(1).mean(1)
-    return (energy * counted).flatten(1).sum(1) / counted.flatten(1).sum(1).clamp_min(1)
+def within(measured: Tensor, reach: int, threshold: float) -> Tensor:
+    """(N, 1, D, H, W) bool: voxels all of whose surroundings were measured; a border of the array is none.
+
+    Args:
+        measured: (N, 1, D, H, W), the fraction of each voxel.
+        reach: of the surroundings, voxels.
+        threshold: larger fractions are enough.
+    """
+    return F.max_pool3d(-measured, 2 * reach + 1, 1, reach) < -threshold
+
+
+def eroded(*valid: Tensor) -> tuple[Tensor, ...]:
+    """Bool images (N, 1, D, H, W) without their outermost voxels, whose differences would reach across an edge; each is
+    unchanged where nothing else would be left."""
+    whole = torch.stack(valid)
+    inner = whole.clone()
+    for dim in (3, 4, 5):
+        before, last = inner.clone(), inner.shape[dim] - 1
+        inner.narrow(dim, 0, last).logical_and_(before.narrow(dim, 1, last))
+        inner.narrow(dim, 1, last).logical_and_(before.narrow(dim, 0, last))
+    left = inner.flatten(1).any(1).view(-1, 1, 1, 1, 1, 1)
+    return torch.where(left, inner, whole).unbind()
 
 
 def resized(features: Tensor, shape: tuple[int, int, int]) -> Tensor:

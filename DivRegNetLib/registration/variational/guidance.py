@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from DivRegNetLib.registration.variational import solver
-from DivRegNetLib.registration.variational.equations import Equations, eroded
+from DivRegNetLib.registration.variational.equations import Equations
+from DivRegNetLib.registration.variational.features import eroded
 from DivRegNetLib.registration.variational.settings import VariationalSettings
 
 CHANNELS = 8  # for each of two smoothnesses a step (3) and the information (1)
@@ -30,10 +31,11 @@ def guidance(
         normal = Equations(fixed, warped, settings, settings.levels[-1], valid)(None)
         both = settings.first_smoothness, settings.last_smoothness
         smoothed = torch.cat([solver.smoothed(normal, s, settings) for s in both])
-        weight = torch.cat([solver.total_weight(normal, s, settings) for s in both])
+        mean = solver.mean_information(smoothed).split(len(normal))
+        weight = torch.cat([solver.total_weight(m, s, settings) for m, s in zip(mean, both, strict=True)])
         steps = solver.bounded(solver.solve(smoothed, None, weight, 0.0, settings), settings)
         # Information at each voxel, the mean over the axes, relative to the mean of the image.
-        known = smoothed[:, :3].mean(1, keepdim=True) + settings.tikhonov
+        known = smoothed[:, ::5].mean(1, keepdim=True) + settings.tikhonov
         unit = (solver.mean_information(normal) + settings.information_floor).repeat(2, 1, 1, 1, 1)
         known = known / (known + unit)
     forward, backward = (torch.cat(torch.cat((s, known), 1).chunk(2), 1) for s in (steps, -steps))

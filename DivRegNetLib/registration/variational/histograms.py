@@ -5,7 +5,7 @@ and its neighbors, with a small contribution of the whole images. Source: Zhuang
 using spatially encoded mutual information and free-form deformations", IEEE TMI 2011.
 
 The cells of the joint histograms of all blocks and all pairs of a batch are numbered consecutively: pair, block, row (fixed
-intensity), column (moving intensity). One more cell, the last, is that of voxels that are not counted.
+intensity), column (moving intensity). One more row, the last, is that of voxels that are not counted.
 """
 
 import math
@@ -17,7 +17,7 @@ from torch import Tensor
 from DivRegNetLib.core import fields
 from DivRegNetLib.registration.variational.settings import VariationalSettings
 
-EMPTY = 1e-12  # voxels in an empty cell: too few to matter, but enough to divide by
+SMALLEST = 1e-6  # share of what was observed in a joint distribution
 
 
 class Layout(NamedTuple):
@@ -34,7 +34,7 @@ class Layout(NamedTuple):
 
     @property
     def cells(self) -> int:
-        """Of all histograms; also the number of the cell beyond them."""
+        """Of all histograms; also the number of the first cell beyond them."""
         return self.pairs * math.prod(self.blocks) * self.bins**2
 
 
@@ -49,7 +49,7 @@ def histogram_rows(fixed: Tensor, block: int, bins: int, counted: Tensor | None 
         (N, 1, D, H, W) int32, ``layout.cells`` where a voxel is not counted; and the layout.
     """
     layout = Layout(len(fixed), tuple(math.ceil(n / block) for n in fixed.shape[2:]), bins)
-    row = to_bins(fixed, bins).int()
+    row = to_bins(fixed, bins).int()  # cut off
     rows = torch.add(_first_cells(*fixed.shape[2:], block, bins, like=fixed), row, alpha=bins)
     if layout.pairs > 1:
         pair = torch.arange(layout.pairs, device=fixed.device, dtype=torch.int32).view(-1, 1, 1, 1, 1)
@@ -68,8 +68,8 @@ _first_cells = fields.cached(_first_cells, size=fields.CACHED_GRIDS)
 
 
 def to_bins(image: Tensor, bins: int) -> Tensor:
-    """The bin of each value in [0, 1], as a float; the first for NaN, which has no index."""
-    return (image * (bins - 1)).round_().nan_to_num_().clamp_(0, bins - 1)
+    """Values in [0, 1] on the scale of the bins, whose numbers are the whole parts; the first bin for NaN."""
+    return torch.nan_to_num(image).clamp_(0, 1).mul_(bins - 1).add_(0.5)
 
 
 def write_tables(cell: Tensor, layout: Layout, settings: VariationalSettings, tables: Tensor) -> None:
@@ -77,16 +77,18 @@ def write_tables(cell: Tensor, layout: Layout, settings: VariationalSettings, ta
 
     Args:
         cell: int64, of all voxels of the batch, any shape.
-        tables: (5, cells + 1), written to but for the last cell: dL/dm, dL/df, E[(dL/dm)^2 | f], E[(dL/df)^2 | m] and L.
+        tables: (5, cells + bins), written to but for the last row: dL/dm, -dL/df, E[(dL/dm)^2 | f], E[(dL/df)^2 | m] and L up
+            to a constant.
     """
     # Sums of ones are whole numbers (below 2^24), so they do not depend on the order in which a GPU adds.
     ones = fields.constants(1, like=tables).expand(cell.numel())
-    counts = tables.new_full((layout.cells + 1,), EMPTY).scatter_add_(0, cell.flatten(), ones)
+    counts = tables.new_full((layout.cells + layout.bins,), settings.epsilon).scatter_add_(0, cell.flatten(), ones)
     _pointwise(_joint(counts[: layout.cells], layout, settings), settings, tables[:, : layout.cells])
 
 
 def _joint(counts: Tensor, layout: Layout, settings: VariationalSettings) -> Tensor:
-    """Joint distributions p(f, m) of all blocks, (pairs * blocks, bins, bins), before independence is mixed in.
+    """Joint histograms of all blocks after smoothing, (pairs * blocks, bins + 1, bins + 1): the last column has the sums of the
+    rows, the last row those of the columns.
 
     Args:
         counts: (cells,).
@@ -96,36 +98,42 @@ def _joint(counts: Tensor, layout: Layout, settings: VariationalSettings) -> Ten
     near = y @ (z @ counts.view(n, d, -1)).view(n * d, h, -1)
     near = (x @ near.view(n * d * h, w, -1)).view(n, -1, bins, bins)
     everywhere = counts.view(n, -1, bins, bins).sum(1, keepdim=True)
-    # Each histogram gets the share global_weight of the number of its own voxels from that of the whole images.
-    share = near.sum((2, 3), keepdim=True) / everywhere.sum((2, 3), keepdim=True)
-    near = torch.addcmul(near, share, everywhere, value=settings.global_weight).view(-1, bins, bins)
-    parzen = fields.gaussian(bins, settings.parzen_sigma, like=counts)
-    joint = parzen @ near @ parzen.T
-    return joint.div_(joint.sum((1, 2), keepdim=True))
+    # The whole images count as much everywhere as global_weight times the voxels of a usual block.
+    near = torch.add(near, everywhere, alpha=settings.global_weight / (d * h * w)).view(-1, bins, bins)
+    parzen = _parzen(bins, settings.parzen_sigma, like=counts)
+    return parzen @ near @ parzen.T
 
 
 def _pointwise(joint: Tensor, settings: VariationalSettings, out: Tensor) -> None:
-    """Writes the tables of joint distributions.
+    """Writes the tables of joint histograms.
 
     Args:
-        joint: (B, bins, bins), written to.
+        joint: (B, bins + 1, bins + 1), with the sums.
         out: (5, B * bins * bins), see :func:`write_tables`.
     """
-    epsilon, derivative = settings.epsilon, _derivative(settings.bins, like=joint)
-    along_m, along_f, info_m, info_f, pointwise = out = out.view(5, *joint.shape)
-    p_f, p_m = joint.sum(2, keepdim=True), joint.sum(1, keepdim=True)
-    product = p_f * p_m
-    joint.lerp_(product, settings.independence_weight)
-    torch.div(joint + epsilon, product.add_(epsilon), out=pointwise).log_()
-    torch.matmul(derivative, pointwise, out=along_f)
-    torch.matmul(pointwise, derivative.T, out=along_m)
+    along_m, along_f, info_m, info_f, pointwise = out = out.view(5, len(joint), settings.bins, settings.bins)
+    joint, of_f, of_m, total = joint[:, :-1, :-1], joint[:, :-1, -1:], joint[:, -1:, :-1], joint[:, -1:, -1:]
+    torch.div(joint, of_f * (of_m / total), out=pointwise)
+    # Mixed with the product of the marginals; the logarithm of that, up to a constant.
+    share = settings.independence_weight
+    pointwise.add_(share / max(1 - share, SMALLEST)).log_()
+    torch.matmul(_derivative(settings.bins, -1, like=joint), pointwise, out=along_f)
+    torch.matmul(pointwise, _derivative(settings.bins, 1, like=joint).T, out=along_m)
     # E[(dL/dm)^2 | f] is the same in a row, E[(dL/df)^2 | m] in a column.
     both = (out[:2] * joint).mul_(out[:2])
-    torch.div(both[0].sum(2, keepdim=True).expand_as(joint), p_f, out=info_m)
-    torch.div(both[1].sum(1, keepdim=True).expand_as(joint), p_m, out=info_f)
+    torch.div(both[0].sum(2, keepdim=True).expand_as(joint), of_f, out=info_m)
+    torch.div(both[1].sum(1, keepdim=True).expand_as(joint), of_m, out=info_f)
 
 
 @fields.cached
-def _derivative(bins: int, *, like: Tensor) -> Tensor:
-    """(bins, bins): maps values at equal steps from 0 to 1 to their derivative there, by central differences."""
-    return torch.gradient(torch.eye(bins, dtype=like.dtype, device=like.device) * (bins - 1), dim=0)[0]
+def _parzen(bins: int, sigma: float, *, like: Tensor) -> Tensor:
+    """(bins + 1, bins): the Parzen window, and a row that adds what it gives."""
+    window = fields.gaussian(bins, sigma, like=like)
+    return torch.cat((window, window.sum(0, keepdim=True)))
+
+
+@fields.cached
+def _derivative(bins: int, sign: int, *, like: Tensor) -> Tensor:
+    """(bins, bins): maps values at equal steps from 0 to 1 to their derivative there, by central differences, times a sign."""
+    steps = torch.eye(bins, dtype=like.dtype, device=like.device) * (sign * (bins - 1))
+    return torch.gradient(steps, dim=0)[0]

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from DivRegNetLib.core import fields
 from DivRegNetLib.registration.variational import solver
-from DivRegNetLib.registration.variational.equations import Equations, Valid, eroded
-from DivRegNetLib.registration.variational.features import FeatureEquations, Features, descriptors
+from DivRegNetLib.registration.variational.equations import Equations
+from DivRegNetLib.registration.variational.features import FeatureEquations, Features, Valid, descriptors, eroded
 from DivRegNetLib.registration.variational.schedule import Stage, schedule
 from DivRegNetLib.registration.variational.settings import Smoothness, VariationalSettings
 
@@ -130,10 +130,14 @@ def next_step(
     Returns:
         The displacement after the step, and the step.
     """
-    settings = equations.settings
-    step = solver.step(equations(displacement, number), smoothness, settings, displacement)
-    if previous is not None and equations.level.momentum:
-        step = solver.bounded(step.add_(previous, alpha=equations.level.momentum), settings)
+    step = solver.step(
+        equations(displacement, number),
+        smoothness,
+        equations.settings,
+        displacement,
+        previous,
+        equations.level.momentum,
+    )
     return step if displacement is None else fields.compose(displacement, step), step
 
 

@@ -80,7 +80,7 @@ class VariationalSettings:
     global_weight: weight of the histogram of the whole images relative to that of a block's neighborhood.
     independence_weight: weight of the product of the marginals that is mixed into each joint distribution, 0 to 1, so that
         intensity pairs that were hardly observed carry little information (shrinkage towards independence).
-    epsilon: added to probabilities before a logarithm is taken.
+    epsilon: voxels in an empty cell of a joint histogram: too few to matter, but enough to divide by.
 
     Classes (:mod:`DivRegNetLib.similarity.classes`):
 

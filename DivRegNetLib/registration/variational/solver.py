@@ -19,37 +19,50 @@ from torch import Tensor
 from DivRegNetLib.core import fields
 from DivRegNetLib.registration.variational.settings import Smoothness, VariationalSettings
 
-# Components of a symmetric matrix, in the order in which they are kept.
-COMPONENTS = ((0, 0), (1, 1), (2, 2), (0, 1), (0, 2), (1, 2))
 TINY = 1e-30  # keeps divisions by 0 finite
 
 
 def step(
-    normal: Tensor, smoothness: Smoothness, settings: VariationalSettings, displacement: Tensor | None = None
+    normal: Tensor,
+    smoothness: Smoothness,
+    settings: VariationalSettings,
+    displacement: Tensor | None = None,
+    previous: Tensor | None = None,
+    momentum: float = 0.0,
 ) -> Tensor:
     """The regularized Gauss-Newton step.
 
     Args:
-        normal: (N, 9, D, H, W), see :class:`~DivRegNetLib.registration.variational.equations.Equations`.
+        normal: (N, 12, D, H, W), see :class:`~DivRegNetLib.registration.variational.equations.Equations`.
         displacement: (N, 3, D, H, W) before the step; None: the identity.
+        previous: the step before, of which the fraction ``momentum`` is added; None: nothing is.
     Returns:
         (N, 3, D, H, W) in voxels of this grid, within ``max_step`` and ``max_gradient``.
     """
-    weight = total_weight(normal, smoothness, settings)
-    return bounded(
-        solve(smoothed(normal, smoothness, settings), displacement, weight, smoothness.elastic, settings), settings
-    )
+    normal = smoothed(normal, smoothness, settings)
+    mean = mean_information(normal)
+    weight = total_weight(mean, smoothness, settings)
+    solution = solve(normal, displacement, weight, smoothness.elastic, settings, mean)
+    if previous is not None and momentum:
+        solution.add_(previous, alpha=momentum)
+    return bounded(solution, settings)
+
+
+def parts(normal: Tensor) -> tuple[Tensor, Tensor]:
+    """Information (N, 3, 3, D, H, W) and force (N, 3, D, H, W) of equations (N, 12, D, H, W), views of them."""
+    rows = normal.unflatten(1, (3, 4))
+    return rows[:, :, :3], rows[:, :, 3]
 
 
 def smoothed(normal: Tensor, smoothness: Smoothness, settings: VariationalSettings) -> Tensor:
-    """(N, 9, D, H, W) equations, averaged by a Gaussian."""
+    """(N, 12, D, H, W) equations, averaged by a Gaussian."""
     return fields.smooth(normal, smoothness.window / settings.stride)
 
 
-def total_weight(normal: Tensor, smoothness: Smoothness, settings: VariationalSettings) -> Tensor:
-    """``fluid * (mean information + information_floor) + elastic``, (N, 1, 1, 1, 1)."""
-    constant = fields.constants(smoothness.fluid * settings.information_floor + smoothness.elastic, like=normal)
-    return torch.add(constant, mean_information(normal), alpha=smoothness.fluid)
+def total_weight(mean: Tensor, smoothness: Smoothness, settings: VariationalSettings) -> Tensor:
+    """``fluid * (mean information + information_floor) + elastic``, (N, 1, 1, 1, 1) as the mean."""
+    constant = fields.constants(smoothness.fluid * settings.information_floor + smoothness.elastic, like=mean)
+    return torch.add(constant, mean, alpha=smoothness.fluid)
 
 
 def bounded(step: Tensor, settings: VariationalSettings) -> Tensor:
@@ -59,7 +72,7 @@ def bounded(step: Tensor, settings: VariationalSettings) -> Tensor:
     ``x -> x + u(x)`` is one-to-one.
     """
     longest, steepest = settings.max_step, settings.max_gradient
-    step = step / step.square().sum(1, keepdim=True).sqrt_().clamp_min_(longest)  # in units of the longest
+    step = step * step.square().sum(1, keepdim=True).clamp_min_(longest**2).rsqrt_()  # in units of the longest
     differences = step.new_zeros(len(step), 3, *step.shape[1:])
     for axis, dim in enumerate((4, 3, 2)):
         inner = step.shape[dim] - 1
@@ -72,11 +85,16 @@ def bounded(step: Tensor, settings: VariationalSettings) -> Tensor:
 
 def mean_information(normal: Tensor) -> Tensor:
     """Mean of the information over voxels and axes, (N, 1, 1, 1, 1)."""
-    return normal[:, :3].mean((1, 2, 3, 4), keepdim=True)
+    return normal[:, ::5].mean((1, 2, 3, 4), keepdim=True)
 
 
 def solve(
-    normal: Tensor, displacement: Tensor | None, weight: Tensor, elastic: float, settings: VariationalSettings
+    normal: Tensor,
+    displacement: Tensor | None,
+    weight: Tensor,
+    elastic: float,
+    settings: VariationalSettings,
+    mean: Tensor | None = None,
 ) -> Tensor:
     """The solution s of the linear system above, by preconditioned conjugate gradients.
 
@@ -84,9 +102,10 @@ def solve(
     diagonal, and so is the preconditioner, the exact inverse for an A that equals its mean everywhere.
 
     Args:
-        normal: (N, 9, D, H, W): xx, yy, zz, xy, xz, yz of A, to whose diagonal ``tikhonov`` is added, and x, y, z of b.
+        normal: (N, 12, D, H, W): three rows of xx, xy, xz of A, to whose diagonal ``tikhonov`` is added, and x of b.
         displacement: u, (N, 3, D, H, W); None: 0.
         weight: (N, 1, 1, 1, 1), ``fluid + elastic`` in units of A, as is ``elastic``.
+        mean: of the information, see :func:`mean_information`; None: it is computed.
     Returns:
         (N, 3, D, H, W).
     """
@@ -96,40 +115,40 @@ def solve(
     laplace = _laplace(*shape, kept, like=normal)
     # Added to the diagonal at every voxel, tikhonov is the same for every frequency.
     stiffness = torch.addcmul(fields.constants(settings.tikhonov + TINY, like=normal), laplace, weight)
-    preconditioner = (stiffness + mean_information(normal)).reciprocal_()
-    columns = normal.index_select(1, _columns(like=normal)).split(3, 1)
+    inverse = stiffness + (mean_information(normal) if mean is None else mean)  # of the preconditioner
+    information, force = parts(normal)
+    tiny = fields.constants(TINY, like=normal).view(1, 1, 1)
 
-    def dot(a: Tensor, b: Tensor) -> Tensor:
-        """Scalar product of each item of the batch, (N, 1, 1, 1, 1), plus TINY, so that it can be divided by."""
-        tiny = fields.constants(TINY, like=normal).view(1, 1, 1)
-        return torch.baddbmm(tiny, a.view(n, 1, -1), b.view(n, -1, 1)).view(n, 1, 1, 1, 1)
+    def dot(a: Tensor, b: Tensor, plus: Tensor = tiny) -> Tensor:
+        """Scalar product of each item of the batch, (N, 1, 1), plus a number, so that it can be divided by."""
+        return torch.baddbmm(plus, a.reshape(n, 1, -1), b.reshape(n, -1, 1))
+
+    def scaled(number: Tensor) -> Tensor:
+        return number.view(n, 1, 1, 1, 1)
 
     if displacement is None:
-        residual = fields.along_axes(normal[:, 6:], *transforms)
+        residual = fields.along_axes(force, *transforms)
     else:
-        residual, smooth = fields.along_axes(torch.cat((normal[:, 6:], displacement), 1), *transforms).split(3, 1)
+        residual, smooth = fields.along_axes(torch.cat((force, displacement), 1), *transforms).split(3, 1)
         residual = torch.addcmul(residual, laplace, smooth, value=-elastic)
-    direction = preconditioner * residual
+    direction = residual / inverse
     power, solution = dot(residual, direction), None
-    for i in range(settings.cg_iterations):
+    for remaining in reversed(range(settings.cg_iterations)):
         spatial = fields.along_axes(direction, *back)
-        product = torch.mul(columns[0], spatial[:, :1])
-        product.addcmul_(columns[1], spatial[:, 1:2]).addcmul_(columns[2], spatial[:, 2:])
-        product = fields.along_axes(product, *transforms).addcmul_(stiffness, direction)
-        length = power / dot(direction, product)
+        product = (information * spatial[:, None]).sum(2)
+        if remaining:
+            product = fields.along_axes(product, *transforms).addcmul_(stiffness, direction)
+            curvature = dot(direction, product)
+        else:  # the product itself is not needed
+            curvature = dot(spatial, product, dot(direction, stiffness * direction))
+        length = scaled(power / curvature)
         solution = spatial * length if solution is None else solution.addcmul_(length, spatial)
-        if i + 1 < settings.cg_iterations:
+        if remaining:
             residual.addcmul_(length, product, value=-1)
-            preconditioned, previous = preconditioner * residual, power
+            preconditioned, previous = residual / inverse, power
             power = dot(residual, preconditioned)
-            direction = torch.addcmul(preconditioned, power / previous, direction)
+            direction = torch.addcmul(preconditioned, scaled(power / previous), direction)
     return solution
-
-
-@fields.cached
-def _columns(*, like: Tensor) -> Tensor:
-    """Where the three columns of a symmetric matrix lie among its six components."""
-    return torch.tensor([0, 3, 4, 3, 1, 5, 4, 5, 2], device=like.device)
 
 
 def _laplace(width: int, height: int, depth: int, kept: float, *, like: Tensor) -> Tensor:
