@@ -294,7 +294,10 @@ def test_a_trained_network_becomes_a_model_that_registers(two_cohorts, tmp_path,
     assert export.main() == 0
     model = models.load(str(tmp_path / "models" / "told.json"))
     assert model.card.classes == ["background", "1", "2", "3"] and model.card.spacing_mm == 4.0
-    assert (model.card.anatomy, model.card.variational_settings.class_weight) == ("phantom", 50.0)
+    settings = model.card.variational_settings
+    assert (model.card.anatomy, settings.class_weight) == ("phantom", 50.0)
+    # Steps on a finer grid follow what errs in the classes.
+    assert settings.descriptor_weight == 0 and all(settings.at(level).stride == 2 for level in settings.levels)
     assert str(tmp_path) not in (tmp_path / "models" / "told.json").read_text()
     best = torch.load(tmp_path / "run" / BEST, weights_only=True)
     assert all(torch.equal(v, best["net"][k]) for k, v in model.classnet.state_dict().items())
@@ -345,6 +348,7 @@ def test_the_experiment_trains_on_few_cases_and_compares_on_pairs_it_never_saw(t
     )
     assert experiment.main() == 0
     assert "| 1 cases | 2 |" in (output / "classes.md").read_text()
+    assert (output / "classes-worst-1-cases.png").stat().st_size > 1000
     rows = list(csv.DictReader((output / "classes.csv").open()))
     assert [(row["fixed"], row["moving"]) for row in rows] == experiment.pairs(tmp_path)[:2]
     listed = json.loads((output / "cohort" / "cohort.json").read_text())["volumes"]
@@ -385,6 +389,7 @@ def test_a_model_of_a_labeled_cohort_has_a_class_network_that_its_registrations_
     model = models.load(str(tmp_path / "models" / "told.json"))
     assert model.card.classes == ["background", "1", "2", "3"]
     assert "segmentation Dice" in model.card.scores and "cohort Dice" in model.card.scores
+    assert model.card.variational_settings.output_stride == 2
     run = tmp_path / "build" / "training" / "told"
     best = torch.load(run / BEST, weights_only=True)
     assert all(torch.equal(v, best["net"][k]) for k, v in model.classnet.state_dict().items())
@@ -400,7 +405,8 @@ def test_a_model_without_labels_or_where_they_are_not_wanted_has_none(
     folder = write_cohort(tmp_path / "unlabeled", volumes)
     for arguments in (["classes.steps=0"], ["classes.steps=2", f"data.cohort={folder}"]):
         assert train_model("--name", "plain", "--output", str(tmp_path / f"run-{arguments[0]}"), *arguments) == 0
-        assert models.load(str(tmp_path / "models" / "plain.json")).classnet is None
+        plain = models.load(str(tmp_path / "models" / "plain.json"))
+        assert plain.classnet is None and plain.card.variational_settings.output_stride == 1
     assert "no class network is trained" in capsys.readouterr().out
 
 

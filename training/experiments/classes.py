@@ -4,9 +4,9 @@
     python training/experiments/classes.py --data DIR --cases 5 20 60 168 --steps 2000 --output build/classes
 
 DIR holds ``hippocampus``. The first command registers 30 pairs of the last twenty crops by name, which no training may have
-seen, and writes a table; the second trains a class network on so few labeled cases first (with ``--resume`` it goes on
-where it was interrupted), as ``training/train.py --labels`` does with all of them. Dice is that of the anterior and the
-posterior part, on the grid of the fixed image.
+seen, writes a table, and draws the worst pair; the second trains a class network on so few labeled cases first (or goes on
+with it where it was interrupted), as ``training/train.py --labels`` does with all of them. Dice is that of the anterior and
+the posterior part, on the grid of the fixed image. Without classes a pair is registered with the usual settings.
 """
 
 import argparse
@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import SimpleITK as sitk
+import torch
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from DivRegNetLib import models
@@ -26,7 +28,7 @@ from DivRegNetLib.errors import DivRegNetError
 from DivRegNetLib.io.images import read_image, read_labels
 from DivRegNetLib.quality import metrics
 from DivRegNetLib.registration.pipeline import register
-from DivRegNetLib.result import Result
+from DivRegNetLib.registration.variational import DEFAULT
 from training import layers
 from training.classes import subjects
 from training.classes.config import CONFIGS, ClassTraining
@@ -34,6 +36,7 @@ from training.classes.export import export
 from training.classes.trainer import fit
 from training.data import cohort as cohorts
 from training.data import layouts, prepare
+from training.pictures import show
 
 HELD_OUT = 20
 VALIDATION = 12
@@ -54,7 +57,7 @@ def pairs(data: Path) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Row:
-    """Mean Dice of a pair: aligned, registered without and with classes; folded voxels of the last in %; seconds of both."""
+    """Mean Dice of a pair: aligned, registered without and with classes; folded voxels of the last in %."""
 
     fixed: str
     moving: str
@@ -62,49 +65,79 @@ class Row:
     without: float
     classes: float
     folded: float
-    seconds_without: float
-    seconds: float
 
 
-Registered = tuple[sitk.Transform, float, float, float]
-"""Without a class network: the alignment; Dice after it, and after the registration; seconds."""
+Registered = tuple[sitk.Transform, float, float]
+"""Without a class network: the alignment; Dice after it, and after the registration."""
 
 
 def registered(
     data: Path, fixed: str, moving: str, model: models.Model, device: str, before: dict[tuple, Registered]
 ) -> Row:
-    """Registers a pair with and without the class network of a model, from one alignment.
+    """Registers a pair with the class network of a model and, with the usual settings, without, from one alignment.
 
     Args:
-        before: results without class network; those of the same pair and settings are not computed again.
+        before: results without class network; those of the same pair on the same grid are not computed again.
     """
-    images = [read_image(data / "hippocampus/images" / name) for name in (fixed, moving)]
-    labels = [read_labels(data / "hippocampus/labels" / name) for name in (fixed, moving)]
-    key = (fixed, moving, model.card.variational_settings, model.card.spacing_mm)
+    images, labels = _read(data, fixed, moving)
+    key = (fixed, moving, model.card.spacing_mm)
     if key not in before:
-        without = register(*images, model=replace(model, classnet=None), device=device)
+        without = register(*images, model=_without_classes(model), device=device)
         start = affine_transform(without.initial)
-        dice = [_dice(labels, transform) for transform in (start, without.transform)]
-        before[key] = start, *dice, _seconds(without)
-    start, affine, plain, seconds = before[key]
+        before[key] = start, *(_dice(labels, transform) for transform in (start, without.transform))
+    start, affine, usual = before[key]
     found = register(*images, model=model, device=device, align=start)
-    dice = _dice(labels, found.transform)
-    return Row(fixed, moving, affine, plain, dice, found.quality["folded_percent"], seconds, _seconds(found))
+    return Row(fixed, moving, affine, usual, _dice(labels, found.transform), found.quality["folded_percent"])
 
 
-def _seconds(result: Result) -> float:
-    return result.timings["sample"] + result.timings["deform"]
+def _read(data: Path, fixed: str, moving: str) -> tuple[list[sitk.Image], list[sitk.Image]]:
+    """The images and the labels of a pair."""
+    folder, pair = data / "hippocampus", (fixed, moving)
+    return [read_image(folder / "images" / name) for name in pair], [
+        read_labels(folder / "labels" / name) for name in pair
+    ]
+
+
+def _without_classes(model: models.Model) -> models.Model:
+    """The model without its class network, with the settings that are usual then."""
+    return replace(model, card=replace(model.card, variational=DEFAULT.as_dict()), classnet=None)
 
 
 def _dice(labels: list[sitk.Image], transform: sitk.Transform) -> float:
+    overlap = metrics.label_overlap(labels[0], _warped(labels, transform))["labels"]
+    return statistics.mean(scores["dice"] for scores in overlap.values())
+
+
+def _warped(labels: list[sitk.Image], transform: sitk.Transform) -> sitk.Image:
+    """The moving labels on the grid of the fixed ones."""
     fixed, moving = labels
     warped = sitk.Resample(moving, Grid.of(fixed).empty_image(), transform, sitk.sitkNearestNeighbor, 0)
-    overlap = metrics.label_overlap(fixed, sitk.Cast(warped, fixed.GetPixelID()))["labels"]
-    return statistics.mean(scores["dice"] for scores in overlap.values())
+    return sitk.Cast(warped, fixed.GetPixelID())
 
 
 def evaluate(data: Path, model: models.Model, device: str, count: int, before: dict[tuple, Registered]) -> list[Row]:
     return [registered(data, *pair, model, device, before) for pair in tqdm(pairs(data)[:count], desc=model.card.name)]
+
+
+def picture_of_worst(data: Path, rows: list[Row], model: models.Model, device: str) -> Figure:
+    """The pair with the least Dice: the fixed image with its labels, and with those of the moving image after the alignment,
+    without, and with classes; in the axial slice with most labels."""
+    row = min(rows, key=lambda row: row.classes)
+    images, labels = _read(data, row.fixed, row.moving)
+    without = register(*images, model=_without_classes(model), device=device)
+    start = affine_transform(without.initial)
+    found = register(*images, model=model, device=device, align=start)
+    shown = {"labels of the fixed image": labels[0], f"aligned {row.affine:.3f}": _warped(labels, start)}
+    shown |= {f"without classes {row.without:.3f}": _warped(labels, without.transform)}
+    shown |= {f"with classes {row.classes:.3f}": _warped(labels, found.transform)}
+    fixed = torch.from_numpy(sitk.GetArrayFromImage(images[0]).astype("float32"))[None, None]
+    outlines = [torch.from_numpy(sitk.GetArrayFromImage(x).astype("uint8"))[None, None] for x in shown.values()]
+    most = int((outlines[0] > 0).sum((0, 1, 3, 4)).argmax())
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    for axes, title, outline in zip(figure.subplots(1, len(shown)), shown, outlines, strict=True):
+        show(axes, fixed, title, outline, most / max(fixed.shape[2] - 1, 1))
+    figure.suptitle(f"{row.moving} to {row.fixed}: Dice", fontsize=9)
+    return figure
 
 
 def line(name: str, rows: list[Row]) -> list[str]:
@@ -112,7 +145,6 @@ def line(name: str, rows: list[Row]) -> list[str]:
     gains = [row.classes - row.without for row in rows]
     error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
     means = [statistics.mean(getattr(row, key) for row in rows) for key in ("affine", "without", "classes")]
-    seconds = [statistics.mean(getattr(row, key) for row in rows) for key in ("seconds_without", "seconds")]
     return [
         name,
         str(len(rows)),
@@ -120,7 +152,6 @@ def line(name: str, rows: list[Row]) -> list[str]:
         f"{statistics.mean(gains):+.3f} ± {error:.3f}",
         f"{sum(gain > 0 for gain in gains)} of {len(gains)}",
         f"{max(row.folded for row in rows):.2g}",
-        *(f"{value:.2f}" for value in seconds),
     ]
 
 
@@ -163,8 +194,7 @@ def trained(data: Path, count: int, args: argparse.Namespace) -> models.Model:
 def write(lines: list[list[str]], rows: dict[str, list[Row]], output: Path) -> None:
     """``classes.md`` and, pair by pair, ``classes.csv``."""
     output.mkdir(parents=True, exist_ok=True)
-    head = ["model", "pairs", "affine", "without classes", "with classes", "gain", "better", "folded %, most",
-            "s without", "s with"]  # fmt: skip
+    head = ["model", "pairs", "affine", "without classes", "with classes", "gain", "better", "folded %, most"]
     table = [head, ["---"] * len(head), *lines]
     (output / "classes.md").write_text(
         "# Hippocampus with and without a class network\n\nMean Dice of the anterior and posterior part.\n\n"
@@ -198,9 +228,12 @@ def main() -> int:
             *((Path(name).stem, lambda name=name: models.load(name)) for name in args.model),
             *((f"{count} cases", lambda count=count: trained(args.data, count, args)) for count in args.cases),
         ]:
-            rows[name] = evaluate(args.data, load(), args.device, args.pairs, before)
+            model = load()
+            rows[name] = evaluate(args.data, model, args.device, args.pairs, before)
             lines.append(line(name, rows[name]))
             write(lines, rows, args.output)
+            figure = picture_of_worst(args.data, rows[name], model, args.device)
+            figure.savefig(args.output / f"classes-worst-{name.replace(' ', '-')}.png")
             print(" | ".join(lines[-1]))
     except (ValueError, OSError, FloatingPointError, DivRegNetError) as error:
         print(f"classes.py: {error}", file=sys.stderr)
