@@ -49,7 +49,7 @@ def histogram_rows(fixed: Tensor, block: int, bins: int, counted: Tensor | None 
         (N, 1, D, H, W) int32, ``layout.cells`` where a voxel is not counted; and the layout.
     """
     layout = Layout(len(fixed), tuple(math.ceil(n / block) for n in fixed.shape[2:]), bins)
-    row = to_bins(fixed, bins).int()  # cut off
+    row = to_bins(fixed, bins).int()  # the whole part
     rows = torch.add(_first_cells(*fixed.shape[2:], block, bins, like=fixed), row, alpha=bins)
     if layout.pairs > 1:
         pair = torch.arange(layout.pairs, device=fixed.device, dtype=torch.int32).view(-1, 1, 1, 1, 1)
