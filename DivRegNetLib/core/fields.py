@@ -288,6 +288,21 @@ def gaussian(n: int, sigma: float, *, like: Tensor) -> Tensor:
     return matrix.to(like.dtype)
 
 
+def differences(image: Tensor, out: Tensor | None = None) -> Tensor:
+    """``image(x + 1) - image(x - 1)`` of (N, C, D, H, W) along x, y, z: (N, 3, C, D, H, W); 0 at the border.
+
+    Args:
+        out: (N, 3, C, D, H, W) that is 0 at the border, to be written to and returned.
+    """
+    out = image.new_zeros(len(image), 3, *image.shape[1:]) if out is None else out
+    for axis, dim in enumerate((4, 3, 2)):
+        inner = image.shape[dim] - 2
+        if inner > 0:
+            to = out[:, axis].narrow(dim, 1, inner)
+            torch.sub(image.narrow(dim, 2, inner), image.narrow(dim, 0, inner), out=to)
+    return out
+
+
 def gradients(field: Tensor) -> list[Tensor]:
     """Forward differences of a field along x, y and z, each (N, C, ...) one voxel shorter along its own axis."""
     return [field.diff(dim=d) for d in (4, 3, 2)]

@@ -440,14 +440,18 @@ class _Costs:
 
     def expected_length(self, temperature: float = 1.0) -> Tensor:
         """(d, h, w) mean length of the shifts at a multiple of the temperatures, in voxels."""
-        weights = torch.softmax(self.cells / -temperature, 0)
-        return torch.tensordot(weights.new_tensor(LENGTHS), weights, 1)
+        return self._expected_length(self.cells / temperature)
 
     def wide_expected_length(self) -> Tensor:
         """(d, h, w) the same in the wider window, at a temperature that suits the costs there: where shifts differ little,
         because there is little to see, or much."""
         spread = self.wide_cells.std(0, keepdim=True).clamp_min(1e-6)
-        weights = torch.softmax(self.wide_cells / (-RELATIVE * spread), 0)
+        return self._expected_length(self.wide_cells / (RELATIVE * spread))
+
+    @staticmethod
+    def _expected_length(costs: Tensor) -> Tensor:
+        """(d, h, w) mean length of the shifts whose costs (S, d, h, w) are in units of the temperature, in voxels."""
+        weights = torch.softmax(-costs, 0)
         return torch.tensordot(weights.new_tensor(LENGTHS), weights, 1)
 
     def trend(self) -> Tensor:

@@ -11,7 +11,7 @@ from textures import deformed, other_contrast, textured
 
 from DivRegNetLib.core import fields
 from DivRegNetLib.registration.variational import DEFAULT, VariationalSettings, solver
-from DivRegNetLib.registration.variational.equations import Equations, _differences, gradient
+from DivRegNetLib.registration.variational.equations import Equations, gradient
 from DivRegNetLib.registration.variational.method import next_step
 
 XX, X, YY, Y, ZZ, Z = 0, 3, 5, 7, 10, 11
@@ -47,7 +47,7 @@ def test_a_displacement_on_the_output_grid_moves_the_sampled_voxels_by_as_much(n
     every = (..., *(slice(o, None, 2) for o in offset))
     middle = [(c[every] + 0.5) / 2 - 0.5 for c in (x, y, z)]  # in voxels of the output grid
     moved = 2 * (0.02 * (0.1 + 0.05 * middle[0]) - 0.01 * 0.02 * middle[1] + 0.015 * (-0.1 - 0.03 * middle[2]))
-    warped = equations._warped(coarse, _differences(coarse), number)[:, :1]
+    warped = equations._warped(coarse, fields.differences(coarse), number)[:, :1]
     warped = (warped - 0.5) / (DEFAULT.bins - 1)  # bins
     inside = (..., *[slice(2, -2)] * 3)
     torch.testing.assert_close(warped[inside], (ramp[every] + moved)[inside], atol=1e-5, rtol=0)

@@ -15,13 +15,11 @@ from DivRegNetLib.registration.alignment import pyramid, transforms
 from DivRegNetLib.registration.alignment.evidence import Edges
 from DivRegNetLib.registration.alignment.optimization import optimize
 from DivRegNetLib.registration.alignment.pyramid import Look
-from DivRegNetLib.registration.alignment.settings import AlignmentSettings
+from DivRegNetLib.registration.alignment.settings import AlignmentSettings, Rounds
 from DivRegNetLib.registration.alignment.similarity import Frame, Level
 
 STAGES = {"rigid": ("rigid",), "similarity": ("rigid", "similarity"), "affine": ("rigid", "similarity", "affine")}
 """Kinds of maps that are optimized one after the other, for each kind that is asked for."""
-
-Rounds = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)

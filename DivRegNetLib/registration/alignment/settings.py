@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+Rounds = tuple[tuple[int, int], ...]
+"""Rounds of an optimization, each of so many starts and steps."""
+
 
 @dataclass(frozen=True)
 class AlignmentSettings:
@@ -91,8 +94,8 @@ class AlignmentSettings:
     offset: float = 0.6
     least_room: float = 0.15
     apart: float = 0.2
-    rough: tuple[tuple[int, int], ...] = ((200, 2), (48, 4))
-    more_rough: tuple[tuple[int, int], ...] = ((500, 3), (150, 3))
+    rough: Rounds = ((200, 2), (48, 4))
+    more_rough: Rounds = ((500, 3), (150, 3))
     survivors: int = 12
     more_survivors: int = 24
     edge_every: int = 8
@@ -113,7 +116,7 @@ class AlignmentSettings:
     similarity_weight: float = 1.5
     edge_floor: float = 0.25
     mirrors: int = 64
-    mirror_rough: tuple[tuple[int, int], ...] = ((16, 6),)
+    mirror_rough: Rounds = ((16, 6),)
     mirror_margin: float = 0.03
 
     large_degrees: float = 60.0

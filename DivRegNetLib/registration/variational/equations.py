@@ -73,7 +73,7 @@ class Equations:
             (N, 12, d, h, w): three rows of xx, xy, xz of the information and x of the force, in voxels of the
             displacement's grid. For the swapped pair the information is the same and the force the opposite.
         """
-        along = None if displacement is None else _differences(displacement, self.along)
+        along = None if displacement is None else fields.differences(displacement, self.along)
         warped, cell = self._sample(displacement, along, number)
         moving_gradient = warped[:, 1:4]
         if along is not None:  # chain rule: the gradient of the warped image
@@ -100,7 +100,7 @@ class Equations:
     def objective(self, displacement: Tensor | None) -> Tensor:
         """(N,): mean pointwise mutual information of the voxels that step 0 samples and that are counted, less the energy of
         the features, in nats."""
-        along = None if displacement is None else _differences(displacement, self.along)
+        along = None if displacement is None else fields.differences(displacement, self.along)
         _, cell = self._sample(displacement, along, 0)
         counted = (cell < self.layout.cells).flatten(1).sum(1).clamp_min_(1)
         information = self._values(cell)[4].flatten(1).sum(1) / counted
@@ -141,20 +141,5 @@ class Equations:
 
 def gradient(image: Tensor, scale: float = 1.0) -> Tensor:
     """Central differences of an image (N, 1, D, H, W) along x, y, z, times a factor: (N, 3, D, H, W); 0 at the border."""
-    differences = _differences(image)[:, :, 0]
+    differences = fields.differences(image)[:, :, 0]
     return differences if scale == 2 else differences.mul_(scale / 2)
-
-
-def _differences(image: Tensor, out: Tensor | None = None) -> Tensor:
-    """``image(x + 1) - image(x - 1)`` of (N, C, D, H, W) along x, y, z: (N, 3, C, D, H, W); 0 at the border.
-
-    Args:
-        out: to be written to, 0 at the border.
-    """
-    out = image.new_zeros(len(image), 3, *image.shape[1:]) if out is None else out
-    for axis, dim in enumerate((4, 3, 2)):
-        inner = image.shape[dim] - 2
-        if inner > 0:
-            to = out[:, axis].narrow(dim, 1, inner)
-            torch.sub(image.narrow(dim, 2, inner), image.narrow(dim, 0, inner), out=to)
-    return out

@@ -109,11 +109,7 @@ class FeatureEquations:
         fixed, warped, scale = self._warped(displacement, number % self.parts)
         both = torch.add(warped, fixed, alpha=1 / self.factor)
         parts = self.differences[:, :, : both.shape[1]]
-        for axis, dim in enumerate((4, 3, 2)):
-            inner = both.shape[dim] - 2
-            if inner > 0:
-                out = parts[:, axis].narrow(dim, 1, inner)
-                torch.sub(both.narrow(dim, 2, inner), both.narrow(dim, 0, inner), out=out)
+        fields.differences(both, parts[:, :3])
         torch.sub(fixed, warped, alpha=self.factor, out=parts[:, 3])
         first, *others = parts.unbind(2)
         normal = first[:, :3, None] * first[:, None]
