@@ -110,7 +110,10 @@ def measure(
 
         Cells: ``motion k``, ``soft motion k``, ``wide motion k``, ``trend k``, ``edges k`` (squared cosine, weighted by both
         gradients' strength), ``weight k`` (how much was seen around), ``bend``, ``slope`` and ``inside``, the fraction of the
-        cell that counts. Lengths are in voxels of the box.
+        cell that counts. ``spread k``: standard deviation of the shifts that wide motion is the mean length of. ``drift k``:
+        length of the shifts' mean there and in the neighboring cells. ``contrast k``, ``gain k``: standard deviation of
+        the shifts' costs, and how much less than without a shift the best costs, in units of the temperatures. ``ripple``:
+        length of the displacement's Laplacian. Lengths are in voxels of the box.
     """
     if valid is None:
         valid = torch.ones_like(fixed, dtype=torch.bool)
@@ -125,8 +128,8 @@ def measure(
     inside = F.avg_pool3d(box.inside.to(fixed.dtype), CELL)[0, 0]
     cells["inside"], shape = inside, inside.shape
     if displacement is not None:
-        bend, slope = _beyond_affine(_to_cells(displacement, box, shape) / box.shrink, inside)
-        cells |= {"bend": bend, "slope": slope}
+        bend, slope, ripple = _beyond_affine(_to_cells(displacement, box, shape) / box.shrink, inside)
+        cells |= {"bend": bend, "slope": slope, "ripple": ripple}
         numbers |= {name: ((cells[name] * inside).sum() / inside.sum()).item() for name in ("bend", "slope")}
     voxel = box.shrink * grid.spacing[0]
     size = torch.tensor(box.fixed.shape[2:], dtype=torch.float64)
@@ -306,16 +309,15 @@ def look(box: Box, shrink: int) -> Scale | None:
     numbers["distance growth"] = (costs.distance[axes].mean() / costs.distance[0].clamp_min(1e-6)).item()
     numbers["information loss"] = (costs.information[axes].mean() - costs.information[0]).item()
     motion = costs.expected_length()
-    lengths = {
-        "motion": motion,
-        "soft motion": costs.expected_length(SOFT),
-        "wide motion": costs.wide_expected_length(),
-        "trend": costs.trend(),
-    }
+    wide, spread = costs.wide_motion()
+    trend, drift = costs.trend_and_drift()
+    lengths = {"motion": motion, "soft motion": costs.expected_length(SOFT), "wide motion": wide, "trend": trend}
     seen = costs.weight > 0.05 * costs.weight.amax()
     for name, values in (lengths | {"moved": motion > MOVED}).items():
         numbers[name] = ((values * costs.weight)[seen].sum() / costs.weight[seen].sum()).item()
-    cells = {name: values * shrink for name, values in lengths.items()} | {"edges": edges, "weight": costs.weight}
+    cells = lengths | {"spread": spread, "drift": drift}
+    cells = {name: values * shrink for name, values in cells.items()} | {"edges": edges, "weight": costs.weight}
+    cells |= {"contrast": costs.cells.std(0), "gain": costs.cells[0] - costs.cells.amin(0)}
     return Scale(*({f"{name} {shrink}": value for name, value in some.items()} for some in (numbers, cells)))
 
 
@@ -442,11 +444,11 @@ class _Costs:
         """(d, h, w) mean length of the shifts at a multiple of the temperatures, in voxels."""
         return self._expected_length(self.cells / temperature)
 
-    def wide_expected_length(self) -> Tensor:
+    def wide_motion(self) -> tuple[Tensor, Tensor]:
         """(d, h, w) the same in the wider window, at a temperature that suits the costs there: where shifts differ little,
-        because there is little to see, or much."""
-        spread = self.wide_cells.std(0, keepdim=True).clamp_min(1e-6)
-        return self._expected_length(self.wide_cells / (RELATIVE * spread))
+        because there is little to see, or much. And the standard deviation of the shifts at that temperature."""
+        costs = self.wide_cells / (RELATIVE * self.wide_cells.std(0, keepdim=True).clamp_min(1e-6))
+        return self._expected_length(costs), self._moments(costs)[1].sqrt()
 
     @staticmethod
     def _expected_length(costs: Tensor) -> Tensor:
@@ -454,13 +456,25 @@ class _Costs:
         weights = torch.softmax(-costs, 0)
         return torch.tensordot(weights.new_tensor(LENGTHS), weights, 1)
 
-    def trend(self) -> Tensor:
-        """(d, h, w) length of the affine map nearest to the mean shifts, which count the more the surer they are, in voxels."""
-        weights = torch.softmax(-self.cells, 0)
+    @staticmethod
+    def _moments(costs: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean (3, d, h, w) and variance (d, h, w), summed over the axes, of the shifts whose costs (S, d, h, w) are in units
+        of the temperature, in voxels and their squares."""
+        weights = torch.softmax(-costs, 0)
         shifts = weights.new_tensor(SHIFTS)
         mean = torch.tensordot(shifts.T, weights, 1)
-        variance = torch.tensordot(shifts.square().sum(1), weights, 1) - mean.square().sum(0)
-        return _nearest_affine(mean, self.weight / (variance.clamp_min(0) + 0.3)).square().sum(0).sqrt()
+        squares = torch.tensordot(shifts.square().sum(1), weights, 1)
+        return mean, (squares - mean.square().sum(0)).clamp_min(0)
+
+    def trend_and_drift(self) -> tuple[Tensor, Tensor]:
+        """(d, h, w) each, in voxels: length of the affine map nearest to the mean shifts, and of their average over a Gaussian
+        of one cell. Mean shifts count the more the surer they are."""
+        mean, variance = self._moments(self.cells)
+        weight = self.weight / (variance + 0.3)
+        windows = [_windows(n, 1, CELL, CELL, like=weight) for n in weight.shape[::-1]]
+        sums = fields.along_axes(torch.cat((mean * weight, weight[None]))[:, None], *windows)[:, 0]
+        averages = sums[:3] / sums[3].clamp_min(1e-9)
+        return fields.length(_nearest_affine(mean, weight)[None])[0, 0], fields.length(averages[None])[0, 0]
 
 
 def _padded(values: Tensor, by: int) -> Tensor:
@@ -494,19 +508,22 @@ def _to_cells(values: Tensor, box: Box, shape: torch.Size) -> Tensor:
     return F.interpolate(F.pad(part, more, mode="replicate"), size=shape, mode="area")[0]
 
 
-def _beyond_affine(displacement: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Length of a displacement (3, d, h, w) less its best affine fit, and norm of the gradient of that: (d, h, w) each.
+def _beyond_affine(displacement: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Length of a displacement (3, d, h, w) less its best affine fit, norm of the gradient of that, per voxel, and length of
+    its Laplacian, per cell squared: (d, h, w) each.
 
     Args:
         displacement: in voxels of the box, of cells.
         weight: (d, h, w) how much each cell counts in the fit.
     """
     rest = displacement - _nearest_affine(displacement, weight)
-    squares = torch.zeros_like(weight)
+    squares, laplacian = torch.zeros_like(weight), torch.zeros_like(rest)
     for dim in (1, 2, 3):
         if rest.shape[dim] > 1:
-            squares += torch.gradient(rest, dim=dim)[0].square().sum(0)
-    return rest.square().sum(0).sqrt(), squares.sqrt() / CELL
+            (slope,) = torch.gradient(rest, dim=dim)
+            squares += slope.square().sum(0)
+            laplacian += torch.gradient(slope, dim=dim)[0]
+    return rest.square().sum(0).sqrt(), squares.sqrt() / CELL, laplacian.square().sum(0).sqrt()
 
 
 def _nearest_affine(displacement: Tensor, weight: Tensor) -> Tensor:
