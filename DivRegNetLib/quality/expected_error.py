@@ -1,7 +1,8 @@
 """From evidence to millimeters: how far a registration is expected to be off, as a mean and as a map. Without torch.
 
-The coefficients in ``calibration.json`` are made by ``training/experiments/calibration.py``: a linear regression of the
-logarithm of the error, in voxels of the evidence's box, on registrations whose truth is known.
+The coefficients in ``calibration.json`` are made by ``training/experiments/calibration.py`` from registrations whose truth is
+known: a linear regression of the logarithm of the mean error, in voxels of the evidence's box, and a network of one hidden
+layer for how the error differs from place to place.
 """
 
 import functools
@@ -16,7 +17,7 @@ import SimpleITK as sitk
 from DivRegNetLib.core.grid import Grid
 
 FILE = Path(__file__).with_name("calibration.json")
-FORMAT = 1
+FORMAT = 2
 HALF_CELL = 0.4  # share of a cell that counts, from which on the map says something
 
 
@@ -67,12 +68,40 @@ class Regression:
         return cls(values["constant"], tuple(Term(**term) for term in values["terms"]))
 
 
+EXPECTED = "expected error"
+"""Name of the input of a :class:`Network` that is the same at all cells: the expected mean error, in voxels of the box. What
+tells places apart in an image that is aligned well does not in one that is far off."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """``exp(output . tanh(hidden @ x + bias))``, where x are the terms.
+
+    hidden: (H, number of terms). bias, output: (H,).
+    """
+
+    terms: tuple[Term, ...]
+    hidden: np.ndarray
+    bias: np.ndarray
+    output: np.ndarray
+
+    def of(self, values: dict) -> np.ndarray:
+        """The network at arrays of one shape, by name; numbers stand for arrays of one value."""
+        inputs = np.stack(np.broadcast_arrays(*(term.of(values.get(term.name)) for term in self.terms)), -1)
+        return np.exp(np.tanh(inputs @ self.hidden.T + self.bias) @ self.output)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Network":
+        arrays = (np.array(values[name], float) for name in ("hidden", "bias", "output"))
+        return cls(tuple(Term(**term) for term in values["terms"]), *arrays)
+
+
 @dataclass(frozen=True)
 class Calibration:
     """The content of ``calibration.json``.
 
     mean: mean error, in voxels of the box, from the numbers of an :class:`~DivRegNetLib.quality.evidence.Evidence`.
-    cell: error of a cell, in any unit, from its cells.
+    cell: error of a cell, in any unit, from its cells and the mean error (EXPECTED).
     factor: within which the stated error is of the true one in nine of ten registrations of held-out subjects.
     largest_voxels: expected error, in voxels of the box, from which on it is only known to be large.
     green_mm, red_mm: largest expected error of a green, smallest of a red verdict, of an image whose diagonal is at
@@ -80,7 +109,7 @@ class Calibration:
     """
 
     mean: Regression
-    cell: Regression
+    cell: Network
     factor: float
     largest_voxels: float
     green_mm: float
@@ -108,8 +137,8 @@ def calibration(file: Path = FILE) -> Calibration:
     if values.get("format") != FORMAT:
         raise ValueError(f"{file}: format {FORMAT} is expected, got {values.get('format')!r}")
     names = ("factor", "largest_voxels", "green_mm", "red_mm", "diagonal_mm")
-    regressions = (Regression.from_dict(values[name]) for name in ("mean", "cell"))
-    return Calibration(*regressions, *(values[name] for name in names))
+    fits = Regression.from_dict(values["mean"]), Network.from_dict(values["cell"])
+    return Calibration(*fits, *(values[name] for name in names))
 
 
 def expected_error_mm(numbers: dict) -> float:
@@ -125,8 +154,8 @@ def error_map(numbers: dict, cells: dict[str, np.ndarray], cell_grid: Grid, grid
     Args:
         numbers, cells, cell_grid: of an :class:`~DivRegNetLib.quality.evidence.Evidence`.
     """
-    inside = cells["inside"]
-    relative = calibration().cell.of(cells) * np.ones_like(inside)
+    inside, known = cells["inside"], calibration()
+    relative = known.cell.of(cells | {EXPECTED: float(known.mean.of(numbers))}) * np.ones_like(inside)
     error = relative * expected_error_mm(numbers) * inside.sum() / max((relative * inside).sum(), 1e-9)
     # Interpolated with the cells' shares as weights, so that the error does not fade towards the air.
     total, weight = (

@@ -64,3 +64,37 @@ def test_evidence_is_kept_until_what_measures_it_changes(tmp_path: Path, monkeyp
     changed.write_text("# changed")
     monkeypatch.setattr(calibration.evidence, "__file__", str(changed))
     assert calibration.observations(tmp_path)[0] == []
+
+
+def observation(number: int) -> calibration.Observation:
+    """Errors that follow motion where they are large, and how the deformation bends where they are small."""
+    random = np.random.default_rng(number)
+    large = number % 2 == 1
+    errors = (3.0 if large else 0.5) * np.exp(random.normal(0, 0.4, 400))
+    cells = {name: np.exp(random.normal(0, 0.4, 400)) for name in calibration.CELLS if name != calibration.EXPECTED}
+    cells["motion 1" if large else "bend"] = errors * np.exp(random.normal(0, 0.1, 400))
+    numbers = {name: 0.1 for name in calibration.NUMBERS} | {"voxel_mm": 2.0, "diagonal_mm": 200.0}
+    numbers["motion 1"] = float(errors.mean())
+    return calibration.Observation(
+        f"case {number}", "head", "near", False, "", numbers, 2 * errors.mean(), errors, cells
+    )  # fmt: skip
+
+
+def test_what_tells_places_apart_may_depend_on_the_mean_error(monkeypatch):
+    monkeypatch.setattr(calibration, "EPOCHS", 300)
+    observed = [observation(number) for number in range(40)]
+    mean = calibration.fit_mean(observed)
+    cell = calibration.fit_cells(observed, mean)
+    unseen = [observation(number) for number in range(100, 110)]
+    assert calibration.map_scores(unseen, mean, cell).min() > 0.8
+
+
+def test_green_is_what_is_not_wrong_nineteen_times_in_twenty():
+    random = np.random.default_rng(0)
+    expected = random.uniform(2, 5, 2000)
+    observed = [observation(0)] * len(expected)
+    observed = [calibration.replace(o, error_mm=mm) for o, mm in zip(observed, expected, strict=True)]
+    assert calibration.green_limit(observed, expected) == calibration.WRONG_MM
+    times = np.where(random.random(2000) < 0.1, 2.0, 1.0)
+    observed = [calibration.replace(o, error_mm=mm * t) for o, mm, t in zip(observed, expected, times, strict=True)]
+    assert calibration.green_limit(observed, expected) == 2.5

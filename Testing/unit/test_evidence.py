@@ -93,6 +93,18 @@ def test_the_wider_window_tells_a_shift_as_well(pair):
     assert wide[2] == pytest.approx(2, abs=0.4)
 
 
+def test_cells_tell_how_sure_the_shifts_are_and_where_they_go_together(pair):
+    fixed, other = pair
+    still, moved = (measure(fixed, fields.shifted(other, s, 0, 0)).cells for s in (0, 2))
+    inside = still["inside"] > 0.9
+    assert moved["drift 1"][inside].mean() == pytest.approx(2, abs=0.4) and still["drift 1"][inside].mean() < 0.2
+    assert still["gain 1"][inside].mean() < 0.1 < 1 < moved["gain 1"][inside].mean()
+    noise = torch.rand(fixed.shape, generator=torch.Generator().manual_seed(3))
+    unsure = measure(fixed, noise).cells
+    assert unsure["spread 1"][inside].mean() > 1.5 * still["spread 1"][inside].mean()
+    assert unsure["contrast 1"][inside].mean() < 0.5 * still["contrast 1"][inside].mean()
+
+
 def test_air_around_the_images_and_what_was_not_measured_change_nothing(pair):
     bright = [0.3 + 0.7 * x for x in pair]
     alone = measure(*bright).numbers
@@ -157,6 +169,8 @@ def test_an_affine_map_is_no_bending_and_bending_is_measured_in_voxels(pair):
     numbers = measure(*pair, displacement=wave + affine).numbers
     assert numbers["bend"] == pytest.approx(2 * 2 / math.pi, rel=0.25)
     assert numbers["slope"] > 0.1
+    ripple = measure(*pair, displacement=wave + affine).cells["ripple"]
+    assert ripple.mean() > 5 * measure(*pair, displacement=affine).cells["ripple"].mean()
 
 
 def test_foreground_is_what_is_not_air_and_what_that_encloses():

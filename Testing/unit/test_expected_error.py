@@ -9,7 +9,7 @@ from evidence_numbers import RIGHT, WRONG
 
 from DivRegNetLib.core.grid import Grid
 from DivRegNetLib.quality import expected_error
-from DivRegNetLib.quality.expected_error import Regression, Term, calibration, expected_error_mm
+from DivRegNetLib.quality.expected_error import EXPECTED, Network, Regression, Term, calibration, expected_error_mm
 
 
 def test_a_term_is_the_logarithm_or_the_value_itself_within_the_range_of_the_fit():
@@ -26,6 +26,27 @@ def test_a_regression_takes_numbers_and_arrays():
     assert regression.of({"a": 2.0, "b": 1.0}) == pytest.approx(np.exp(3) * 4)
     both = regression.of({"a": np.array([0.0, 2.0]), "b": np.array([0.0, 1.0])})
     assert both == pytest.approx([np.exp(1), np.exp(3) * 4])
+
+
+def test_a_network_tells_by_the_mean_error_what_counts_at_a_place():
+    terms = Term("a", None, -9, 9, 0.5, 1.0), Term(EXPECTED, 0.0, -9, 9, 0, 2.0)
+    network = Network(terms, np.array([[1.0, 0.5], [-1.0, 0.0]]), np.array([0.1, 0.2]), np.array([2.0, 1.0]))
+    values = network.of({"a": np.array([0.0, 1.0]), EXPECTED: np.e})
+    assert values == pytest.approx([np.exp(2 * np.tanh(a + 1.1) + np.tanh(0.2 - a)) for a in (0, 1)])
+    assert network.of({EXPECTED: 1.0}) == pytest.approx(np.exp(2 * np.tanh(0.6) + np.tanh(-0.3)))
+
+
+def test_the_map_that_ships_is_higher_where_more_is_left_to_move():
+    places = {term.name: np.full(2, term.missing) for term in calibration().cell.terms if term.offset is None}
+    places |= {
+        term.name: np.full(2, np.exp(term.missing) - term.offset)
+        for term in calibration().cell.terms
+        if term.offset is not None and term.name != EXPECTED
+    }
+    for voxels in (0.5, 1.0, 2.0):
+        more = {name: places[name] * [0.5, 2] for name in ("motion 1", "soft motion 1", "wide motion 1")}
+        low, high = calibration().cell.of(places | more | {EXPECTED: voxels})
+        assert high > 1.3 * low, voxels
 
 
 def test_the_calibration_that_ships_expects_more_where_more_is_left_to_move():
@@ -50,7 +71,7 @@ def test_a_number_that_is_missing_changes_little():
 def test_another_format_is_refused(tmp_path):
     file = tmp_path / "calibration.json"
     file.write_text(json.dumps({"format": 99}))
-    with pytest.raises(ValueError, match="format 1 is expected, got 99"):
+    with pytest.raises(ValueError, match="format 2 is expected, got 99"):
         calibration(file)
 
 
@@ -59,7 +80,8 @@ def test_the_map_has_the_expected_error_as_its_mean_and_nothing_in_air():
     random = np.random.default_rng(0)
     cells = {
         name: random.uniform(0.1, 2, shape).astype(np.float32)
-        for name in ("motion 1", "soft motion 1", "wide motion 1", "edges 1", "bend", "slope")
+        for name in (term.name for term in calibration().cell.terms)
+        if name != EXPECTED
     }
     inside = np.ones(shape, np.float32)
     inside[:, :, :2] = 0
