@@ -57,7 +57,7 @@ CELLS = {
     EXPECTED: 0.0,
 }  # fmt: skip
 """The same of the error in a cell."""
-HIDDEN = 16  # units of the network
+HIDDEN = 32  # units of the network
 EPOCHS, IMAGES, SAMPLES = 150, 32, 200  # images of a step, cells of each that are drawn
 STEP_SIZE, DECAY = 1e-2, 1e-2  # the largest of AdamW, and its weight decay
 
