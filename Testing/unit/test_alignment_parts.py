@@ -10,6 +10,7 @@ from strategies import numbers
 
 from DivRegNetLib.core.grid import Grid, apply_matrix
 from DivRegNetLib.registration.alignment import AlignmentSettings, pyramid, search, transforms, words
+from DivRegNetLib.registration.alignment.correlation import Correlation
 from DivRegNetLib.registration.alignment.evidence import Edges
 from DivRegNetLib.registration.alignment.optimization import optimize
 from DivRegNetLib.registration.alignment.similarity import Frame, Level
@@ -176,6 +177,54 @@ def test_a_small_crop_counts_by_its_own_edges_though_hardly_any_of_the_whole_ima
     edges = Edges(whole, crop, frames, SETTINGS, CPU)
     assert float(edges.sides[0].look_up(header)[1].mean()) < 0.1
     assert float(edges.agreement(header)) > 0.9
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["whole to piece", "piece to whole"])
+def piece(request, grid_about):
+    """Edges of a texture and of a turned piece of it in another contrast, either of them fixed, and the map between them."""
+    noise = np.random.default_rng(3).normal(size=(44, 48, 46)).astype(np.float32)
+    grid = grid_about((31, -47, 112), (46, 48, 44), (2.5, 2.5, 2.5), (8, -5, 12))
+    whole = sitk.SmoothingRecursiveGaussian(grid.image(noise), 5.0)
+    target = grid_about((45, -30, 125), (22, 20, 18), (2.5, 2.5, 2.5), (100, 20, -60)).empty_image()
+    images = [whole, 1 - sitk.Resample(whole, target, sitk.Transform(), sitk.sitkLinear)]
+    fixed, moving = (
+        pyramid.look(*pyramid.prepare(x, None), 2.5, SETTINGS) for x in images[:: -1 if request.param else 1]
+    )
+    frames = tuple(Frame(look.centers[1], SETTINGS.radius * 50) for look in (fixed, moving))
+    header = torch.tensor(np.linalg.inv(frames[1].matrix) @ frames[0].matrix)
+    return Edges(fixed, moving, frames, SETTINGS, CPU), header
+
+
+def test_a_piece_is_found_in_a_whole_by_the_directions_of_edges(piece):
+    """At the true rotation the best shift is the true one, and no other rotation fits better."""
+    edges, truth = piece
+    turns = torch.tensor(np.concatenate([search.cube_rotations(), transforms.rotations(100)]))
+    correlation = Correlation(edges, 8.0, SETTINGS)
+    maps, scores = correlation.best_shifts(turns)
+    assert int(scores.argmax()) == 0
+    assert float((maps[0] - truth).abs().max()) < correlation.voxel
+    np.testing.assert_allclose(maps[:, :3, :3], turns)
+
+
+def test_the_gradient_of_the_correlation_is_that_of_finite_differences(piece):
+    edges, truth = piece
+    level, basis = Correlation(edges, 12.0, SETTINGS), torch.tensor(transforms.generators("rigid"))
+    turns = torch.tensor(transforms.rotations(40)[::8])
+    maps = truth @ torch.tensor(transforms.about(turns.numpy(), np.zeros(3), np.full(3, 0.05)))
+    gradient = torch.einsum("kij,pij->kp", level.evaluate(maps)[1], basis)
+    step = 1e-3
+    for p, generator in enumerate(basis):
+        ahead, behind = (level.evaluate(maps @ transforms.exponential(s * generator[None]))[0] for s in (step, -step))
+        np.testing.assert_allclose(gradient[:, p], (ahead - behind) / (2 * step), atol=0.01)
+
+
+def test_the_correlation_of_a_map_is_the_same_from_all_shifts_and_by_itself(piece):
+    edges, _ = piece
+    level = Correlation(edges, 8.0, SETTINGS)
+    maps, scores = level.best_shifts(torch.tensor(transforms.rotations(20)))
+    # Of points that lie in the middle of a cell in one of the two, and anywhere in it in the other.
+    assert np.corrcoef(level.evaluate(maps)[0], scores)[0, 1] > 0.9
+    np.testing.assert_allclose(level.evaluate(maps)[0], scores, atol=0.1)
 
 
 def test_contents_of_equal_spread_include_the_true_stretch(grid_about, paint):

@@ -58,6 +58,7 @@ class _Side:
     """Points on the strongest edges of one image, and the gradients of the other.
 
     points: (4, N) homogeneous. directions: (3, N) unit vectors. strength: length of the gradient at strong edges.
+    spread: volume of the box around the points, normalized.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class _Side:
         points, directions, self.strength = _strongest(own, own_gradient, own_frame, settings)
         self.points = torch.tensor(np.c_[points, np.ones(len(points))].T, dtype=torch.float32, device=device)
         self.directions = torch.tensor(directions, dtype=torch.float32, device=device)
+        self.spread = float(np.prod(np.ptp(points, 0)))
         to_index = other.grid.inverse_matrix @ frame.matrix
         to_index[:3, 3] += 1  # of the padded image
         self.to_index = torch.tensor(to_index, device=device)
