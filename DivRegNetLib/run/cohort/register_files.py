@@ -37,7 +37,6 @@ from DivRegNetLib.run.comparison import LabelMaps, LandmarkLists, not_inverted
 from DivRegNetLib.run.process import without_collection
 
 WARPED_LABELS = ("warped_labels.nii.gz", "warped_labels.seg.nrrd")  # of label maps, and of segmentations with names
-WRITERS = 2  # files that are written at a time
 PREVIEW, ERROR_MAP = "preview.png", "error_map.nii.gz"
 POSSIBLE_FILES = (
     "warped.nii.gz", "transform.h5", "inverse.h5", "displacement.nii.gz", PREVIEW, *WARPED_LABELS,
@@ -98,13 +97,13 @@ def _register_files(
         fixed, moving, fixed_mask=masks[0], moving_mask=masks[1], progress=progress, **arguments
     )
 
-    writers = {  # what takes longest first
-        "displacement.nii.gz": lambda path: write_image(
-            displacement_on(result.transform, Grid.of(result.warped), sitk.sitkVectorFloat32), path
-        ),
+    writers = {
         "warped.nii.gz": lambda path: write_image(result.warped, path),
         "transform.h5": lambda path: write_transform(result.transform, path),
         "inverse.h5": lambda path: write_transform(result.inverse, path),
+        "displacement.nii.gz": lambda path: write_image(
+            displacement_on(result.transform, Grid.of(result.warped), sitk.sitkVectorFloat32), path
+        ),
     }
     if result.error_map is not None:
         writers[ERROR_MAP] = lambda path: write_image(on_grid(result.error_map, fixed), path)
@@ -132,8 +131,9 @@ def _register_files(
     }
     try:
         with staging_folder(output) as folder:
-            with ThreadPoolExecutor(WRITERS) as threads:  # ITK writes while the preview is drawn
-                written = [threads.submit(_write, w, folder / name, output / name) for name, w in writers.items()]
+            # ITK writes while the preview is drawn, one file at a time: two transforms at a time would end the process.
+            with ThreadPoolExecutor(1) as thread:
+                written = [thread.submit(_write, w, folder / name, output / name) for name, w in writers.items()]
                 if preview:
                     _write(
                         lambda path: notes.extend(_write_preview(fixed, moving, result, path)),
