@@ -85,6 +85,18 @@ def test_the_program_ends_at_once_but_not_before_what_has_to_be_done(thread, tak
     assert done.stdout.split("\n")[:-1] == ["printed", *more[0], "at exit", *more[1]]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="concerns glibc")
+def test_memory_that_is_freed_is_used_again():
+    pages = "resource.getrusage(resource.RUSAGE_SELF).ru_minflt"
+    code = (
+        "import resource\nfrom DivRegNetLib.run.process import prepare_process\nprepare_process()\n"
+        "for i in range(9):\n    kept = [b'x' * (20 << 20) for _ in range(3)]\n    del kept\n"
+        f"    before = {pages} if i == 0 else before\nprint({pages} - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert int(done.stdout) < 1000  # of 4 kB; 120,000 where it is given back
+
+
 def test_displacements_are_read_back_as_they_were(grid, tmp_path):
     """They are stored in another way than ITK's."""
     values = np.random.default_rng(0).normal(size=(*grid.shape, 3)).astype(np.float32)
