@@ -131,10 +131,8 @@ def solve(
     else:
         residual, smooth = fields.along_axes(torch.cat((force, displacement), 1), *transforms).split(3, 1)
         residual = torch.addcmul(residual, laplace, smooth, value=-elastic)
-    preconditioned, solution = residual / inverse, None
-    # Directions are divided by the scalar product of residual and preconditioned residual, so that each is the sum of the
-    # preconditioned residuals so far, each divided by its own product, and no step length has to be computed.
-    direction = preconditioned / scaled(dot(residual, preconditioned))
+    direction = residual / inverse
+    power, solution = dot(residual, direction), None
     for remaining in reversed(range(settings.cg_iterations)):
         spatial = fields.along_axes(direction, *back)
         product = (information * spatial[:, None]).sum(2)
@@ -143,12 +141,13 @@ def solve(
             curvature = dot(direction, product)
         else:  # the product itself is not needed
             curvature = dot(spatial, product, dot(direction, stiffness * direction))
-        curvature = scaled(curvature)
-        solution = spatial / curvature if solution is None else solution.addcdiv_(spatial, curvature)
+        length = scaled(power / curvature)
+        solution = spatial * length if solution is None else solution.addcmul_(length, spatial)
         if remaining:
-            residual.addcdiv_(product, curvature, value=-1)
-            torch.div(residual, inverse, out=preconditioned)
-            direction.addcdiv_(preconditioned, scaled(dot(residual, preconditioned)))
+            residual.addcmul_(length, product, value=-1)
+            preconditioned, previous = residual / inverse, power
+            power = dot(residual, preconditioned)
+            direction = torch.addcmul(preconditioned, scaled(power / previous), direction)
     return solution
 
 
