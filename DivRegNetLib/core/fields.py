@@ -35,34 +35,40 @@ def cached(make: Callable[..., Tensor], *, size: int = CACHED_MATRICES) -> Calla
 
     @functools.lru_cache(size)
     def cached_make(numbers: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
-        if _used is not None:
-            raise RuntimeError("the cache must be filled before")
         with torch.inference_mode(False), torch.no_grad():
             return make(*numbers, like=torch.empty(0, dtype=dtype, device=device))
 
     @functools.wraps(make)
     def lookup(*numbers: float, like: Tensor) -> Tensor:
-        found = cached_make(numbers, like.dtype, like.device)
-        if _used is not None:
-            _used.append(found)
-        return found
+        if _kept is None:
+            return cached_make(numbers, like.dtype, like.device)
+        results, complete = _kept
+        key = make, numbers, like.dtype, like.device
+        if key not in results:
+            if complete:
+                raise RuntimeError(f"{make.__name__}{numbers} was not needed before")
+            results[key] = cached_make(*key[1:])
+        return results[key]
 
     return lookup
 
 
-_used: list[Tensor] | None = None
+_kept: tuple[dict, bool] | None = None
 
 
 @contextlib.contextmanager
-def collecting_cached(used: list[Tensor]) -> Iterator[None]:
-    """Adds the results of :func:`cached` functions to a list, which keeps them when their cache does not. What is not in its
-    cache is an error (RuntimeError) meanwhile."""
-    global _used
-    before, _used = _used, used
+def keeping_cached(results: dict, *, complete: bool = False) -> Iterator[None]:
+    """Keeps the results of :func:`cached` functions that are needed meanwhile in a dictionary, and takes them from there.
+
+    Args:
+        complete: ``results`` holds all that is needed; anything else is an error (RuntimeError).
+    """
+    global _kept
+    before, _kept = _kept, (results, complete)
     try:
         yield
     finally:
-        _used = before
+        _kept = before
 
 
 @cached
