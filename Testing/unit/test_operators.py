@@ -105,7 +105,9 @@ def test_what_a_recorded_forward_pass_reads_from_outside_is_kept(model, names):
             run(*present)
         with fields.keeping_cached(cached, complete=True):
             recorded = make_fx(run)(*present)
-    kept = {t.untyped_storage().data_ptr() for t in (*cached.values(), *model.regnet.parameters(), *model.regnet.buffers())}
+    kept = {
+        t.untyped_storage().data_ptr() for t in (*cached.values(), *model.regnet.parameters(), *model.regnet.buffers())
+    }
     read = {node.target for node in recorded.graph.nodes if node.op == "get_attr"}
     assert len(read) > 5
     assert [n for n in read if getattr(recorded, n).untyped_storage().data_ptr() not in kept] == []

@@ -43,8 +43,8 @@ class Correlation:
         # The field goes around: beyond the whole there are enough cells that the piece does not meet both of its ends.
         self.size = [_smooth_size(math.ceil((x + 1.2 * self.reach) / self.voxel) + 1) for x in room]
         field = _tensors(whole.points[None, :3] - self.first[:, None], whole.directions, self.voxel, self.size)
-        frequencies = [torch.fft.fftfreq(n, device=field.device) for n in self.size[:0:-1]]
-        frequencies.append(torch.fft.rfftfreq(self.size[0], device=field.device))
+        frequencies = [torch.fft.fftfreq(n) for n in self.size[:0:-1]]
+        frequencies.append(torch.fft.rfftfreq(self.size[0]))
         squares = sum(f.square().view([-1 if a == axis else 1 for a in range(3)]) for axis, f in enumerate(frequencies))
         blur = torch.exp(-2 * (math.pi * settings.correlation_sigma) ** 2 * squares)
         self.spectrum = torch.fft.rfftn(field, dim=(2, 3, 4)) * blur
@@ -68,10 +68,8 @@ class Correlation:
             shifts.append(torch.stack((index % x, index // x % y, index // (x * y)), 1))
         shift = torch.cat(shifts)
         over = shift > (self.last - self.first + 0.6 * self.reach) / self.voxel
-        shift = (
-            shift - over * torch.tensor(self.size, device=shift.device)
-        ).double() * self.voxel + self.first.double()
-        maps = torch.eye(4, dtype=torch.float64, device=turns.device).repeat(len(turns), 1, 1)
+        shift = (shift - over * torch.tensor(self.size)).double() * self.voxel + self.first.double()
+        maps = torch.eye(4, dtype=torch.float64).repeat(len(turns), 1, 1)
         maps[:, :3, :3] = there
         maps[:, :3, 3] = shift - there @ self.middle.double()
         return transforms.inverse(maps) if self.swapped else maps, torch.cat(scores).double()
@@ -83,7 +81,7 @@ class Correlation:
             there = (transforms.inverse(at) if self.swapped else at).to(torch.float32)
             turns = there[:, :3, :3]
             points = turns @ (self.points + self.middle[:, None]) + there[:, :3, 3:] - self.first[:, None]
-            size = torch.tensor(self.size, dtype=torch.float32, device=maps.device)
+            size = torch.tensor(self.size, dtype=torch.float32)
             grid = ((points.transpose(1, 2) / self.voxel * 2 + 1) / size - 1)[None, :, None]
             found = torch.nn.functional.grid_sample(self.field, grid, align_corners=False)[0, :, :, 0]
             own = _components(turns @ self.directions)
@@ -105,7 +103,7 @@ def _tensors(points: Tensor, directions: Tensor, cell: float, size: list[int]) -
     i, j, k = (torch.remainder((points[:, a] / cell).round().long(), size[a]) for a in range(3))
     cells = (i + size[0] * (j + size[1] * k))[:, None].expand(-1, 5, -1)
     # Whole numbers, so that no sum depends on its order.
-    total = torch.zeros(len(points), 5, math.prod(size), dtype=torch.int64, device=points.device)
+    total = torch.zeros(len(points), 5, math.prod(size), dtype=torch.int64)
     total.scatter_add_(2, cells, (_components(directions.expand_as(points)) * UNIT).long())
     return (total / UNIT).view(len(points), 5, *size[::-1])
 

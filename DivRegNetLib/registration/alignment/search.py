@@ -33,7 +33,6 @@ class Problem:
     fixed: tuple[sitk.Image, sitk.Image | None]
     moving: tuple[sitk.Image, sitk.Image | None]
     settings: AlignmentSettings
-    device: torch.device
 
     @cached_property
     def extent(self) -> float:
@@ -69,14 +68,14 @@ class Problem:
 
     @cached_property
     def edges(self) -> Edges:
-        return Edges(*self.fine, self.frames, self.settings, self.device)
+        return Edges(*self.fine, self.frames, self.settings)
 
     def level(self, stage: str, power: float = 0.0) -> Level:
         """The similarity of a stage: ``search``, ``rough``, ``coarse`` or ``fine``."""
         if (stage, power) not in self._levels:
             count, bins = (getattr(self.settings, f"{stage}_{what}") for what in ("points", "bins"))
             looks = self.fine if stage == "fine" else self.coarse
-            self._levels[stage, power] = Level(*looks, self.frames, count, bins, self.settings, self.device, power)
+            self._levels[stage, power] = Level(*looks, self.frames, count, bins, self.settings, power)
         return self._levels[stage, power]
 
     @cached_property
@@ -86,7 +85,7 @@ class Problem:
     def normalized(self, matrices: np.ndarray) -> Tensor:
         """(K, 4, 4) maps of normalized coordinates from matrices (K, 4, 4) in LPS mm."""
         fixed, moving = (frame.matrix for frame in self.frames)
-        return torch.tensor(np.linalg.inv(moving) @ matrices @ fixed, device=self.device)
+        return torch.tensor(np.linalg.inv(moving) @ matrices @ fixed)
 
     def physical(self, maps: Tensor) -> np.ndarray:
         """(K, 4, 4) matrices in LPS mm from maps of normalized coordinates."""
@@ -185,7 +184,7 @@ def shifted(problem: Problem, mirror: bool = False) -> Candidates:
     """
     s = problem.settings
     levels = [Correlation(problem.edges, voxels, s) for voxels in s.correlation_voxels]
-    maps, scores = levels[0].best_shifts(torch.tensor(_turns(s.rotations, mirror), device=problem.device))
+    maps, scores = levels[0].best_shifts(torch.tensor(_turns(s.rotations, mirror)))
     for level, (count, steps) in zip(levels, s.correlated, strict=True):
         maps = maps[distinct(maps, scores, s.apart, count)]
         maps, scores = optimize(level, maps, "rigid", steps, s.correlation_reach * level.voxel, s)
@@ -203,7 +202,7 @@ def mirrored(problem: Problem, best: Candidates, mode: str, rival: float, *, eve
     s = problem.settings
     normals = transforms.rotations(s.mirrors)[:, :, 0]
     planes = transforms.about(np.eye(3) - 2 * normals[:, :, None] * normals[:, None, :], *[problem.centers[0, 0]] * 2)
-    maps = best.maps @ torch.tensor(planes, device=problem.device)
+    maps = best.maps @ torch.tensor(planes)
     starts = Candidates(maps, best.references.expand(len(maps)))
     rough, most = s.mirror_rough, s.finalists
     if everywhere and problem.whole:
@@ -273,7 +272,7 @@ def _turns(rotations: int, mirror: bool = False) -> np.ndarray:
 
 
 def _candidates(problem: Problem, maps: np.ndarray, scale: float) -> Candidates:
-    maps = torch.tensor(maps, device=problem.device)
+    maps = torch.tensor(maps)
     return Candidates(maps, maps.new_full((len(maps),), scale))
 
 
