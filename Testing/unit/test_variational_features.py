@@ -160,7 +160,9 @@ def test_the_step_of_descriptor_terms_is_that_of_a_dense_solution():
         slopes[axis].narrow(dim, 1, n - 2).copy_((both.narrow(dim, 2, n - 2) - both.narrow(dim, 0, n - 2)) / 2)
     edges = slopes.square().sum((0, 1))
     weight_of_pair = 2.0 * (edges * (f - m).square().mean(0)).sum() / edges.sum() / USUAL_DIFFERENCE
-    matrix = weight_of_pair * torch.einsum("ackji,bckji->kjiab", slopes, slopes) + settings.tikhonov * torch.eye(3).double()
+    matrix = (
+        weight_of_pair * torch.einsum("ackji,bckji->kjiab", slopes, slopes) + settings.tikhonov * torch.eye(3).double()
+    )
     force = weight_of_pair * torch.einsum("ackji,ckji->kjia", slopes, f - m)
     count = f[0].numel()
     left = torch.block_diag(*matrix.reshape(count, 3, 3))

@@ -96,7 +96,9 @@ def _painted_ct(data: Path, heads: tuple[int, ...], seed: int, bend: int) -> Mat
         reference = reference or (labels, mr)
         grid, to = reference[0], affine_transform(alignment.align(reference[1], mr, "affine") if i else np.eye(4))
         array = sitk.GetArrayViewFromImage(labels)
-        means = np.array([HOUNSFIELD.get(label_maps.tissue(n), 40 if n > 500 else 30) for n in range(int(array.max()) + 1)])
+        means = np.array(
+            [HOUNSFIELD.get(label_maps.tissue(n), 40 if n > 500 else 30) for n in range(int(array.max()) + 1)]
+        )
         for classes, value in ((BONE, 1000), (FAT, -90), ((0,), -1000)):
             means[list(classes)] = value
         ct = sitk.DiscreteGaussian(Grid.of(labels).image(means[array].astype(np.float32)), 0.7)
