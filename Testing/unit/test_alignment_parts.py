@@ -299,9 +299,7 @@ def test_a_grid_of_any_scale_is_treated_alike(grid_about, paint):
     small = sitk.Image(image)
     grid = Grid.of(image)
     Grid(grid.size, np.diag([1e-3, 1e-3, 1e-3, 1]) @ grid.matrix).stamp(small)
-    problems = [
-        search.Problem(pyramid.prepare(x, None), pyramid.prepare(x, None), SETTINGS) for x in (image, small)
-    ]
+    problems = [search.Problem(pyramid.prepare(x, None), pyramid.prepare(x, None), SETTINGS) for x in (image, small)]
     assert problems[0].extent == pytest.approx(1000 * problems[1].extent)
     np.testing.assert_array_equal(problems[0].coarse[0].values, problems[1].coarse[0].values)
     np.testing.assert_allclose(problems[0].centers, problems[1].centers, atol=1e-9)
