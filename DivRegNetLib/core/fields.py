@@ -35,34 +35,40 @@ def cached(make: Callable[..., Tensor], *, size: int = CACHED_MATRICES) -> Calla
 
     @functools.lru_cache(size)
     def cached_make(numbers: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
-        if _used is not None:
-            raise RuntimeError("the cache must be filled before")
         with torch.inference_mode(False), torch.no_grad():
             return make(*numbers, like=torch.empty(0, dtype=dtype, device=device))
 
     @functools.wraps(make)
     def lookup(*numbers: float, like: Tensor) -> Tensor:
-        found = cached_make(numbers, like.dtype, like.device)
-        if _used is not None:
-            _used.append(found)
-        return found
+        if _kept is None:
+            return cached_make(numbers, like.dtype, like.device)
+        results, complete = _kept
+        key = make, numbers, like.dtype, like.device
+        if key not in results:
+            if complete:
+                raise RuntimeError(f"{make.__name__}{numbers} was not needed before")
+            results[key] = cached_make(*key[1:])
+        return results[key]
 
     return lookup
 
 
-_used: list[Tensor] | None = None
+_kept: tuple[dict, bool] | None = None
 
 
 @contextlib.contextmanager
-def collecting_cached(used: list[Tensor]) -> Iterator[None]:
-    """Adds the results of :func:`cached` functions to a list, which keeps them when their cache does not. What is not in its
-    cache is an error (RuntimeError) meanwhile."""
-    global _used
-    before, _used = _used, used
+def keeping_cached(results: dict, *, complete: bool = False) -> Iterator[None]:
+    """Keeps the results of :func:`cached` functions that are needed meanwhile in a dictionary, and takes them from there.
+
+    Args:
+        complete: ``results`` holds all that is needed; anything else is an error (RuntimeError).
+    """
+    global _kept
+    before, _kept = _kept, (results, complete)
     try:
         yield
     finally:
-        _used = before
+        _kept = before
 
 
 @cached
@@ -89,6 +95,43 @@ def sample(image: Tensor, points: Tensor, *, mode: str = "bilinear", padding: st
     size = constants(*image.shape[:1:-1], like=points).view(1, 3, 1, 1, 1)
     grid = (points * 2 + 1) / size - 1  # in this order the image's border is met exactly, beyond which ``zeros`` begins
     return _grid_sample(image, grid.permute(0, 2, 3, 4, 1), mode, padding)
+
+
+class Sampler:
+    """:func:`sample` of one image (1, C, D, H, W) at many places one after the other, (1, 3, d, h, w) in voxels; the border is
+    repeated.
+
+    On a CPU that is half again as fast, as torch's grid_sample for volumes reads number by number: the values of a voxel and
+    of the next one along x are a row of a table, and four of its rows are added in one operation for each point.
+    """
+
+    def __init__(self, image: Tensor) -> None:
+        self._image, self._table = image, None
+        if not image.is_cuda:
+            values = F.pad(image, (0, 2, 0, 1, 0, 1), mode="replicate")[0]
+            self._table = torch.cat((values[..., :-1], values[..., 1:])).flatten(1).T.contiguous()
+
+    def __call__(self, points: Tensor) -> Tensor:
+        """(1, C, d, h, w)."""
+        if self._table is None:
+            return sample(self._image, points)
+        _, channels, depth, height, width = self._image.shape
+        last = constants(width - 1, height - 1, depth - 1, like=points).view(3, 1)
+        at = points[0].flatten(1).clamp_min(0).minimum(last)
+        low = at.int()
+        x, y, z = (at - low).unbind()
+        first = low[0] + (width + 1) * (low[1] + (height + 1) * low[2])
+        # Written in place: stacking takes twice as long.
+        rows, weights = first.new_empty(len(first), 4), x.new_empty(len(x), 4)
+        for row, offset in zip(rows.unbind(1), (0, 1, height + 1, height + 2), strict=True):
+            torch.add(first, (width + 1) * offset, out=row)
+        neither, only_y, only_z, both = weights.unbind(1)
+        torch.mul(y, z, out=both)
+        torch.sub(y, both, out=only_y)
+        torch.sub(z, both, out=only_z)
+        torch.sub(1 - y, only_z, out=neither)
+        here, next_one = F.embedding_bag(rows, self._table, per_sample_weights=weights, mode="sum").T.chunk(2)
+        return torch.lerp(here, next_one, x, out=at.new_empty(channels, len(x))).unflatten(1, points.shape[2:])[None]
 
 
 def sample_displaced(image: Tensor, displacement: Tensor, stride: int = 1) -> Tensor:

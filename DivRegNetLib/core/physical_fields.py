@@ -4,6 +4,7 @@ They are computed on the displacement's device, slab by slab, and kept in main m
 :mod:`DivRegNetLib.core.composites`.
 """
 
+import ctypes
 import math
 from collections.abc import Callable
 
@@ -47,7 +48,7 @@ def inverse_transform(
     for every moving voxel q by fixed-point iteration, so that the working grid does not limit the resolution. One iteration
     brings the error to a hundredth of a voxel of the working grid, in rare cases to a tenth.
     """
-    back = np.linalg.inv(initial)
+    back, moved = np.linalg.inv(initial), fields.Sampler(displacement)
 
     def sampled_on(padded: Grid) -> Callable[[slice], Tensor]:
         to_working = grid.inverse_matrix @ back @ padded.matrix
@@ -56,7 +57,7 @@ def inverse_transform(
         def sampled(slab: slice) -> Tensor:
             at, v = _points(to_working, padded, slab, displacement.device), start(slab)
             for _ in range(iterations):
-                v = -fields.sample(displacement, at + v)
+                v = -moved(at + v)
             return v
 
         return sampled
@@ -72,12 +73,8 @@ def _sampler(field: Tensor, to_working: np.ndarray, grid: Grid) -> Callable[[sli
         field: (1, 3, D, H, W) on the working grid.
         to_working: (4, 4), voxels of ``grid`` -> voxels of the working grid.
     """
-    along = np.abs(to_working[:3, :3]).argmax(
-        1
-    )  # the axis of the grid that each axis of the working grid is nearest to
-
-    def sampled(slab: slice) -> Tensor:
-        return fields.sample(field, _points(to_working, grid, slab, field.device))
+    # The axis of the grid that each axis of the working grid is nearest to.
+    along = np.abs(to_working[:3, :3]).argmax(1)
 
     def sampled_along_axes(slab: slice) -> Tensor:
         values = field
@@ -89,19 +86,18 @@ def _sampler(field: Tensor, to_working: np.ndarray, grid: Grid) -> Callable[[sli
 
     others = np.abs(to_working[:3, :3]).sum(1) - np.abs(to_working[range(3), along])
     straight = sorted(along) == [0, 1, 2] and (others * max(grid.size)).max() < ROUNDING
-    return sampled_along_axes if straight else sampled
+    if straight:
+        return sampled_along_axes
+    values_at = fields.Sampler(field)
+    return lambda slab: values_at(_points(to_working, grid, slab, field.device))
 
 
 def _points(to_working: np.ndarray, grid: Grid, slab: slice, device: torch.device) -> Tensor:
     """Positions of the voxels of some slices of a grid, (1, 3, d, h, w) in voxels of the working grid."""
-    return torch.stack(_mapped(to_working, grid, slab, device))[None].to(torch.float32)
-
-
-def _mapped(matrix: np.ndarray, grid: Grid, slab: slice, device: torch.device) -> list[Tensor]:
-    """The voxels of some slices of a grid through a (4, 4) map: x, y and z, each (d, h, w) in double precision."""
-    k, j, i = (torch.arange(n, dtype=torch.float64, device=device) for n in grid.shape)
-    j, k = j[:, None], k[slab, None, None]
-    return [a * i + b * j + c * k + d for a, b, c, d in matrix[:3].tolist()]
+    i, j, k = (column[:, None] * np.arange(n) for n, column in zip(grid.size, to_working[:3, :3].T, strict=True))
+    rest = k[:, slab, None] + j[:, None] + to_working[:3, 3, None, None]
+    along_i, rest = (torch.from_numpy(part).to(device, torch.float32) for part in (i, rest))
+    return (rest[..., None] + along_i[:, None, None])[None]
 
 
 def _faded_field(grid: Grid, to_mm: np.ndarray, sampled_on: Callable[[Grid], Callable[[slice], Tensor]]) -> sitk.Image:
@@ -118,18 +114,24 @@ def _faded_field(grid: Grid, to_mm: np.ndarray, sampled_on: Callable[[Grid], Cal
     sampled = sampled_on(padded)
     x, y, z = (_weights(n, int(m)) for n, m in zip(grid.size, margin, strict=True))
     field = sitk.Image(list(padded.size), sitk.sitkVectorFloat64, 3)
+    values = torch.from_numpy(_voxels(field))  # written in place, so that the field is in memory once
     depth, height, width = padded.shape
     slices = max(CHUNK_VOXELS // (height * width), 1)
     for first in range(0, depth, slices):
         slab = slice(first, min(first + slices, depth))
-        in_space = _in_mm(sampled(slab)[0], to_mm).to(torch.float64)
+        in_space = _in_mm(sampled(slab)[0], to_mm)
         along_z, along_y, along_x = (w.to(in_space.device) for w in (z[slab], y, x))
-        in_space *= along_z[:, None, None] * along_y[:, None] * along_x
-        values = in_space.permute(1, 2, 3, 0).contiguous().cpu().numpy()
-        field[:, :, slab] = sitk.GetImageFromArray(
-            values, isVector=True
-        )  # in place, so that the field is in memory once
+        faded = in_space * (along_z[:, None, None] * along_y[:, None] * along_x)
+        values[slab].copy_(faded.permute(1, 2, 3, 0))
     return padded.stamp(field)
+
+
+def _voxels(image: sitk.Image) -> np.ndarray:
+    """The memory of an image to be written to, (D, H, W, components), for as long as the image lives and nothing else uses it:
+    SimpleITK's views are for reading."""
+    view = sitk.GetArrayViewFromImage(image)
+    memory = (ctypes.c_char * view.nbytes).from_address(view.ctypes.data)
+    return np.frombuffer(memory, view.dtype).reshape(view.shape)
 
 
 def _in_mm(displacement: Tensor, to_mm: np.ndarray) -> Tensor:

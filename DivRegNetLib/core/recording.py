@@ -22,11 +22,12 @@ class Recording:
     """
 
     def __init__(self, function: Callable[..., Tensor], *tensors: Tensor) -> None:
-        self._inputs, self._used = [t.clone() for t in tensors], []
+        self._inputs, self._cached = [t.clone() for t in tensors], {}
         self._graph = torch.cuda.CUDAGraph()
-        function(*self._inputs)  # loads libraries and fills caches, which a recording cannot do
+        with fields.keeping_cached(self._cached):
+            function(*self._inputs)  # loads libraries and makes what is cached, which a recording cannot do
         torch.cuda.synchronize()
-        with fields.collecting_cached(self._used), torch.cuda.graph(self._graph):
+        with fields.keeping_cached(self._cached, complete=True), torch.cuda.graph(self._graph):
             self._output = function(*self._inputs)
 
     def __call__(self, *tensors: Tensor) -> Tensor:

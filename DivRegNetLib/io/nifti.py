@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import math
+import shutil
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,6 @@ from DivRegNetLib.io.paths import utf8_name
 
 PAIRED_SUFFIXES = (".hdr", ".img", ".img.gz")
 SUFFIXES = (".nii", ".nii.gz", *PAIRED_SUFFIXES)
-GZIP = 16 + zlib.MAX_WBITS  # with the header of gzip, see the documentation of zlib
 FLOATS = {16: "f4", 64: "f8"}  # data types, by their code in the header
 BITS = {
     1: 1,
@@ -128,18 +128,13 @@ def header_and_voxels(path: Path) -> tuple[Path, Path]:
 
 
 def write_vectors(image: sitk.Image, path: Path) -> None:
-    """Writes an image of vectors as ``.nii.gz``, three times as fast as ITK does and 3 % larger.
-
-    Displacements repeat nothing that a search for repetitions finds, so that Huffman coding alone is as good.
-    """
+    """Writes an image of vectors as ``.nii.gz`` whose content is stored as it is: compression would take a twentieth of a
+    second for each million voxels of a displacement, and make the file a tenth smaller."""
     plain = path.with_name("plain.nii")
     try:
         sitk.WriteImage(image, utf8_name(plain), useCompression=False)
-        compressor = zlib.compressobj(1, zlib.DEFLATED, GZIP, zlib.DEF_MEM_LEVEL, zlib.Z_HUFFMAN_ONLY)
-        with plain.open("rb") as source, path.open("wb") as file:
-            while block := source.read(1 << 20):
-                file.write(compressor.compress(block))
-            file.write(compressor.flush())
+        with plain.open("rb") as source, gzip.open(path, "wb", compresslevel=0) as file:
+            shutil.copyfileobj(source, file, 1 << 20)
     finally:
         plain.unlink(missing_ok=True)
 

@@ -17,6 +17,7 @@ GRID_MM = 10.0
 LONGEST_PIXELS = 320  # of the fixed image's longest side
 SQUARES = 6  # of a checkerboard, along the longer side
 PIXELS = 1560  # width of the picture
+COMPRESSION = 3  # of 9: half the time of the usual 6, 5 % larger
 LINES = "#ffc04d"  # color of the deformed grid
 COLUMNS = ("fixed", "moving, initially aligned", "warped", "fixed | moving", "fixed | warped", "deformation")
 PLANES = (("axial", 2), ("coronal", 1), ("sagittal", 0))
@@ -138,7 +139,7 @@ def _drawn(canvas: np.ndarray, lines: list[np.ndarray], titles: list[tuple], nam
     for (x, y, text), points, anchor in (*((t, 14, "mm") for t in titles), *((n, 11, "ld") for n in names)):
         pen.text((x * scale, y * scale), text, fill="white", font=ImageFont.load_default(points), anchor=anchor)
     file = io.BytesIO()
-    picture.save(file, "PNG")
+    picture.save(file, "PNG", compress_level=COMPRESSION)
     return file.getvalue()
 
 

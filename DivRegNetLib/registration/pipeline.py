@@ -87,7 +87,7 @@ def register(
     while True:
         try:
             if aligned is None:
-                aligned = stages.run("align", align, inputs, options, resources.device, progress=True)
+                aligned = stages.run("align", align, inputs, options, progress=True)
                 resources = stages.run("align", cover, inputs, aligned.matrix, resources)
             return _deform_and_warp(inputs, aligned, resources, options, stages)
         except OutOfMemory as error:
@@ -187,7 +187,7 @@ def check(
     return Inputs(fixed, moving, *masks)
 
 
-def align(inputs: Inputs, options: Options, device: torch.device, *, progress: Callable[[float], None]) -> Alignment:
+def align(inputs: Inputs, options: Options, *, progress: Callable[[float], None]) -> Alignment:
     """The initial alignment: that of the options, or the one that the images suggest.
 
     Raises:
@@ -207,7 +207,6 @@ def align(inputs: Inputs, options: Options, device: torch.device, *, progress: C
             options.align,
             fixed_mask=inputs.fixed_mask,
             moving_mask=inputs.moving_mask,
-            device=device,
             progress=progress,
         )
     moving = Grid.of(inputs.moving)

@@ -18,6 +18,7 @@ from DivRegNetLib.options import STAGES
 from DivRegNetLib.quality.verdict import two_digits
 from DivRegNetLib.run.cli import main
 
+ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["--device", "cpu", "--align", "center", "--spacing", "6"]
 
 
@@ -64,15 +65,40 @@ def test_the_preview_can_be_left_out_and_nothing_that_is_not_needed_is_imported(
     output = tmp_path / "out"
     options = ["--device", "cpu", "--spacing", "6", "--no-preview"]
     command = [sys.executable, "-c", code, "register", *pair, *options, "--output", str(output)]
-    root = Path(__file__).resolve().parents[2]
-    environment = os.environ | {"PYTHONPATH": str(root)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert done.stderr.splitlines()[-1] == "set()"
     assert (output / "quality.json").exists() and not (output / "preview.png").exists()
 
 
+@pytest.mark.parametrize(("thread", "taken_apart"), [("pass", False), ("threading.Thread(target=waits).start()", True)])
+def test_the_program_ends_at_once_but_not_before_what_has_to_be_done(thread, taken_apart):
+    code = (
+        "import atexit, threading, time\nfrom DivRegNetLib.run.process import leave\n"
+        "class Kept:\n    def __del__(self):\n        print('taken apart')\nkept = Kept()\n"
+        "def waits():\n    time.sleep(0.2)\n    print('waited')\n"
+        f"atexit.register(print, 'at exit')\nprint('printed')\n{thread}\nleave(3)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    more = (["waited"], ["taken apart"]) if taken_apart else ([], [])
+    assert (done.returncode, done.stderr) == (3, "")
+    assert done.stdout.split("\n")[:-1] == ["printed", *more[0], "at exit", *more[1]]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="concerns glibc")
+def test_memory_that_is_freed_is_used_again():
+    pages = "resource.getrusage(resource.RUSAGE_SELF).ru_minflt"
+    code = (
+        "import resource\nfrom DivRegNetLib.run.process import prepare_process\nprepare_process()\n"
+        "for i in range(9):\n    kept = [b'x' * (20 << 20) for _ in range(3)]\n    del kept\n"
+        f"    before = {pages} if i == 0 else before\nprint({pages} - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert int(done.stdout) < 1000  # of 4 kB; 120,000 where it is given back
+
+
 def test_displacements_are_read_back_as_they_were(grid, tmp_path):
-    """They are compressed in another way than ITK's."""
+    """They are stored in another way than ITK's."""
     values = np.random.default_rng(0).normal(size=(*grid.shape, 3)).astype(np.float32)
     field = grid.image(values)
     images.write_image(field, tmp_path / "field.nii.gz")

@@ -66,11 +66,10 @@ def command_line(files, tiny_model, tmp_path):
             "--output",
             str(output),
         ]
-        code = "import sys; from DivRegNetLib.run.cli import main; sys.exit(main(sys.argv[1:]))"
         command = f'{prefix} exec "$@" {suffix}'
         variables = os.environ | {"PYTHONPATH": str(ROOT)} | environment
         done = subprocess.run(
-            ["sh", "-c", command, "sh", sys.executable, "-c", code, *arguments, *more],
+            ["sh", "-c", command, "sh", sys.executable, "-m", "DivRegNetLib.run.cli", *arguments, *more],
             env={k: v for k, v in variables.items() if v is not None}, capture_output=True, check=False, timeout=300,
         )  # fmt: skip
         report = output / "quality.json"

@@ -10,12 +10,12 @@ from strategies import numbers
 
 from DivRegNetLib.core.grid import Grid, apply_matrix
 from DivRegNetLib.registration.alignment import AlignmentSettings, pyramid, search, transforms, words
+from DivRegNetLib.registration.alignment.correlation import Correlation
 from DivRegNetLib.registration.alignment.evidence import Edges
 from DivRegNetLib.registration.alignment.optimization import optimize
 from DivRegNetLib.registration.alignment.similarity import Frame, Level
 
 SETTINGS = AlignmentSettings()
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_the_gradient_of_the_similarity_is_that_of_finite_differences(looks, pow
     """The moving image is cut, so that points leave and enter what is known."""
     fixed, moving, frames = looks
     assert not moving.known.all()
-    level = Level(fixed, moving, frames, 3000, 24, SETTINGS, CPU, power)
+    level = Level(fixed, moving, frames, 3000, 24, SETTINGS, power)
     maps, basis = random_maps(5, 0.04), torch.tensor(transforms.generators("affine"))
     gradient = torch.einsum("kij,pij->kp", level.evaluate(maps)[1], basis)
     step = 1e-3
@@ -103,13 +103,13 @@ def test_the_similarity_favors_neither_image(looks):
     """Exchanged images under inverse maps: the same points, each looked up in the other image."""
     fixed, moving, frames = looks
     maps = random_maps(5, 0.05)
-    there = Level(fixed, moving, frames, 3000, 24, SETTINGS, CPU).evaluate(maps)[0]
-    back = Level(moving, fixed, frames[::-1], 3000, 24, SETTINGS, CPU).evaluate(transforms.inverse(maps))[0]
+    there = Level(fixed, moving, frames, 3000, 24, SETTINGS).evaluate(maps)[0]
+    back = Level(moving, fixed, frames[::-1], 3000, 24, SETTINGS).evaluate(transforms.inverse(maps))[0]
     np.testing.assert_allclose(there, back, atol=1e-6)
 
 
 def test_many_maps_at_once_have_the_similarities_of_each_alone(looks):
-    level = Level(*looks, 2000, 16, SETTINGS, CPU)
+    level = Level(*looks, 2000, 16, SETTINGS)
     maps = random_maps(6, 0.1)
     together, alone = level.evaluate(maps), [level.evaluate(m[None]) for m in maps]
     np.testing.assert_allclose(together[0], torch.cat([x[0] for x in alone]), atol=1e-7)
@@ -120,7 +120,7 @@ def test_many_maps_at_once_have_the_similarities_of_each_alone(looks):
 
 def test_ascent_converges_to_one_place_from_different_starts(looks):
     fixed, moving, frames = looks
-    level = Level(fixed, moving, frames, 6000, 32, SETTINGS, CPU)
+    level = Level(fixed, moving, frames, 6000, 32, SETTINGS)
     header = np.linalg.inv(frames[1].matrix) @ frames[0].matrix
     starts = torch.tensor(header)[None] @ random_maps(4, 0.03)
     starts = optimize(level, starts, "affine", 0, 0.1, SETTINGS)[0]
@@ -133,7 +133,7 @@ def test_ascent_converges_to_one_place_from_different_starts(looks):
 
 def test_edges_agree_where_the_images_are_aligned_and_not_where_they_are_turned(looks, rigid):
     fixed, moving, frames = looks
-    edges = Edges(fixed, moving, frames, SETTINGS, CPU)
+    edges = Edges(fixed, moving, frames, SETTINGS)
     header = torch.tensor(np.linalg.inv(frames[1].matrix) @ frames[0].matrix)
     turned = torch.tensor(transforms.about(np.diag([1.0, -1.0, -1.0]), np.zeros(3), np.zeros(3)))
     aligned, apart = edges.agreement(torch.stack((header, header @ turned))).tolist()
@@ -156,7 +156,7 @@ class Preferring:
 
 def test_of_the_rough_starts_those_survive_whose_edges_agree_though_others_are_more_similar(grid_about, paint):
     image = paint(grid_about((31, -47, 112), (32, 28, 30), (5.0, 5.0, 5.0)))
-    problem = search.Problem(*[pyramid.prepare(image, None)] * 2, SETTINGS, CPU)
+    problem = search.Problem(*[pyramid.prepare(image, None)] * 2, SETTINGS)
     starts = search.turned_starts(problem, 50)
     right, turned = torch.eye(3, dtype=torch.float64), torch.tensor(transforms.rotations(50)[20])
     for wanted, other in ((right, turned), (turned, right)):
@@ -173,9 +173,57 @@ def test_a_small_crop_counts_by_its_own_edges_though_hardly_any_of_the_whole_ima
     )
     frames = tuple(Frame(look.centers[1], 20.0) for look in (whole, crop))
     header = torch.tensor(np.linalg.inv(frames[1].matrix) @ frames[0].matrix)[None]
-    edges = Edges(whole, crop, frames, SETTINGS, CPU)
+    edges = Edges(whole, crop, frames, SETTINGS)
     assert float(edges.sides[0].look_up(header)[1].mean()) < 0.1
     assert float(edges.agreement(header)) > 0.9
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["whole to piece", "piece to whole"])
+def piece(request, grid_about):
+    """Edges of a texture and of a turned piece of it in another contrast, either of them fixed, and the map between them."""
+    noise = np.random.default_rng(3).normal(size=(44, 48, 46)).astype(np.float32)
+    grid = grid_about((31, -47, 112), (46, 48, 44), (2.5, 2.5, 2.5), (8, -5, 12))
+    whole = sitk.SmoothingRecursiveGaussian(grid.image(noise), 5.0)
+    target = grid_about((45, -30, 125), (22, 20, 18), (2.5, 2.5, 2.5), (100, 20, -60)).empty_image()
+    images = [whole, 1 - sitk.Resample(whole, target, sitk.Transform(), sitk.sitkLinear)]
+    fixed, moving = (
+        pyramid.look(*pyramid.prepare(x, None), 2.5, SETTINGS) for x in images[:: -1 if request.param else 1]
+    )
+    frames = tuple(Frame(look.centers[1], SETTINGS.radius * 50) for look in (fixed, moving))
+    header = torch.tensor(np.linalg.inv(frames[1].matrix) @ frames[0].matrix)
+    return Edges(fixed, moving, frames, SETTINGS), header
+
+
+def test_a_piece_is_found_in_a_whole_by_the_directions_of_edges(piece):
+    """At the true rotation the best shift is the true one, and no other rotation fits better."""
+    edges, truth = piece
+    turns = torch.tensor(np.concatenate([search.cube_rotations(), transforms.rotations(100)]))
+    correlation = Correlation(edges, 8.0, SETTINGS)
+    maps, scores = correlation.best_shifts(turns)
+    assert int(scores.argmax()) == 0
+    assert float((maps[0] - truth).abs().max()) < correlation.voxel
+    np.testing.assert_allclose(maps[:, :3, :3], turns)
+
+
+def test_the_gradient_of_the_correlation_is_that_of_finite_differences(piece):
+    edges, truth = piece
+    level, basis = Correlation(edges, 12.0, SETTINGS), torch.tensor(transforms.generators("rigid"))
+    turns = torch.tensor(transforms.rotations(40)[::8])
+    maps = truth @ torch.tensor(transforms.about(turns.numpy(), np.zeros(3), np.full(3, 0.05)))
+    gradient = torch.einsum("kij,pij->kp", level.evaluate(maps)[1], basis)
+    step = 1e-3
+    for p, generator in enumerate(basis):
+        ahead, behind = (level.evaluate(maps @ transforms.exponential(s * generator[None]))[0] for s in (step, -step))
+        np.testing.assert_allclose(gradient[:, p], (ahead - behind) / (2 * step), atol=0.01)
+
+
+def test_the_correlation_of_a_map_is_the_same_from_all_shifts_and_by_itself(piece):
+    edges, _ = piece
+    level = Correlation(edges, 8.0, SETTINGS)
+    maps, scores = level.best_shifts(torch.tensor(transforms.rotations(20)))
+    # Of points that lie in the middle of a cell in one of the two, and anywhere in it in the other.
+    assert np.corrcoef(level.evaluate(maps)[0], scores)[0, 1] > 0.9
+    np.testing.assert_allclose(level.evaluate(maps)[0], scores, atol=0.1)
 
 
 def test_contents_of_equal_spread_include_the_true_stretch(grid_about, paint):
@@ -184,7 +232,7 @@ def test_contents_of_equal_spread_include_the_true_stretch(grid_about, paint):
     grid = Grid.of(image)
     truth = matrix_of(75, (1, 2, 0.5), (1.0, 1.0, 0.6))
     moved = Grid(grid.size, truth @ grid.matrix).stamp(sitk.Image(image))
-    problem = search.Problem(pyramid.prepare(image, None), pyramid.prepare(moved, None), SETTINGS, CPU)
+    problem = search.Problem(pyramid.prepare(image, None), pyramid.prepare(moved, None), SETTINGS)
     starts = problem.physical(search.alike_starts(problem).maps)
     apart = np.linalg.norm(starts[:, :3, :3] - truth[:3, :3], axis=(1, 2))
     assert apart.min() < 0.4
@@ -251,9 +299,7 @@ def test_a_grid_of_any_scale_is_treated_alike(grid_about, paint):
     small = sitk.Image(image)
     grid = Grid.of(image)
     Grid(grid.size, np.diag([1e-3, 1e-3, 1e-3, 1]) @ grid.matrix).stamp(small)
-    problems = [
-        search.Problem(pyramid.prepare(x, None), pyramid.prepare(x, None), SETTINGS, CPU) for x in (image, small)
-    ]
+    problems = [search.Problem(pyramid.prepare(x, None), pyramid.prepare(x, None), SETTINGS) for x in (image, small)]
     assert problems[0].extent == pytest.approx(1000 * problems[1].extent)
     np.testing.assert_array_equal(problems[0].coarse[0].values, problems[1].coarse[0].values)
     np.testing.assert_allclose(problems[0].centers, problems[1].centers, atol=1e-9)

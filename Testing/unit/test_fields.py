@@ -112,6 +112,19 @@ def test_padding_repeats_the_border_or_gives_zeros():
     assert fields.sample(image, outside, padding="zeros").item() == 0
 
 
+@pytest.mark.parametrize("channels", [1, 3, 5])
+@pytest.mark.parametrize("shape", [SHAPE, (1, 7, 2)])
+def test_a_sampler_gives_what_sampling_gives_inside_and_beyond_the_border(shape, channels):
+    random = torch.Generator().manual_seed(0)
+    image = torch.rand(1, channels, *shape, generator=random)
+    sampler = fields.Sampler(image)
+    corners = torch.tensor([[0.0, 0, 0], [n - 1 for n in shape[::-1]], [-40, 1.5, 900]]).T.view(1, 3, 3, 1, 1)
+    for spread, count in ((1.0, (4, 5, 6)), (3.0, (1, 1, 8))):
+        points = torch.rand(1, 3, *count, generator=random) * torch.tensor(shape[::-1]).view(1, 3, 1, 1, 1) * spread - 1
+        for at in (points, corners):
+            torch.testing.assert_close(sampler(at), fields.sample(image, at), atol=1e-4, rtol=0)
+
+
 def test_nearest_sampling_invents_no_label():
     labels = torch.randint(0, 4, (1, 1, *SHAPE), generator=torch.Generator().manual_seed(0)).double() * 10
     warped = fields.warp(labels, waves(voxels(), 3.0), mode="nearest")

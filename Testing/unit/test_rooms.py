@@ -20,6 +20,7 @@ WITHOUT_TORCH = (
     "DivRegNetLib.io.landmarks", "DivRegNetLib.io.transforms", "DivRegNetLib.models", "DivRegNetLib.quality.metrics",
     "DivRegNetLib.quality.preview", "DivRegNetLib.quality.verdict", "DivRegNetLib.registration.memory",
     "DivRegNetLib.run.worker", "DivRegNetLib.run.cohort", "DivRegNetLib.run.cli",
+    "DivRegNetLib.run.cohort.register_files",  # which imports it while it reads the files
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from DivRegNetLib.core import fields
 from DivRegNetLib.registration.variational import DEFAULT, Level, solver
 from DivRegNetLib.registration.variational.equations import Equations
 from DivRegNetLib.registration.variational.features import (
+    USUAL_DIFFERENCE,
     FeatureEquations,
     Features,
     descriptors,
@@ -142,9 +143,11 @@ def test_probabilities_of_classes_are_sharpened_by_a_low_temperature():
 
 
 def test_the_step_of_descriptor_terms_is_that_of_a_dense_solution():
-    """A quadratic energy per voxel, plus diffusion, solved by one matrix of all voxels."""
+    """A quadratic energy per voxel, plus diffusion, solved by one matrix of all voxels. All regions count alike."""
     moving, fixed, _ = deformed((8, 10, 12), 1.0, seed=0)
-    settings = VariationalSettings(frequencies=1.0, cg_iterations=200, descriptor_weight=2.0, descriptor_parts=1)
+    settings = VariationalSettings(
+        frequencies=1.0, cg_iterations=200, descriptor_weight=2.0, descriptor_parts=1, descriptor_trust=0.0
+    )
     terms = descriptors(fixed.double(), moving.double(), settings, settings.levels[-1])
     normal, shape, weight = terms(None), (4, 5, 6), 0.7
     assert normal.shape == (1, 12, *shape)
@@ -155,8 +158,12 @@ def test_the_step_of_descriptor_terms_is_that_of_a_dense_solution():
         n = f.shape[dim]
         both = (f + m) / 2
         slopes[axis].narrow(dim, 1, n - 2).copy_((both.narrow(dim, 2, n - 2) - both.narrow(dim, 0, n - 2)) / 2)
-    matrix = 2.0 * torch.einsum("ackji,bckji->kjiab", slopes, slopes) + settings.tikhonov * torch.eye(3).double()
-    force = 2.0 * torch.einsum("ackji,ckji->kjia", slopes, f - m)
+    edges = slopes.square().sum((0, 1))
+    weight_of_pair = 2.0 * (edges * (f - m).square().mean(0)).sum() / edges.sum() / USUAL_DIFFERENCE
+    matrix = (
+        weight_of_pair * torch.einsum("ackji,bckji->kjiab", slopes, slopes) + settings.tikhonov * torch.eye(3).double()
+    )
+    force = weight_of_pair * torch.einsum("ackji,ckji->kjia", slopes, f - m)
     count = f[0].numel()
     left = torch.block_diag(*matrix.reshape(count, 3, 3))
     number = torch.arange(count).view(shape)
@@ -172,6 +179,39 @@ def test_the_step_of_descriptor_terms_is_that_of_a_dense_solution():
     expected = torch.linalg.solve(left, force.reshape(-1)).view(*shape, 3).permute(3, 0, 1, 2)[None]
     step = solver.solve(normal, None, torch.tensor(weight).double().view(1, 1, 1, 1, 1), 0.0, settings)
     torch.testing.assert_close(step, expected, atol=1e-8, rtol=1e-5)
+
+
+def test_regions_where_descriptors_disagree_count_less():
+    """Half of the moving image shows something else: the descriptors of the other half take over their share of the weight."""
+    moving, fixed, _ = deformed((16, 16, 64), 0.5, seed=1)
+    moving[..., 32:] = deformed((16, 16, 64), 0.5, seed=8)[0][..., 32:]
+    settings = VariationalSettings(descriptor_weight=2.0, descriptor_region=3.0)
+    level = settings.levels[-1]
+
+    def shares(trust: float) -> tuple[torch.Tensor, torch.Tensor]:
+        terms = descriptors(fixed, moving, replace(settings, descriptor_trust=trust), level)
+        information = solver.parts(terms(None))[0].diagonal(dim1=1, dim2=2).sum(-1)  # (N, D, H, W)
+        return information[..., :12].sum(), information[..., 20:].sum()
+
+    (right, wrong), (trusted, distrusted) = shares(0.0), shares(3.0)
+    assert distrusted < 0.2 * wrong and trusted > 1.5 * right
+    torch.testing.assert_close(trusted + distrusted, right + wrong, rtol=0.2, atol=0)
+
+
+def test_descriptors_weigh_more_the_more_is_left_to_agree_on():
+    """And what is left depends on the displacement that a level begins with; equal images have no weight."""
+    moving, fixed, truth = deformed((16, 20, 24), 1.0, seed=4)
+    settings = VariationalSettings(descriptor_weight=2.0)
+    level = replace(settings.levels[-1], stride=2)
+    terms = {
+        name: descriptors(fixed, moving, settings, level, None, start)
+        for name, start in (("before", None), ("after", fields.resize(truth, (8, 10, 12))))
+    }
+    weights = {name: term.trust.mean() for name, term in terms.items()}
+    assert 0 < weights["after"] < 0.7 * weights["before"]
+    for image in (fixed, torch.zeros_like(fixed)):
+        nothing = descriptors(image, image, settings, level)
+        assert (nothing(None) == 0).all() and (nothing.energy(None) == 0).all()
 
 
 def test_steps_take_the_parts_of_the_channels_in_turn():

@@ -30,13 +30,15 @@ from DivRegNetLib.errors import DivRegNetError
 from DivRegNetLib.io.images import read_image, read_labels
 from DivRegNetLib.options import Options
 from DivRegNetLib.quality import metrics
-from DivRegNetLib.registration import discrete, methods, pipeline
+from DivRegNetLib.registration import alignment, discrete, methods, pipeline
 from DivRegNetLib.registration.discrete import DiscreteSettings
 from DivRegNetLib.registration.resources import Resources
 from DivRegNetLib.registration.variational import VariationalSettings
 from training import report
 from training.benchmarks import cases
 from training.benchmarks.cases import FAMILIES, Material, Prepared, prepare_pair
+from training.data import label_maps
+from training.data.brainweb import brainweb
 from training.scoring import displacement_on
 
 
@@ -78,6 +80,40 @@ def _thick(data: Path, task: str, millimeters: int = 3) -> Material:
     return replace(material, moving=sitk.BinShrink(material.moving, [1, 1, millimeters]))
 
 
+HOUNSFIELD = {"white": 29, "gray": 37, "fluid": 10}
+BONE, FAT = (515, 516), (507, 508)  # of the classes outside the brain; the others are like muscle, or small
+CT_WINDOW = (-20.0, 100.0)  # Hounsfield units, that of the brain
+
+
+def _painted_ct(data: Path, heads: tuple[int, ...], seed: int, bend: int) -> Material:
+    """A CT painted from label maps, of one head or the mean of several that are aligned to the first, and BrainWeb's T1 under
+    a deformation with the seed ``bend``."""
+    random, images, tissues = np.random.default_rng(seed), [], []
+    reference = None
+    for i, head in enumerate(heads):
+        labels = cases.cropped(read_labels(label_maps.file_of(data, f"training_seg_{head:02d}")))
+        mr = cases.painted_image(labels, "T1", np.random.default_rng(1 + i))
+        reference = reference or (labels, mr)
+        grid, to = reference[0], affine_transform(alignment.align(reference[1], mr, "affine") if i else np.eye(4))
+        array = sitk.GetArrayViewFromImage(labels)
+        means = np.array(
+            [HOUNSFIELD.get(label_maps.tissue(n), 40 if n > 500 else 30) for n in range(int(array.max()) + 1)]
+        )
+        for classes, value in ((BONE, 1000), (FAT, -90), ((0,), -1000)):
+            means[list(classes)] = value
+        ct = sitk.DiscreteGaussian(Grid.of(labels).image(means[array].astype(np.float32)), 0.7)
+        images.append(sitk.GetArrayFromImage(sitk.Resample(ct, grid, to, sitk.sitkLinear, -1000.0)))
+        groups = [tuple(n for n in label_maps.BRAIN if label_maps.tissue(n) == t) for t in ("fluid", "gray", "white")]
+        map_ = sitk.Resample(cases.relabeled(labels, groups), grid, to, sitk.sitkNearestNeighbor, 0)
+        tissues.append([sitk.GetArrayViewFromImage(map_) == n for n in (1, 2, 3)])
+    ct = np.mean(images, 0) + random.normal(0, 1, images[0].shape)
+    priors, like = np.mean(tissues, 0), Grid.of(reference[0])
+    labels = like.image(((priors.argmax(0) + 1) * (priors.max(0) > 0.5)).astype(np.uint8))
+    moving = like.image(ct.clip(*CT_WINDOW).astype(np.float32))
+    fixed_tissues, brain = cases.brainweb_tissues(data)
+    return cases.deformed(Material(brainweb(data, "T1"), moving, fixed_tissues, labels, inside=brain), bend)
+
+
 def _heads(spacing: float) -> list[Case]:
     """Pairs of painted heads of subjects that may be learned from."""
     pairs = (("01", "02", ("T2", "T1")), ("05", "06", ("any", "any")))
@@ -102,6 +138,8 @@ DEVELOPMENT = [
     *_of_benchmark("aligned pairs", ("T1 to T2", "PD to T2")),
     *_of_benchmark("MS07 to BrainWeb", ("T2 to T1", "T1POST to T2")),
     *_of_benchmark("IXI012 to BrainWeb", ("T1 to T1", "T1 to T2")),
+    *(Case("painted CT to MR", f"{len(heads)}", partial(_painted_ct, heads=heads, seed=7700 + i, bend=7000 + i), 2.0,
+           "affine", "Dice") for i, heads in enumerate((tuple(range(3, 11)), (11,)))),
     *_of_benchmark("brain CT to MR", ("CT to T1, 5100",)),
     *_of_benchmark("liver MR to CT", ("T2 to CT", "CT to T2")),
     *_of_benchmark("abdomen CT", ("CT, 5600",)),

@@ -159,7 +159,7 @@ def register(case: Case, model: models.Model) -> Registration:
     options = Options.of(align=case.align, device="cpu")
     inputs = pipeline.check(case.fixed, case.moving, None, None, options)
     resources = Resources.choose(options, inputs.fixed, inputs.moving, model)
-    matrix = pipeline.align(inputs, options, resources.device, progress=_nothing).matrix
+    matrix = pipeline.align(inputs, options, progress=_nothing).matrix
     resources = pipeline.cover(inputs, matrix, resources)
     with torch.inference_mode():
         sampled = pipeline.sample(inputs, matrix, resources, progress=_nothing)

@@ -137,7 +137,7 @@ def measure(case: Case, data: Path, model: models.Model) -> dict:
     options = Options.of(align=case.align, device="cpu", spacing=case.spacing)
     inputs = pipeline.check(pair.fixed, pair.moving, None, None, options)
     resources = Resources.choose(options, inputs.fixed, inputs.moving, model)
-    matrix = pipeline.align(inputs, options, resources.device, progress=_nothing).matrix
+    matrix = pipeline.align(inputs, options, progress=_nothing).matrix
     resources = pipeline.cover(inputs, matrix, resources)
     with torch.inference_mode():
         sampled = pipeline.sample(inputs, matrix, resources, progress=_nothing)

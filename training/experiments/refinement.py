@@ -64,7 +64,7 @@ def rows(pair: Material, align: str, spacing: float, steps: list[int]) -> Iterat
     def nothing(fraction: float) -> None:
         pass
 
-    matrix = pipeline.align(inputs, options, resources.device, progress=nothing).matrix
+    matrix = pipeline.align(inputs, options, progress=nothing).matrix
     with torch.inference_mode():
         sampled = pipeline.sample(inputs, matrix, resources, progress=nothing)
         start = pipeline.deform(sampled, resources, options, progress=nothing)

@@ -5,6 +5,9 @@ information (Studholme et al., Pattern Recognition 1999) at a coarse level, in b
 where edges do not agree, further starts (other scales, moved centers) join. The identity and the centered starts compete with
 the result at the end, on the agreement of edges, which nothing has maximized.
 
+All of it runs on the CPU, also where there is a GPU: thousands of operations on few points take a GPU longer to be asked for
+than a CPU to do (docs/experiments.md, On a GPU), and so both devices deform the same pair.
+
 pyramid     images at one resolution, their content and what is known beyond the field of view
 transforms  linear maps in batches
 similarity  mutual information of many maps at once, and its gradient
@@ -61,7 +64,6 @@ def align(
     *,
     fixed_mask: sitk.Image | None = None,
     moving_mask: sitk.Image | None = None,
-    device: str | torch.device = "cpu",
     progress: Progress = lambda fraction: None,
 ) -> np.ndarray:
     """The linear map from fixed points to moving points; see :func:`find`.
@@ -69,9 +71,7 @@ def align(
     Returns:
         (4, 4) matrix, LPS mm.
     """
-    return find(
-        fixed, moving, mode, fixed_mask=fixed_mask, moving_mask=moving_mask, device=device, progress=progress
-    ).matrix
+    return find(fixed, moving, mode, fixed_mask=fixed_mask, moving_mask=moving_mask, progress=progress).matrix
 
 
 def find(
@@ -81,7 +81,6 @@ def find(
     *,
     fixed_mask: sitk.Image | None = None,
     moving_mask: sitk.Image | None = None,
-    device: str | torch.device = "cpu",
     progress: Progress = lambda fraction: None,
     settings: AlignmentSettings | None = None,
 ) -> Alignment:
@@ -102,7 +101,7 @@ def find(
         return Alignment(np.eye(4))
     settings = settings or AlignmentSettings()
     prepared = (pyramid.prepare(*pair) for pair in ((fixed, fixed_mask), (moving, moving_mask)))
-    problem = Problem(*prepared, settings, torch.device(device))
+    problem = Problem(*prepared, settings)
     with torch.no_grad():
         if mode == "center" or min(*fixed.GetSize(), *moving.GetSize()) < THINNEST:
             centered = _centered(problem)
@@ -150,8 +149,8 @@ def _centered(problem: Problem) -> Candidates:
     """The identity, and the translations that bring each pair of centers together."""
     maps = [problem.normalized(np.eye(4)[None])]
     for start, end in problem.centers[:3]:
-        shift = torch.eye(4, dtype=torch.float64, device=problem.device)
-        shift[:3, 3] = torch.tensor(end - start, device=problem.device)
+        shift = torch.eye(4, dtype=torch.float64)
+        shift[:3, 3] = torch.tensor(end - start)
         maps.append(shift[None])
     maps: Tensor = torch.cat(maps)
     return Candidates(maps, maps.new_ones(len(maps)))

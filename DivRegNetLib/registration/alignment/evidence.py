@@ -19,14 +19,12 @@ from DivRegNetLib.registration.alignment.similarity import Frame
 class Edges:
     """The strongest edges of two images, in normalized coordinates."""
 
-    def __init__(
-        self, fixed: Look, moving: Look, frames: tuple[Frame, Frame], settings: AlignmentSettings, device: torch.device
-    ) -> None:
+    def __init__(self, fixed: Look, moving: Look, frames: tuple[Frame, Frame], settings: AlignmentSettings) -> None:
         looks, self.floor = (fixed, moving), settings.edge_floor
         gradients = [_gradient(look, frame) for look, frame in zip(looks, frames, strict=True)]
         self.sides = [
             _Side(looks[own], gradients[own], frames[own], looks[1 - own], gradients[1 - own], frames[1 - own],
-                  settings, device)
+                  settings)
             for own in (0, 1)
         ]  # fmt: skip
 
@@ -58,20 +56,20 @@ class _Side:
     """Points on the strongest edges of one image, and the gradients of the other.
 
     points: (4, N) homogeneous. directions: (3, N) unit vectors. strength: length of the gradient at strong edges.
+    spread: volume of the box around the points, normalized.
     """
 
-    def __init__(
-        self, own: Look, own_gradient, own_frame: Frame, other: Look, gradient, frame: Frame, settings, device
-    ):
+    def __init__(self, own: Look, own_gradient, own_frame: Frame, other: Look, gradient, frame: Frame, settings):
         points, directions, self.strength = _strongest(own, own_gradient, own_frame, settings)
-        self.points = torch.tensor(np.c_[points, np.ones(len(points))].T, dtype=torch.float32, device=device)
-        self.directions = torch.tensor(directions, dtype=torch.float32, device=device)
+        self.points = torch.tensor(np.c_[points, np.ones(len(points))].T, dtype=torch.float32)
+        self.directions = torch.tensor(directions, dtype=torch.float32)
+        self.spread = float(np.prod(np.ptp(points, 0)))
         to_index = other.grid.inverse_matrix @ frame.matrix
         to_index[:3, 3] += 1  # of the padded image
-        self.to_index = torch.tensor(to_index, device=device)
+        self.to_index = torch.tensor(to_index)
         padded = np.concatenate((np.pad(gradient, ((0, 0), (1, 1), (1, 1), (1, 1))), other.known[None]))
-        self.field = torch.tensor(padded, dtype=torch.float32, device=device)[None]
-        self.size = torch.tensor(self.field.shape[:1:-1], dtype=torch.float32, device=device)
+        self.field = torch.tensor(padded, dtype=torch.float32)[None]
+        self.size = torch.tensor(self.field.shape[:1:-1], dtype=torch.float32)
 
     def look_up(self, maps: Tensor, every: int = 1) -> tuple[Tensor, Tensor]:
         """Gradients (K, 3, N) of the other image at the points under maps, and where it is known (K, N)."""

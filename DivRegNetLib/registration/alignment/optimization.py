@@ -22,7 +22,7 @@ def optimize(
     Returns:
         maps, and their similarities less the penalty, (K,).
     """
-    basis = torch.tensor(transforms.generators(mode), dtype=maps.dtype, device=maps.device)
+    basis = torch.tensor(transforms.generators(mode), dtype=maps.dtype)
     references = maps.new_ones(len(maps)) if references is None else references
     stretches = mode in ("similarity", "affine")
 
@@ -35,9 +35,9 @@ def optimize(
         return score, torch.einsum("kij,pij->kp", gradient, basis)
 
     score, slope = value(maps)
-    identity = torch.eye(len(basis), dtype=maps.dtype, device=maps.device)
+    identity = torch.eye(len(basis), dtype=maps.dtype)
     inverse_hessian = identity.repeat(len(maps), 1, 1)
-    fresh = torch.ones(len(maps), dtype=torch.bool, device=maps.device)  # nothing is known of the curvature
+    fresh = torch.ones(len(maps), dtype=torch.bool)  # nothing is known of the curvature
     trust = maps.new_full((len(maps),), reach)
     for _ in range(steps):
         step = (inverse_hessian @ slope[:, :, None])[:, :, 0]
@@ -63,7 +63,6 @@ def optimize(
         trust = torch.where(better, torch.maximum(trust, 2 * length).clamp_max(2 * reach), 0.35 * length)
         maps = torch.where(better[:, None, None], there, maps)
         score, slope = torch.where(better, new_score, score), torch.where(better[:, None], new_slope, slope)
-        # Only a CPU stops early: to ask a GPU takes longer than its steps.
-        if maps.device.type == "cpu" and bool(((trust < settings.tolerance) | (length < settings.tolerance)).all()):
+        if ((trust < settings.tolerance) | (length < settings.tolerance)).all():
             break
     return maps, score

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from DivRegNetLib.core.grid import Grid
 from DivRegNetLib.registration.alignment import pyramid, transforms
+from DivRegNetLib.registration.alignment.correlation import Correlation
 from DivRegNetLib.registration.alignment.evidence import Edges
 from DivRegNetLib.registration.alignment.optimization import optimize
 from DivRegNetLib.registration.alignment.pyramid import Look
@@ -32,7 +33,6 @@ class Problem:
     fixed: tuple[sitk.Image, sitk.Image | None]
     moving: tuple[sitk.Image, sitk.Image | None]
     settings: AlignmentSettings
-    device: torch.device
 
     @cached_property
     def extent(self) -> float:
@@ -56,6 +56,11 @@ class Problem:
         return tuple(Frame(look.centers[1], self.settings.radius * self.extent) for look in self.coarse)
 
     @cached_property
+    def whole(self) -> bool:
+        """Whether both images end in air all around."""
+        return all(look.known.all() for look in self.coarse)
+
+    @cached_property
     def scale(self) -> float:
         """How much larger the moving content is than the fixed one, by its spread."""
         fixed, moving = (np.linalg.det(look.spread) for look in self.coarse)
@@ -63,14 +68,14 @@ class Problem:
 
     @cached_property
     def edges(self) -> Edges:
-        return Edges(*self.fine, self.frames, self.settings, self.device)
+        return Edges(*self.fine, self.frames, self.settings)
 
     def level(self, stage: str, power: float = 0.0) -> Level:
         """The similarity of a stage: ``search``, ``rough``, ``coarse`` or ``fine``."""
         if (stage, power) not in self._levels:
             count, bins = (getattr(self.settings, f"{stage}_{what}") for what in ("points", "bins"))
             looks = self.fine if stage == "fine" else self.coarse
-            self._levels[stage, power] = Level(*looks, self.frames, count, bins, self.settings, self.device, power)
+            self._levels[stage, power] = Level(*looks, self.frames, count, bins, self.settings, power)
         return self._levels[stage, power]
 
     @cached_property
@@ -80,7 +85,7 @@ class Problem:
     def normalized(self, matrices: np.ndarray) -> Tensor:
         """(K, 4, 4) maps of normalized coordinates from matrices (K, 4, 4) in LPS mm."""
         fixed, moving = (frame.matrix for frame in self.frames)
-        return torch.tensor(np.linalg.inv(moving) @ matrices @ fixed, device=self.device)
+        return torch.tensor(np.linalg.inv(moving) @ matrices @ fixed)
 
     def physical(self, maps: Tensor) -> np.ndarray:
         """(K, 4, 4) matrices in LPS mm from maps of normalized coordinates."""
@@ -125,34 +130,32 @@ def searches(problem: Problem, mode: str) -> Iterator[Candidates]:
         return stretched(problem, survivors(problem, starts, rough, most), mode)
 
     affine = mode == "affine"
-    whole = all(look.known.all() for look in problem.coarse)
     # Where an image is cut off, or ends in air on some sides, the spread of its content says nothing of its size.
-    sized = affine and (whole or all(look.content.mean() > s.filled for look in problem.coarse))
+    sized = affine and (problem.whole or all(look.content.mean() > s.filled for look in problem.coarse))
     unlike = sized and abs(np.log(problem.scale)) > np.log(s.alike)
     first = best(turned_starts(problem, s.rotations))
     # What is of another size can be stretched until its edges agree, though it lies the wrong way.
     yield Candidates.joined([first, best(alike_starts(problem))]) if unlike else first
     if sized and not unlike:
         yield best(alike_starts(problem))
-    if whole:
+    if problem.whole:
         yield best(turned_starts(problem, s.more_rotations), s.more_rough, s.more_survivors)
         return
-    yield best(moved_starts(problem), s.more_rough)
+    yield stretched(problem, shifted(problem), mode)
     if affine:
         yield best(scaled_starts(problem))
 
 
 def turned_starts(problem: Problem, rotations: int, mirror: bool = False) -> Candidates:
     """Rotations about each pair of centers, or, after a mirror, all improper ones."""
-    turns = np.concatenate([cube_rotations(), transforms.rotations(rotations)])
-    turns = turns @ np.diag([-1.0 if mirror else 1.0, 1.0, 1.0])
+    turns = _turns(rotations, mirror)
     return _candidates(problem, np.concatenate([transforms.about(turns, *pair) for pair in problem.centers]), 1.0)
 
 
 def alike_starts(problem: Problem) -> Candidates:
     """Rotations of contents that are given the same spread along all axes, about their centers of mass."""
     s = problem.settings
-    turns = np.concatenate([cube_rotations(), transforms.rotations(s.rotations)])
+    turns = _turns(s.rotations)
     fixed, moving = (look.spread for look in problem.coarse)
     maps = moving @ turns @ np.linalg.inv(fixed)
     stretches = np.linalg.svd(maps, compute_uv=False)
@@ -163,34 +166,30 @@ def alike_starts(problem: Problem) -> Candidates:
 
 def scaled_starts(problem: Problem) -> Candidates:
     """Rotations about each pair of centers at other scales."""
-    turns = np.concatenate([cube_rotations(), transforms.rotations(problem.settings.rotations)])
+    turns = _turns(problem.settings.rotations)
     return Candidates.joined([
         _candidates(problem, np.concatenate([transforms.about(scale * turns, *pair) for pair in problem.centers]), scale)
         for scale in problem.settings.scales
     ])  # fmt: skip
 
 
-def moved_starts(problem: Problem) -> Candidates:
-    """Rotations with the content's center moved to either side, as far as one content has room in the other.
+def shifted(problem: Problem, mirror: bool = False) -> Candidates:
+    """Rotations with the best of all shifts after each, optimized by the directions of edges and then at the coarse level.
 
-    For images that are cut off: the contents of those that end in air all around have the same center.
+    For images that are cut off: a piece lies anywhere in the whole, so that no centers belong together, and the similarity
+    is as high in wrong places as some way from the right one.
+
+    Args:
+        mirror: after a mirror.
     """
     s = problem.settings
-    turns = np.concatenate([cube_rotations(), transforms.rotations(s.moved_rotations)])
-    halves = [
-        (look.box[1] - look.box[0] + 1) * look.grid.spacing / 2 / frame.radius
-        for look, frame in zip(problem.coarse, problem.frames, strict=True)
-    ]
-    axes = [np.reshape(look.grid.direction, (3, 3)) for look in problem.coarse]
-    # Room along the moving image's axes: half of what its box is longer, or shorter, than the turned fixed one.
-    turned = np.abs(np.einsum("ji,njk,kl->nil", axes[1], turns, axes[0])) @ halves[0]
-    room = np.abs(halves[1] - turned)
-    least, (start, end), found = s.least_room / s.radius, problem.centers[0], []
-    for signs in product((-1, 0, 1), repeat=3):
-        used = np.all((np.array(signs) == 0) | (room > least), 1) & bool(any(signs))
-        shift = np.array(signs) * room[used] * s.offset @ axes[1].T
-        found.append(transforms.about(turns[used], start, end + shift))
-    return _candidates(problem, np.concatenate(found), 1.0)
+    levels = [Correlation(problem.edges, voxels, s) for voxels in s.correlation_voxels]
+    maps, scores = levels[0].best_shifts(torch.tensor(_turns(s.rotations, mirror)))
+    for level, (count, steps) in zip(levels, s.correlated, strict=True):
+        maps = maps[distinct(maps, scores, s.apart, count)]
+        maps, scores = optimize(level, maps, "rigid", steps, s.correlation_reach * level.voxel, s)
+    maps = maps[distinct(maps, scores, s.apart, s.survivors)]
+    return refined(problem, Candidates(maps, maps.new_ones(len(maps))), "rigid", "coarse", s.overlap_power)
 
 
 def mirrored(problem: Problem, best: Candidates, mode: str, rival: float, *, everywhere: bool) -> Candidates:
@@ -203,12 +202,16 @@ def mirrored(problem: Problem, best: Candidates, mode: str, rival: float, *, eve
     s = problem.settings
     normals = transforms.rotations(s.mirrors)[:, :, 0]
     planes = transforms.about(np.eye(3) - 2 * normals[:, :, None] * normals[:, None, :], *[problem.centers[0, 0]] * 2)
-    maps = best.maps @ torch.tensor(planes, device=problem.device)
+    maps = best.maps @ torch.tensor(planes)
     starts = Candidates(maps, best.references.expand(len(maps)))
-    if everywhere:
+    rough, most = s.mirror_rough, s.finalists
+    if everywhere and problem.whole:
         starts = Candidates.joined([starts, turned_starts(problem, s.rotations, mirror=True)])
-    rough, most = (s.rough, s.survivors) if everywhere else (s.mirror_rough, s.finalists)
-    found = stretched(problem, survivors(problem, starts, rough, most), mode)
+        rough, most = s.rough, s.survivors
+    found = survivors(problem, starts, rough, most)
+    if everywhere and not problem.whole:
+        found = Candidates.joined([found, shifted(problem, mirror=True)])
+    found = stretched(problem, found, mode)
     merits = merit(problem, found)
     found = found[[int(merits.argmax())]]
     return refined(problem, found, mode, "fine") if float(merits.max()) > rival else found
@@ -262,8 +265,14 @@ def merit(problem: Problem, candidates: Candidates) -> Tensor:
     return problem.edges.agreement(candidates.maps) + s.similarity_weight * similarity
 
 
+def _turns(rotations: int, mirror: bool = False) -> np.ndarray:
+    """(K, 3, 3): those that take axes to axes and some that are spread evenly over all, proper or all after a mirror."""
+    turns = np.concatenate([cube_rotations(), transforms.rotations(rotations)])
+    return turns @ np.diag([-1.0 if mirror else 1.0, 1.0, 1.0])
+
+
 def _candidates(problem: Problem, maps: np.ndarray, scale: float) -> Candidates:
-    maps = torch.tensor(maps, device=problem.device)
+    maps = torch.tensor(maps)
     return Candidates(maps, maps.new_full((len(maps),), scale))
 
 

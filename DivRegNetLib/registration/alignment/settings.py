@@ -33,13 +33,15 @@ class AlignmentSettings:
         rotations: spread evenly over all, beside the 24 that take axes to axes, in the first search. The searches after it are
             made where edges do not agree well enough after those before.
         more_rotations: of a second search about the same centers, for images that end in air all around.
-        moved_rotations: of the search with centers moved inside each other, for images that do not.
         most_stretch: of a start that gives both contents the same spread, which is done where both images end in air all around
             or where the content of both makes up more than the share ``filled``.
         alike: ratio of sizes of the contents up to which the scale is taken for 1 and held back to it.
         scales: isotropic scales of the last search, where scale is free.
-        offset: shares of the room that one content has inside the other by which centers are moved.
-        least_room: room, in extents, below which centers are not moved.
+        correlation_voxels: cells along the extent in which the directions of edges are correlated, at two levels, where images
+            are cut off; correlation_cells: of the larger image and what is around it, at most; correlation_sigma: of the
+            Gaussian that blurs them, in cells; correlation_every: one in so many points of the smaller image is looked at.
+        correlated: rounds of the optimization of that correlation, one at each level; correlation_reach: longest first step,
+            in cells.
         apart: mean distance at the radius, in radii, below which two starts are the same.
         rough, more_rough: rounds of the rough optimization, each of so many starts and steps; of the first searches, and of
             those after them.
@@ -86,13 +88,16 @@ class AlignmentSettings:
 
     rotations: int = 500
     more_rotations: int = 1000
-    moved_rotations: int = 800
     most_stretch: float = 2.2
     filled: float = 0.95
     alike: float = 1.1
     scales: tuple[float, ...] = (0.65, 0.8, 1.25, 1.55)
-    offset: float = 0.6
-    least_room: float = 0.15
+    correlation_voxels: tuple[float, float] = (7.0, 12.0)
+    correlation_cells: int = 60_000
+    correlation_sigma: float = 0.7
+    correlation_every: int = 4
+    correlation_reach: float = 0.7
+    correlated: Rounds = ((120, 4), (48, 6))
     apart: float = 0.2
     rough: Rounds = ((200, 2), (48, 4))
     more_rough: Rounds = ((500, 3), (150, 3))

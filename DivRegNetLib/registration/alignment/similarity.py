@@ -1,8 +1,8 @@
 """Normalized mutual information of two images under many maps at once, and its gradient.
 
 Points are sampled in both images and looked up in the other one, so that neither is favored and neither a shrunk nor a
-swollen map gets rid of what does not fit. All is in batches over maps and points, with no wait for the device: weights are
-counted in whole numbers, so that no sum depends on its order, and few numbers are left to double precision.
+swollen map gets rid of what does not fit. All is in batches over maps and points. Weights are counted in whole numbers, so
+that no sum depends on its order, and few numbers are left to double precision.
 
 Coordinates are *normalized*: LPS, relative to the center of each image's content, in units of a common radius.
 """
@@ -39,26 +39,26 @@ class Frame:
 class Side:
     """Points of one image, and the other image in which they are looked up."""
 
-    def __init__(self, source: Look, target: Look, frames: tuple[Frame, Frame], count: int, bins: int, margin, device):
+    def __init__(self, source: Look, target: Look, frames: tuple[Frame, Frame], count: int, bins: int, margin):
         index = source.points(count, margin)
         at = (source.grid.to_physical(index) - frames[0].center) / frames[0].radius
-        self.points = torch.tensor(np.c_[at, np.ones(len(at))].T, dtype=torch.float32, device=device)
+        self.points = torch.tensor(np.c_[at, np.ones(len(at))].T, dtype=torch.float32)
         self.count = len(index)
         self.bins = bins
         values = _linear(source.values, index)
-        self.own = torch.tensor(np.clip(values * bins, 0, bins - 1).astype(np.int64), device=device)
+        self.own = torch.tensor(np.clip(values * bins, 0, bins - 1).astype(np.int64))
         to_index = target.grid.inverse_matrix @ frames[1].matrix
         to_index[:3, 3] += 1  # of the padded image
-        self.to_index = torch.tensor(to_index, dtype=torch.float64, device=device)
+        self.to_index = torch.tensor(to_index, dtype=torch.float64)
         padded = np.pad(target.values, 1, "edge")
-        self.size = torch.tensor(padded.shape[::-1], device=device)
-        self.strides = torch.tensor([1, padded.shape[2], padded.shape[2] * padded.shape[1]], device=device)
+        self.size = torch.tensor(padded.shape[::-1])
+        self.strides = torch.tensor([1, padded.shape[2], padded.shape[2] * padded.shape[1]])
         self.everywhere = bool(target.known.all())
         nearest = np.clip(padded * bins, 0, bins - 1).astype(np.int64)
         nearest[~target.known] = bins
-        self.nearest = torch.tensor(nearest, device=device).flatten()
-        self.corners = _corners(padded * (bins - 3) + 1, device)
-        self.known = None if self.everywhere else _corners(target.known, device)
+        self.nearest = torch.tensor(nearest).flatten()
+        self.corners = _corners(padded * (bins - 3) + 1)
+        self.known = None if self.everywhere else _corners(target.known)
 
     def at(self, maps: Tensor) -> Tensor:
         """(3, K, N) float32 positions in the padded target of the points under maps (K, 4, 4) float64."""
@@ -73,11 +73,11 @@ class Level:
 
     def __init__(
         self, fixed: Look, moving: Look, frames: tuple[Frame, Frame], count: int, bins: int,
-        settings: AlignmentSettings, device: str | torch.device, power: float = 0.0,
+        settings: AlignmentSettings, power: float = 0.0,
     ) -> None:  # fmt: skip
-        self.bins, self.settings, self.power, self.device = bins, settings, power, torch.device(device)
-        self.forward = Side(fixed, moving, frames, count, bins, settings.margin, device)
-        self.backward = Side(moving, fixed, frames[::-1], count, bins, settings.margin, device)
+        self.bins, self.settings, self.power = bins, settings, power
+        self.forward = Side(fixed, moving, frames, count, bins, settings.margin)
+        self.backward = Side(moving, fixed, frames[::-1], count, bins, settings.margin)
         self.voxel = max(*fixed.grid.spacing, *moving.grid.spacing) / frames[0].radius
 
     def search(self, maps: Tensor, power: float | None = None) -> Tensor:
@@ -96,8 +96,8 @@ class Level:
             i, j, k = (side.at(there) + 0.5).long().unbind()
             seen = side.nearest[k.mul_(side.strides[2]).add_(j.mul_(side.strides[1])).add_(i)]
             cells = self.bins + 1
-            cell = side.own * cells + seen + (torch.arange(len(maps), device=maps.device) * self.bins * cells)[:, None]
-            counts = torch.zeros(len(maps) * self.bins * cells, dtype=torch.int64, device=maps.device)
+            cell = side.own * cells + seen + (torch.arange(len(maps)) * self.bins * cells)[:, None]
+            counts = torch.zeros(len(maps) * self.bins * cells, dtype=torch.int64)
             counts.scatter_add_(0, cell.flatten(), torch.ones_like(cell).flatten())
             counts = counts.view(len(maps), self.bins, cells)[:, :, : self.bins].double()
             joint = joint + (counts if side is self.forward else counts.transpose(1, 2))
@@ -122,7 +122,7 @@ class Level:
         share = shares.amax(0)
         # Of (NMI - 1) share ** power, whose share grows with the weight of the points of the image that is more inside.
         score, table = (score - 1) * share**self.power, table * (share**self.power)[:, None, None]
-        counts = torch.tensor([side.count for side, _ in sides], device=maps.device)[:, None]
+        counts = torch.tensor([side.count for side, _ in sides])[:, None]
         more = torch.where(shares == share, self.power * score / share.clamp_min(1e-9) / counts, score.new_zeros(()))
         gradients = []
         for (side, _), at, own, rise in zip(sides, looked, (table, table.transpose(1, 2)), more, strict=True):
@@ -135,10 +135,10 @@ class Level:
         return score, forward + backward
 
 
-def _corners(volume: np.ndarray, device) -> Tensor:
+def _corners(volume: np.ndarray) -> Tensor:
     """(8, V) float32: the volume, shifted to each corner of a cell."""
     shifted = [np.roll(volume, (-c, -b, -a), (0, 1, 2)).ravel() for c in (0, 1) for b in (0, 1) for a in (0, 1)]
-    return torch.tensor(np.stack(shifted), dtype=torch.float32, device=device)
+    return torch.tensor(np.stack(shifted), dtype=torch.float32)
 
 
 def _linear(array: np.ndarray, index: np.ndarray) -> np.ndarray:
@@ -198,14 +198,14 @@ def _windows(value: Tensor, derivative: bool) -> list[Tensor]:
 
 def _cells(side: Side, value: Tensor) -> Tensor:
     """Where the first of the four bins of each value is in the flattened histograms (K, bins, bins)."""
-    of_map = torch.arange(len(value), device=value.device)[:, None] * side.bins**2
+    of_map = torch.arange(len(value))[:, None] * side.bins**2
     return (value.long() - 1).clamp_(0, side.bins - 4) + side.own * side.bins + of_map
 
 
 def _joint(side: Side, value: Tensor, weight: Tensor | None) -> Tensor:
     """(K, bins, bins) float64: joint histogram, the points' own bin first."""
     cells = _cells(side, value)
-    counts = torch.zeros(len(value) * side.bins**2, dtype=torch.int64, device=value.device)
+    counts = torch.zeros(len(value) * side.bins**2, dtype=torch.int64)
     for n, window in enumerate(_windows(value, False)):
         whole = (window * UNIT if weight is None else window * weight * UNIT).long()
         counts.scatter_add_(0, (cells + n).flatten(), whole.flatten())

@@ -10,7 +10,7 @@ GOLDEN = 1.533751168755204288118041  # root of x^4 = x + 4, of super-Fibonacci s
 def exponential(step: Tensor) -> Tensor:
     """(K, 4, 4): the exponential of affine generators (K, 3, 4); of a fixed number of terms, so that nothing waits."""
     generator = torch.nn.functional.pad(step, (0, 0, 0, 1)) / 16
-    term = total = torch.eye(4, dtype=step.dtype, device=step.device).expand(len(step), 4, 4)
+    term = total = torch.eye(4, dtype=step.dtype).expand(len(step), 4, 4)
     for n in range(1, 9):
         term = term @ generator / n
         total = total + term

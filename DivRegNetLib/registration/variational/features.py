@@ -24,11 +24,13 @@ from DivRegNetLib.registration.variational.settings import Level, VariationalSet
 from DivRegNetLib.similarity.descriptors import mind_ssc
 
 DESCRIPTOR_STRIDE = 2  # voxels of a level's images per descriptor, along each axis
+USUAL_DIFFERENCE = 0.05  # mean squared difference of a channel of descriptors after an affine alignment, at edges
 
 Valid = tuple[Tensor, Tensor]
 """Where the fixed and the moving image were measured, each (N, 1, D, H, W), bool or the measured fraction of a voxel."""
 
 SMALLEST_PROBABILITY = 1e-8  # whose logarithm is taken
+SMALLEST_SUM = 1e-20  # that is divided by
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +84,7 @@ class FeatureEquations:
             reach: how many voxels around it; 1 is what differences need.
         """
         self.shape, self.finer, self.parts = tuple(shape), finer, features.parts
-        self.weight, self.measured = features.weight, valid is not None
+        self.weight, self.measured, self.trust = features.weight, valid is not None, 1.0
         # The gradient of the mean is a quarter of the differences of the sum: with the fixed features times ``factor``, one
         # number is left to multiply information and force by.
         self.factor = 4 * finer
@@ -118,6 +120,30 @@ class FeatureEquations:
         normal = normal.flatten(1, 2).mul_(scale)
         return normal if self.finer == 1 else F.interpolate(normal, scale_factor=self.finer, mode="nearest")
 
+    def trust_regions(self, displacement: Tensor | None, rate: float, window: float) -> None:
+        """From now on regions count by how well the features agree there, and the pair by how much is left to agree on.
+
+        With d the mean squared difference of a channel, weighted by the squared gradients of the features: that of the whole
+        image, and d(x) that around a voxel, the weight is multiplied by d / USUAL_DIFFERENCE, and divided among the regions
+        in proportion to ``exp(-rate * d(x) / d)``.
+
+        Args:
+            displacement: of which the differences are taken, as of :meth:`__call__`.
+            window: standard deviation of the Gaussian around a voxel, in voxels of the features' grid.
+        """
+        edges = squares = 0.0
+        for part in range(self.parts):
+            fixed, warped, scale = self._warped(displacement, part)
+            fixed = fixed / self.factor
+            edges = edges + fields.differences(fixed + warped).square_().sum((1, 2))[:, None] * scale
+            squares = squares + fixed.sub_(warped).square_().mean(1, keepdim=True) / self.parts
+        around, there = fields.smooth(torch.cat((squares * edges, edges), 1), window).split(1, 1)
+        mean = _total(squares * edges) / _total(edges).clamp_min_(SMALLEST_SUM)
+        shares = (-rate * around / (there * mean).clamp_min_(SMALLEST_SUM)).exp_()
+        level = _total(edges) / _total(shares * edges).clamp_min_(SMALLEST_SUM)
+        self.trust = shares * (level * mean / USUAL_DIFFERENCE)
+        self.scale = self.scale * self.trust
+
     def energy(self, displacement: Tensor | None) -> Tensor:
         """(N,): mean energy of the voxels that count, in nats."""
         energy, counted = 0.0, None
@@ -126,7 +152,7 @@ class FeatureEquations:
             squares = (fixed - self.factor * warped).square().sum(1, keepdim=True)
             energy = energy + self.weight / (2 * self.factor**2) * squares
             counted = scale > 0 if self.measured else torch.ones_like(squares, dtype=torch.bool)
-        return (energy * counted).flatten(1).sum(1) / counted.flatten(1).sum(1).clamp_min(1)
+        return (energy * counted * self.trust).flatten(1).sum(1) / counted.flatten(1).sum(1).clamp_min(1)
 
     def _warped(self, displacement: Tensor | None, part: int) -> tuple[Tensor, Tensor, Tensor | float]:
         """The fixed features of one part times ``factor``, the warped moving ones, and what information and force of each
@@ -140,7 +166,12 @@ class FeatureEquations:
 
 
 def descriptors(
-    fixed: Tensor, moving: Tensor, settings: VariationalSettings, level: Level, valid: Valid | None = None
+    fixed: Tensor,
+    moving: Tensor,
+    settings: VariationalSettings,
+    level: Level,
+    valid: Valid | None = None,
+    displacement: Tensor | None = None,
 ) -> FeatureEquations:
     """The equations of the MIND-SSC descriptors of a pair at one level.
 
@@ -149,6 +180,7 @@ def descriptors(
 
     Args:
         fixed, moving, valid: as of :class:`~DivRegNetLib.registration.variational.equations.Equations`.
+        displacement: with which the level begins, and by which regions are trusted; None: the identity.
     """
     images = torch.cat((fixed, moving))
     images = F.avg_pool3d(images, level.shrink) if level.shrink > 1 else images
@@ -165,7 +197,14 @@ def descriptors(
     weight = settings.descriptor_weight * level.descriptors
     features = Features(*channels.chunk(2), weight=weight, parts=settings.descriptor_parts)
     # A descriptor reaches two voxels of the images, which are one of its grid, and differences another one.
-    return FeatureEquations(features, grid, valid, settings.validity_threshold, finer, reach=2)
+    equations = FeatureEquations(features, grid, valid, settings.validity_threshold, finer, reach=2)
+    equations.trust_regions(displacement, settings.descriptor_trust, settings.descriptor_region)
+    return equations
+
+
+def _total(values: Tensor) -> Tensor:
+    """(N, 1, 1, 1, 1): the sum of each image."""
+    return values.sum((1, 2, 3, 4), keepdim=True)
 
 
 def within(measured: Tensor, reach: int, threshold: float) -> Tensor:

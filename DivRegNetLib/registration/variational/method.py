@@ -69,7 +69,7 @@ def register(
             before = None if displacement is None else fields.resize(displacement, grid)
             terms = [FeatureEquations(f, grid, valid, settings.validity_threshold) for f in features]
             if settings.descriptor_weight * level.descriptors:
-                terms.append(descriptors(fixed, moving, there, level, valid))
+                terms.append(descriptors(fixed, moving, there, level, valid, before))
             equations = Equations(fixed, moving, there, level, inner, terms)
             after = _level(
                 equations, Stage(level, smoothness), before, lambda steps, done=done: progress((done + steps) / total)

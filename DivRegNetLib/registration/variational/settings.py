@@ -93,8 +93,12 @@ class VariationalSettings:
 
     Descriptors (MIND-SSC, :mod:`DivRegNetLib.similarity.descriptors`):
 
-    descriptor_weight: of the squared differences of the descriptors at a voxel of the displacement's grid, in nats; 0 leaves
-        them out.
+    descriptor_weight: of the squared differences of the descriptors at a voxel of the displacement's grid, in nats, in a pair
+        whose descriptors differ as they usually do; 0 leaves them out. See
+        :meth:`DivRegNetLib.registration.variational.features.FeatureEquations.trust_regions` for other pairs, and for ...
+    descriptor_trust: ... how much less a region counts where they differ by more than in the rest of the image; 0: all
+        regions count alike.
+    descriptor_region: standard deviation of the Gaussian that a region is, in voxels of the descriptors' grid.
     descriptor_floor: a voxel's mean patch distance is taken for no less than this fraction of the image's mean, so that the
         descriptors of surroundings without contrast, which would be those of noise, are all alike.
     descriptor_parts: into which the 12 channels are divided; each step uses one part of them.
@@ -134,6 +138,8 @@ class VariationalSettings:
     class_temperature: float = 0.33
     class_window: float = 0.5
     descriptor_weight: float = 2.0
+    descriptor_trust: float = 3.0
+    descriptor_region: float = 7.0
     descriptor_floor: float = 1.0
     descriptor_parts: int = 2
     information_floor: float = 0.05
@@ -234,7 +240,8 @@ _RANGES = (
     ("cg_iterations", 1, 1000), ("validity_threshold", 0.0, 1.0), ("parzen_sigma", 0.01, 100.0),
     ("block_sigma", 0.01, 100.0), ("global_weight", 0.0, math.inf), ("independence_weight", 0.0, 1.0),
     ("epsilon", 1e-30, 1e-3), ("class_weight", 0.0, math.inf), ("class_temperature", 0.01, 100.0), ("class_window", 0.0, 10.0),
-    ("descriptor_weight", 0.0, math.inf), ("descriptor_floor", 1e-6, 1e3), ("descriptor_parts", 1, 12),
+    ("descriptor_weight", 0.0, math.inf), ("descriptor_trust", 0.0, 100.0), ("descriptor_region", 0.1, 1000.0),
+    ("descriptor_floor", 1e-6, 1e3), ("descriptor_parts", 1, 12),
     ("information_floor", 0.0, math.inf), ("tikhonov", 0.0, math.inf),
     ("frequencies", 0.01, 1.0), ("max_step", 0.0, math.inf), ("max_gradient", 0.0, math.inf),
 )  # fmt: skip

@@ -4,15 +4,21 @@ import argparse
 import contextlib
 import os
 import sys
+from typing import NoReturn
 
 from DivRegNetLib import __version__
 from DivRegNetLib.errors import DivRegNetError, missing_package
 from DivRegNetLib.run.cli import apply, evaluate, models, register, report
-from DivRegNetLib.run.process import prepare_process
+from DivRegNetLib.run.process import leave, prepare_process
 from DivRegNetLib.run.threads import prepare_threads
 
 BAD_INPUT, UNEXPECTED, INTERRUPTED = 2, 1, 130
 COMMANDS = {"register": register, "apply": apply, "evaluate": evaluate, "report": report, "models": models}
+
+
+def command() -> NoReturn:
+    """The program ``divregnet``: :func:`main` with the arguments of the process, which ends with its exit code."""
+    leave(main())
 
 
 def main(arguments: list[str] | None = None) -> int:

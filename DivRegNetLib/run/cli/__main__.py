@@ -1,6 +1,4 @@
-import sys
-
-from DivRegNetLib.run.cli import main
+from DivRegNetLib.run.cli import command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

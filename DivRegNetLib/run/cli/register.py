@@ -11,7 +11,6 @@ from DivRegNetLib.quality.verdict import AMBER, LEVELS, RED, two_digits
 from DivRegNetLib.run.cli.evaluate import add_comparison_arguments
 from DivRegNetLib.run.cli.output import ProgressBar, show
 from DivRegNetLib.run.cohort import TABLE, Pair, frames, read_pairs, register_pairs
-from DivRegNetLib.run.process import without_collection
 
 DESCRIPTION = "Register the moving to the fixed volume."
 FAILED_VERDICT = 3  # exit code
@@ -85,8 +84,7 @@ def run(args: argparse.Namespace) -> int:
         given["align"] = _alignment(args.align)
     options = Options.of(**(preset(args.preset).options | given))
     if args.pairs is None:
-        with without_collection():
-            from DivRegNetLib.run.cohort.register_files import register_files
+        from DivRegNetLib.run.cohort.register_files import register_files
 
         names = (f"{side}{what}" for what in ("", "_mask", "_labels", "_landmarks") for side in ("fixed", "moving"))
         pair = Pair(**{name: getattr(args, name) for name in names})

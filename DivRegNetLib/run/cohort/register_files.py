@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import SimpleITK as sitk
 
@@ -28,12 +29,12 @@ from DivRegNetLib.quality.preview import write_preview
 from DivRegNetLib.quality.verdict import judge
 from DivRegNetLib.registration.check import check_image
 from DivRegNetLib.registration.landmark_alignment import align_landmarks
-from DivRegNetLib.registration.pipeline import register
 from DivRegNetLib.result import Result
 from DivRegNetLib.run.cohort.origin import origin_of
 from DivRegNetLib.run.cohort.pairs import Pair
 from DivRegNetLib.run.cohort.results import QUALITY
 from DivRegNetLib.run.comparison import LabelMaps, LandmarkLists, not_inverted
+from DivRegNetLib.run.process import without_collection
 
 WARPED_LABELS = ("warped_labels.nii.gz", "warped_labels.seg.nrrd")  # of label maps, and of segmentations with names
 PREVIEW, ERROR_MAP = "preview.png", "error_map.nii.gz"
@@ -82,7 +83,8 @@ def _register_files(
 ) -> dict:
     """:func:`register_files` in a folder that this process holds and whose results may be replaced."""
     _check_no_input(pair, output)
-    with unchanged(*_files_of(pair)):
+    with ThreadPoolExecutor(1) as thread, unchanged(*_files_of(pair)):
+        pipeline = thread.submit(_pipeline)  # while the files are read
         fixed, moving = (_read_checked(path) for path in (pair.fixed, pair.moving))
         check_right_angles(fixed, str(pair.fixed))
         masks = [None if path is None else read_mask(path) for path in (pair.fixed_mask, pair.moving_mask)]
@@ -91,7 +93,9 @@ def _register_files(
         origin = origin_of(pair, options, None if model is None else model.card)
     options = replace(options, align=_alignment(options, landmarks))
     arguments = options.as_arguments() | ({} if model is None else {"model": model})
-    result = register(fixed, moving, fixed_mask=masks[0], moving_mask=masks[1], progress=progress, **arguments)
+    result = pipeline.result().register(
+        fixed, moving, fixed_mask=masks[0], moving_mask=masks[1], progress=progress, **arguments
+    )
 
     writers = {
         "warped.nii.gz": lambda path: write_image(result.warped, path),
@@ -127,7 +131,8 @@ def _register_files(
     }
     try:
         with staging_folder(output) as folder:
-            with ThreadPoolExecutor(1) as thread:  # ITK writes while the preview is drawn
+            # ITK writes while the preview is drawn, one file at a time: two transforms at a time would end the process.
+            with ThreadPoolExecutor(1) as thread:
                 written = [thread.submit(_write, w, folder / name, output / name) for name, w in writers.items()]
                 if preview:
                     _write(
@@ -148,6 +153,13 @@ def _register_files(
     except OSError as error:
         raise InputError(f"{output}: cannot be written ({error.strerror or error})") from error
     return json.loads((output / QUALITY).read_text(encoding="utf-8"))
+
+
+def _pipeline() -> ModuleType:
+    """The module with :func:`DivRegNetLib.register`, which is imported with PyTorch in a second."""
+    with without_collection():
+        from DivRegNetLib.registration import pipeline
+    return pipeline
 
 
 def _write(write: Callable[[Path], object], staged: Path, path: Path) -> None:
