@@ -44,10 +44,9 @@ class Verdict:
 
     def as_dict(self) -> dict:
         """Plain values, for JSON and tables."""
-        error = self.expected_error_mm
         return {
             "level": self.level,
-            "expected_error_mm": None if error is None else float(f"{error:.3g}"),
+            "expected_error_mm": self.expected_error_mm,
             "headline": str(self.headline),
             "reasons": [str(r) for r in self.reasons],
         }
@@ -104,7 +103,8 @@ def _expected(quality: dict) -> tuple[float | None, Reasons]:
     numbers = quality["evidence"]
     if not numbers:
         return None, [(RED, _("The images have next to nothing in common where the fixed image shows something."))]
-    known, error = calibration(), expected_error_mm(numbers)
+    # Rounded once, so that whoever states it with two digits says the same.
+    known, error = calibration(), float(f"{expected_error_mm(numbers):.3g}")
     green, red = known.limits(numbers)
     level = GREEN if error <= green else RED if error >= red else AMBER
     if known.is_told(error, numbers):

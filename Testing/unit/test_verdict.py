@@ -128,3 +128,11 @@ def test_the_context_of_a_sentence_is_that_of_slicers_translation_tools():
 def test_how_stiff_the_deformation_is_is_said_where_it_was_chosen(deformation, words):
     reasons = " ".join(map(str, judge({"folded_percent": 0.0, "deformation": deformation}).reasons))
     assert words in reasons and ("tiffness" in reasons or "No deformation" in reasons) == bool(words)
+
+
+def test_whoever_states_the_expected_error_with_two_digits_says_the_same(monkeypatch):
+    """0.4449 is 0.44, and 0.445, which the card holds, is 0.45."""
+    monkeypatch.setattr("DivRegNetLib.quality.verdict.expected_error_mm", lambda numbers: 0.4449)
+    verdict = judge(GOOD | {"evidence": {"diagonal_mm": 200.0, "voxel_mm": 2.0}})
+    stated = two_digits(verdict.as_dict()["expected_error_mm"])
+    assert f"The expected error is {stated} mm" in " ".join(map(str, verdict.reasons))
