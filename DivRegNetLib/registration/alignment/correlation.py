@@ -26,8 +26,9 @@ class Correlation:
     """
 
     def __init__(self, edges: Edges, voxels: float, settings: AlignmentSettings) -> None:
-        """Args:
-        voxels: cells along the extent; fewer where the larger image would take too many.
+        """
+        Args:
+            voxels: cells along the extent; fewer where the larger image would take too many.
         """
         self.swapped = edges.sides[1].spread < edges.sides[0].spread
         piece, whole = edges.sides[::-1] if self.swapped else edges.sides
