@@ -37,6 +37,9 @@ REFINEMENT = 60  # at full resolution, where the field is twice as fine
 SMOOTHING = 20  # smoothing of the larger volume in single precision
 FIELD = 24  # a displacement in double precision, as ITK needs it; once more while it is written
 WARPING = 14  # resampling on the fixed grid
+# What is kept of the memory that the methods freed, while the volumes take theirs (DivRegNetLib/run/process.py): a share of the
+# lesser of both, and bytes at most.
+KEPT_SHARE, KEPT = 0.7, 250e6
 
 COARSEST = 4.0  # times the model's spacing; a coarser registration would be little more than an affine alignment
 COARSER = 1.25  # factor of the spacing from one attempt to the next, which halves the voxels
@@ -58,8 +61,9 @@ class Estimate:
 
     @property
     def cpu(self) -> int:
-        """In main memory where the methods run on the CPU: the two follow each other."""
-        return max(self.device, self.host)
+        """In main memory where the methods run on the CPU: the two follow each other, and some of the first is kept."""
+        kept = KEPT_SHARE * (min(self.device, self.host) - EXTRA)
+        return max(self.device, self.host) + int(min(kept, KEPT))
 
 
 @dataclass(frozen=True)
