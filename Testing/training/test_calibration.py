@@ -1,5 +1,6 @@
 """The calibration of the verdict: what is kept of a registration, and what is observed of it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -93,8 +94,8 @@ def test_green_is_what_is_not_wrong_nineteen_times_in_twenty():
     random = np.random.default_rng(0)
     expected = random.uniform(2, 5, 2000)
     observed = [observation(0)] * len(expected)
-    observed = [calibration.replace(o, error_mm=mm) for o, mm in zip(observed, expected, strict=True)]
+    observed = [replace(o, error_mm=mm) for o, mm in zip(observed, expected, strict=True)]
     assert calibration.green_limit(observed, expected) == calibration.WRONG_MM
     times = np.where(random.random(2000) < 0.1, 2.0, 1.0)
-    observed = [calibration.replace(o, error_mm=mm * t) for o, mm, t in zip(observed, expected, times, strict=True)]
+    observed = [replace(o, error_mm=mm * t) for o, mm, t in zip(observed, expected, times, strict=True)]
     assert calibration.green_limit(observed, expected) == 2.5

@@ -85,18 +85,22 @@ def test_the_rotations_that_take_axes_to_axes_are_24_and_the_first_turns_nothing
     np.testing.assert_allclose(np.linalg.det(turns), 1)
 
 
+def assert_gradient_of_differences(level: Level | Correlation, maps: torch.Tensor, mode: str) -> None:
+    """The gradient of what is optimized agrees with finite differences along what may change."""
+    basis, step = torch.tensor(transforms.generators(mode)), 1e-3
+    gradient = torch.einsum("kij,pij->kp", level.evaluate(maps)[1], basis)
+    for p, generator in enumerate(basis):
+        ahead, behind = (level.evaluate(maps @ transforms.exponential(s * generator[None]))[0] for s in (step, -step))
+        np.testing.assert_allclose(gradient[:, p], (ahead - behind) / (2 * step), atol=0.01)
+
+
 @pytest.mark.parametrize("power", [0.0, 1.0])
 def test_the_gradient_of_the_similarity_is_that_of_finite_differences(looks, power):
     """The moving image is cut, so that points leave and enter what is known."""
     fixed, moving, frames = looks
     assert not moving.known.all()
     level = Level(fixed, moving, frames, 3000, 24, SETTINGS, power)
-    maps, basis = random_maps(5, 0.04), torch.tensor(transforms.generators("affine"))
-    gradient = torch.einsum("kij,pij->kp", level.evaluate(maps)[1], basis)
-    step = 1e-3
-    for p, generator in enumerate(basis):
-        ahead, behind = (level.evaluate(maps @ transforms.exponential(s * generator[None]))[0] for s in (step, -step))
-        np.testing.assert_allclose(gradient[:, p], (ahead - behind) / (2 * step), atol=0.01)
+    assert_gradient_of_differences(level, random_maps(5, 0.04), "affine")
 
 
 def test_the_similarity_favors_neither_image(looks):
@@ -207,14 +211,9 @@ def test_a_piece_is_found_in_a_whole_by_the_directions_of_edges(piece):
 
 def test_the_gradient_of_the_correlation_is_that_of_finite_differences(piece):
     edges, truth = piece
-    level, basis = Correlation(edges, 12.0, SETTINGS), torch.tensor(transforms.generators("rigid"))
     turns = torch.tensor(transforms.rotations(40)[::8])
     maps = truth @ torch.tensor(transforms.about(turns.numpy(), np.zeros(3), np.full(3, 0.05)))
-    gradient = torch.einsum("kij,pij->kp", level.evaluate(maps)[1], basis)
-    step = 1e-3
-    for p, generator in enumerate(basis):
-        ahead, behind = (level.evaluate(maps @ transforms.exponential(s * generator[None]))[0] for s in (step, -step))
-        np.testing.assert_allclose(gradient[:, p], (ahead - behind) / (2 * step), atol=0.01)
+    assert_gradient_of_differences(Correlation(edges, 12.0, SETTINGS), maps, "rigid")
 
 
 def test_the_correlation_of_a_map_is_the_same_from_all_shifts_and_by_itself(piece):

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from DivRegNetLib.core import fields
 from DivRegNetLib.registration.alignment import transforms
 from DivRegNetLib.registration.alignment.evidence import Edges
 from DivRegNetLib.registration.alignment.settings import AlignmentSettings
@@ -82,9 +83,8 @@ class Correlation:
             there = (transforms.inverse(at) if self.swapped else at).to(torch.float32)
             turns = there[:, :3, :3]
             points = turns @ (self.points + self.middle[:, None]) + there[:, :3, 3:] - self.first[:, None]
-            size = torch.tensor(self.size, dtype=torch.float32)
-            grid = ((points.transpose(1, 2) / self.voxel * 2 + 1) / size - 1)[None, :, None]
-            found = torch.nn.functional.grid_sample(self.field, grid, align_corners=False)[0, :, :, 0]
+            cells = (points / self.voxel).transpose(0, 1)[None, :, None]
+            found = fields.sample(self.field, cells, padding="zeros")[0, :, 0]
             own = _components(turns @ self.directions)
             scores = (found.transpose(0, 1) * own).sum((1, 2)).double() / self.unit
             gradient = torch.autograd.grad(scores.sum(), at)[0]

@@ -69,15 +69,11 @@ class _Side:
         self.to_index = torch.tensor(to_index)
         padded = np.concatenate((np.pad(gradient, ((0, 0), (1, 1), (1, 1), (1, 1))), other.known[None]))
         self.field = torch.tensor(padded, dtype=torch.float32)[None]
-        self.size = torch.tensor(self.field.shape[:1:-1], dtype=torch.float32)
 
     def look_up(self, maps: Tensor, every: int = 1) -> tuple[Tensor, Tensor]:
         """Gradients (K, 3, N) of the other image at the points under maps, and where it is known (K, N)."""
         index = (self.to_index @ maps)[:, :3].to(torch.float32) @ self.points[:, ::every]
-        grid = ((index.transpose(1, 2) * 2 + 1) / self.size - 1)[None, :, None]
-        found = torch.nn.functional.grid_sample(self.field, grid, padding_mode="border", align_corners=False)[
-            0, :, :, 0
-        ]
+        found = fields.sample(self.field, index.transpose(0, 1)[None, :, None])[0, :, 0]
         return found[:3].transpose(0, 1), (found[3] > 0.99).to(torch.float32)
 
 

@@ -70,6 +70,11 @@ class Problem:
     def edges(self) -> Edges:
         return Edges(*self.fine, self.frames, self.settings)
 
+    @cached_property
+    def correlations(self) -> list[Correlation]:
+        """That of the directions of edges, on coarse and on finer cells."""
+        return [Correlation(self.edges, voxels, self.settings) for voxels in self.settings.correlation_voxels]
+
     def level(self, stage: str, power: float = 0.0) -> Level:
         """The similarity of a stage: ``search``, ``rough``, ``coarse`` or ``fine``."""
         if (stage, power) not in self._levels:
@@ -90,14 +95,14 @@ class Problem:
     def physical(self, maps: Tensor) -> np.ndarray:
         """(K, 4, 4) matrices in LPS mm from maps of normalized coordinates."""
         fixed, moving = (frame.matrix for frame in self.frames)
-        return moving @ maps.cpu().numpy() @ np.linalg.inv(fixed)
+        return moving @ maps.numpy() @ np.linalg.inv(fixed)
 
     @cached_property
     def centers(self) -> np.ndarray:
         """(4, 2, 3) normalized: points of the fixed and of the moving image that may belong together: the centers of the
         content's boxes, of the grids and of the content's masses, and the first with where the headers put it."""
         fixed, moving = ((x.centers - f.center) / f.radius for x, f in zip(self.coarse, self.frames, strict=True))
-        header = self.normalized(np.eye(4)[None])[0].cpu().numpy()
+        header = self.normalized(np.eye(4)[None])[0].numpy()
         there = header[:3, :3] @ fixed[1] + header[:3, 3]
         pairs = [(fixed[i], moving[i]) for i in (1, 0, 2)]
         return np.array([*pairs, (fixed[1], there)])
@@ -183,9 +188,8 @@ def shifted(problem: Problem, mirror: bool = False) -> Candidates:
         mirror: after a mirror.
     """
     s = problem.settings
-    levels = [Correlation(problem.edges, voxels, s) for voxels in s.correlation_voxels]
-    maps, scores = levels[0].best_shifts(torch.tensor(_turns(s.rotations, mirror)))
-    for level, (count, steps) in zip(levels, s.correlated, strict=True):
+    maps, scores = problem.correlations[0].best_shifts(torch.tensor(_turns(s.rotations, mirror)))
+    for level, (count, steps) in zip(problem.correlations, s.correlated, strict=True):
         maps = maps[distinct(maps, scores, s.apart, count)]
         maps, scores = optimize(level, maps, "rigid", steps, s.correlation_reach * level.voxel, s)
     maps = maps[distinct(maps, scores, s.apart, s.survivors)]
@@ -290,7 +294,7 @@ def distinct(maps: Tensor, scores: Tensor, apart: float, most: int) -> list[int]
     """Indices of the best maps, best first, no two of which take points at radius 1 closer together than ``apart``."""
     order = torch.argsort(scores, descending=True, stable=True).tolist()
     # Mean squared displacement over a ball of radius 1: that of the shift, and a fifth of each column's.
-    rows = maps[:, :3].cpu().numpy() * np.array([0.2**0.5] * 3 + [1.0])
+    rows = maps[:, :3].numpy() * np.array([0.2**0.5] * 3 + [1.0])
     rows = rows.reshape(len(rows), 12)
     chosen, taken = [], np.zeros((most, 12))
     for i in order:
