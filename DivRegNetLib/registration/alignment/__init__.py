@@ -74,6 +74,7 @@ def align(
     return find(fixed, moving, mode, fixed_mask=fixed_mask, moving_mask=moving_mask, progress=progress).matrix
 
 
+@torch.inference_mode(False)  # in which nothing could be differentiated, whatever the caller is in
 def find(
     fixed: sitk.Image,
     moving: sitk.Image,
