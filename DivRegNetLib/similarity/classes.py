@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 SLOPE = 0.01  # of the leaky ReLU below 0
 SHARED = 0.25  # smaller volume of a class over its larger one in a pair, below which the class counts less
-AGREEMENT = 0.25  # of the classes of a pair, below which the network does not know what the images show
+AGREEMENT = 0.4  # of the classes of a pair, below which the network does not know what the images show
 
 
 @dataclass(frozen=True)
