@@ -24,7 +24,7 @@ from DivRegNetLib import models
 from DivRegNetLib.errors import DivRegNetError
 from DivRegNetLib.io.output_folder import exclusive
 from training import config as configs
-from training.classes.export import guided, network
+from training.classes.export import network
 from training.classes.trainer import fit_to_cohort
 from training.config import CONFIGS
 from training.data import layouts, prepare
@@ -118,8 +118,6 @@ def main() -> int:
             kept = class_network(config, output, fabric.device, args.resume) if fabric.is_global_zero else None
             kept = fabric.broadcast(kept)
             classnet = None if kept is None else network(kept)
-            if classnet is not None:
-                config = replace(config, variational=guided(config.variational))
             trainer = fit(config, source, output, fabric, classnet=classnet, resume=args.resume)
             fabric.print(export_model(trainer, output, args.models or models.own_folder(), kept))
             fabric.barrier()

@@ -38,6 +38,8 @@ class Card:
     kldivnet: fields of :class:`DivRegNetLib.similarity.kldivnet.KLDivNetConfig`; None if the file has no similarity network.
     classnet: fields of :class:`DivRegNetLib.similarity.classes.ClassNetConfig`; None if the file has no class network.
     classes: names of the classes that it tells apart, background first.
+    classes_up_to_ml: volume of the working grid, in ml, up to which the class network takes part, where it has learned crops of
+        a part of the body; 0: any volume.
     training: data, its license, command, configuration.
     scores: results by task.
     license: of the weights.
@@ -65,6 +67,7 @@ class Card:
     sha256: str
     classnet: dict | None = None
     classes: list = field(default_factory=list)
+    classes_up_to_ml: float = 0.0
     good_for: str = ""
     limits: str = ""
     format: int = FORMAT
@@ -76,6 +79,11 @@ class Card:
     @property
     def refinement_settings(self) -> VariationalSettings:
         return VariationalSettings.from_dict(self.refinement)
+
+    def classes_cover(self, grid: "Grid") -> bool:
+        """Whether the class network takes part on a working grid."""
+        ml = grid.voxels * math.prod(grid.spacing) / 1000
+        return not self.classes_up_to_ml or ml <= self.classes_up_to_ml
 
     def working_spacing(self, fixed: "Grid", moving: "Grid", voxels: float = WORKING_VOXELS) -> float:
         """Spacing in mm of the grid on which a pair is registered.
@@ -123,9 +131,7 @@ def read_card(file: Path) -> Card:
             raise ModelError(f"{file}: the model card has no {key.name!r}")
     if unknown := sorted(set(values) - set(known)):
         raise ModelError(f"{file}: the model card has an unknown key {unknown[0]!r}")
-    values["spacing_mm"] = (
-        float(values["spacing_mm"]) if type(values["spacing_mm"]) in (int, float) else values["spacing_mm"]
-    )
+    values |= {k: float(values[k]) for k in ("spacing_mm", "classes_up_to_ml") if type(values.get(k)) is int}
     for key, value in values.items():
         if not isinstance(value, known[key]):
             raise ModelError(f"{file}: {key!r} in the model card must be {known[key]}, got {value!r:.80}")
@@ -133,6 +139,8 @@ def read_card(file: Path) -> Card:
         raise ModelError(f"{file}: the card is of model {values['name']!r:.80}, its file must have that name")
     if values["spacing_mm"] != 0 and not 0.05 <= values["spacing_mm"] <= 50:
         raise ModelError(f"{file}: spacing_mm must be between 0.05 and 50, or 0, got {values['spacing_mm']}")
+    if not 0 <= (ml := values.get("classes_up_to_ml", 0.0)) < math.inf:
+        raise ModelError(f"{file}: classes_up_to_ml is 0 or a volume in ml, got {ml}")
     for key in ("variational", "refinement"):
         try:
             VariationalSettings.from_dict(values[key])

@@ -104,7 +104,8 @@ def estimate(
     network = FIELDS + PER_CHANNEL * sum(channels[:2]) / _stride(card) ** 3 + (REFINEMENT if refine else 0)
     if card.variational_settings.output_stride == 1:
         network += WHOLE_GRID
-    if card.classnet is not None:  # it runs before the others, and its probabilities are kept
+    # The class network runs before the others, and its probabilities are kept.
+    if card.classnet is not None and card.classes_cover(grid):
         finest, classes = _stride(card) ** 3, len(card.classes)
         voxels = card.classnet.get("stride", 1) ** 3
         kept = 2 * FLOAT * classes / voxels

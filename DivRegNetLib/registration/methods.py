@@ -15,7 +15,7 @@ from DivRegNetLib.registration.variational.features import Features
 from DivRegNetLib.registration.variational.method import register
 from DivRegNetLib.registration.variational.schedule import schedule
 from DivRegNetLib.registration.variational.settings import VariationalSettings
-from DivRegNetLib.similarity.classes import ClassNet, shared
+from DivRegNetLib.similarity.classes import ClassNet, are_known, shared
 
 Progress = Callable[[float], None]
 Deform = Callable[..., Tensor]
@@ -72,12 +72,12 @@ class Images:
 
 def with_classes(images: Images, classnet: ClassNet) -> Images:
     """The images, and how probable each class that they share is at every voxel of them, in the network's eyes; without
-    classes where background is more probable than all of them together, everywhere in one of the images."""
+    classes where the network does not know what they show, see :func:`~DivRegNetLib.similarity.classes.are_known`."""
     inside = images.measured_in_masks() or (None, None)
     pairs = zip((images.fixed, images.moving), inside, strict=True)
     probabilities = (classnet.probabilities(image, where) for image, where in pairs)
     both = shared(*probabilities)
-    if any(p[:, 0].min() > 0.5 for p in both):
+    if not are_known(*both):
         return images
     return replace(images, classes=Features(*both, stride=classnet.config.output_stride))
 
@@ -106,6 +106,7 @@ def deform(
     check_methods(names)
     if "regnet" in names and regnet is None:
         raise ValueError("method 'regnet' needs a network")
+    variational = settings_for(images, variational)
     displacement, grid, shape = None, None, images.fixed.shape[2:]
     for i, name in enumerate(names):
 
@@ -186,6 +187,7 @@ def refine(
         (N, 3, D, H, W) likewise; with ``settings.min_gain`` the displacement that was given, where no round of steps gained
         enough.
     """
+    settings = settings_for(images, settings)
     start = fields.coarsen(displacement, settings.output_stride, settings.multiple)
     refined = variational_steps(images, settings, start, progress)
     if refined is start and settings.min_gain is not None:
@@ -205,7 +207,7 @@ def variational_steps(
     start: Tensor | None = None,
     progress: Progress = lambda fraction: None,
 ) -> Tensor:
-    """The variational method alone, with the masks and the classes of the images as the settings say.
+    """The variational method alone, with the masks and the classes of the images as the settings say, see :func:`settings_for`.
 
     Arguments and result as of :func:`DivRegNetLib.registration.variational.method.register`.
     """
@@ -216,12 +218,20 @@ def variational_steps(
     else:
         (fixed, moving), valid = images.multiplied(), images.valid
     features = ()
-    if images.classes is not None and settings.class_weight:
+    if _guided(images, settings):
         features = (images.classes.of_classes(settings.class_weight, settings.class_temperature),)
-        settings = settings.with_classes()
     return register(
         fixed, moving, settings, start=start, valid=valid, measured=measured, features=features, progress=progress
     )
+
+
+def settings_for(images: Images, settings: VariationalSettings) -> VariationalSettings:
+    """The settings, or those that suit classes where the images have some that count."""
+    return settings.with_classes() if _guided(images, settings) else settings
+
+
+def _guided(images: Images, settings: VariationalSettings) -> bool:
+    return images.classes is not None and settings.class_weight > 0
 
 
 def discrete_start(images: Images, progress: Progress = lambda fraction: None) -> Tensor:

@@ -242,7 +242,7 @@ def sample(inputs: Inputs, matrix: np.ndarray, resources: Resources, *, progress
     _check_sampled("moving", moving, moving_mask, grid, model)
     valid, measured = (fixed_valid, moving_valid), int((fixed_valid & moving_valid).sum())
     images = Images(fixed, moving, fixed_mask, moving_mask, valid, measured)
-    if model.classnet is not None:
+    if model.classnet is not None and model.card.classes_cover(grid):
         images = methods.with_classes(images, model.classnet)
     return Sampled(grid, images, unaligned)
 

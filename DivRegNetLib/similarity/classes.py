@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 SLOPE = 0.01  # of the leaky ReLU below 0
 SHARED = 0.25  # smaller volume of a class over its larger one in a pair, below which the class counts less
+AGREEMENT = 0.4  # of the classes of a pair, below which the network does not know what the images show
 
 
 @dataclass(frozen=True)
@@ -164,3 +165,19 @@ def shared(fixed: Tensor, moving: Tensor) -> tuple[Tensor, Tensor]:
         known = x[:, 1:] * kept
         both.append(torch.cat((x[:, :1] + (x[:, 1:] - known).sum(1, keepdim=True), known), 1))
     return both[0], both[1]
+
+
+def are_known(fixed: Tensor, moving: Tensor) -> bool:
+    """Whether a network knows what a pair shows: after the initial alignment its classes in both images agree by far more than
+    chance. In anatomy that it has not learned it sees classes here and there, in each image elsewhere.
+
+    The agreement is Cohen's kappa (Educational and Psychological Measurement 1960) of the probabilities: 0 by chance, 1 where
+    both images have the same classes everywhere.
+
+    Args:
+        fixed, moving: (N, classes, d, h, w), background first.
+    """
+    both = torch.einsum("ncdhw,nkdhw->nck", fixed, moving) / fixed[0, 0].numel()
+    ours, theirs = both.sum(2), both.sum(1)
+    agreed, chance = both.diagonal(dim1=1, dim2=2).sum(1), (ours * theirs).sum(1)
+    return bool((agreed - chance > AGREEMENT * (1 - chance)).all())

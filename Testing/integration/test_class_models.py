@@ -13,6 +13,7 @@ from DivRegNetLib.core.grid import Grid
 from DivRegNetLib.options import Options
 from DivRegNetLib.registration import pipeline
 from DivRegNetLib.registration.resources import Resources
+from DivRegNetLib.similarity import classes
 from DivRegNetLib.similarity.classes import ClassNet, ClassNetConfig
 
 
@@ -66,13 +67,21 @@ def paint_on(paint, direction) -> sitk.Image:
     return image
 
 
-def test_outside_the_moving_image_and_its_mask_is_background(model, paint):
+def test_outside_the_moving_image_and_its_mask_is_background(model, paint, monkeypatch):
     """What a smaller moving image does not cover on the working grid, as it is padding to the network."""
+    monkeypatch.setattr(classes, "AGREEMENT", -1.0)  # a network of random weights agrees with itself by chance alone
     grid = Grid.of(paint_on(paint, (1, 0, 0, 0, 1, 0, 0, 0, 1)))
     fixed = paint(grid)
     images = sampled(fixed, fixed[4:22, 3:20, 5:21], model).images
     outside = ~images.valid[1]
-    classes = torch.nn.functional.interpolate(images.classes.moving, size=outside.shape[2:], mode="nearest")
+    seen = torch.nn.functional.interpolate(images.classes.moving, size=outside.shape[2:], mode="nearest")
     inner = torch.nn.functional.avg_pool3d(outside.float(), 3, 1, 1) == 1
-    assert inner.any() and (classes[:, :1][inner] == 1).all()
+    assert inner.any() and (seen[:, :1][inner] == 1).all()
     assert (images.classes.fixed[:, 1:] > 0).any()
+
+
+def test_a_network_of_crops_is_not_asked_about_larger_fields_of_view(model, paint):
+    fixed = paint(Grid.of(paint_on(paint, (1, 0, 0, 0, 1, 0, 0, 0, 1))))  # 30 * 26 * 28 voxels of 273 mm^3: 5963 ml
+    for ml, asked in ((20_000.0, True), (1_000.0, False), (0.0, True)):
+        of_crops = replace(model, card=replace(model.card, classes_up_to_ml=ml))
+        assert (sampled(fixed, fixed, of_crops).images.classes is not None) == asked

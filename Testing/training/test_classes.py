@@ -18,6 +18,7 @@ from training.classes import draws, export, subjects, train
 from training.classes.config import CONFIGS, Augmentation, ClassTraining, Painting
 from training.classes.loss import terms
 from training.classes.trainer import BEST, LAST, LOG, fit
+from training.data import prepare_hippocampus
 from training.experiments import classes as experiment
 
 NONE = Augmentation(**dict.fromkeys(Augmentation.__dataclass_fields__, 0.0) | {"control": (8.0, 8.0)})
@@ -297,7 +298,8 @@ def test_a_trained_network_becomes_a_model_that_registers(two_cohorts, tmp_path,
     settings = model.card.variational_settings
     assert (model.card.anatomy, settings.class_weight) == ("phantom", 50.0)
     # Steps on a finer grid follow what errs in the classes.
-    assert settings.descriptor_weight == 0 and all(settings.at(level).stride == 2 for level in settings.levels)
+    used = settings.with_classes()
+    assert used.descriptor_weight == 0 and all(used.at(level).stride == 2 for level in used.levels)
     assert str(tmp_path) not in (tmp_path / "models" / "told.json").read_text()
     best = torch.load(tmp_path / "run" / BEST, weights_only=True)
     assert all(torch.equal(v, best["net"][k]) for k, v in model.classnet.state_dict().items())
@@ -325,8 +327,8 @@ def test_the_experiment_trains_on_few_cases_and_compares_on_pairs_it_never_saw(t
             image = sitk.GetImageFromArray(array)
             image.SetDirection((-1, 0, 0, 0, -1, 0, 0, 0, 1))
             write_image(image, tmp_path / "hippocampus" / kind / f"crop_{i}.nii.gz")
-    monkeypatch.setattr(experiment, "HELD_OUT", 4)
-    monkeypatch.setattr(experiment, "VALIDATION", 1)
+    monkeypatch.setattr(prepare_hippocampus, "HELD_OUT", 4)
+    monkeypatch.setattr(prepare_hippocampus, "FIRST", 2)
     assert experiment.pairs(tmp_path)[-1] == ("crop_4.nii.gz", "crop_6.nii.gz")
     output = tmp_path / "out"
     options = [
@@ -352,8 +354,9 @@ def test_the_experiment_trains_on_few_cases_and_compares_on_pairs_it_never_saw(t
     rows = list(csv.DictReader((output / "classes.csv").open()))
     assert [(row["fixed"], row["moving"]) for row in rows] == experiment.pairs(tmp_path)[:2]
     listed = json.loads((output / "cohort" / "cohort.json").read_text())["volumes"]
-    assert {v["name"] for v in listed} == {"crop_0", "crop_1", "crop_2"}
-    monkeypatch.setattr(experiment, "HELD_OUT", 5)  # crop_2 is one of them now
+    splits = {split: [v["name"] for v in listed if v["split"] == split] for split in ("train", "validation", "test")}
+    assert (splits["train"], splits["validation"], len(splits["test"])) == (["crop_0", "crop_1"], ["crop_2"], 4)
+    monkeypatch.setattr(prepare_hippocampus, "HELD_OUT", 5)  # crop_2 is one of them now
     monkeypatch.setattr("sys.argv", ["classes.py", *options, "--cohort", str(output / "cohort")])
     assert experiment.main() == 2
     assert "trains on crop_2" in capsys.readouterr().err
@@ -389,7 +392,7 @@ def test_a_model_of_a_labeled_cohort_has_a_class_network_that_its_registrations_
     model = models.load(str(tmp_path / "models" / "told.json"))
     assert model.card.classes == ["background", "1", "2", "3"]
     assert "segmentation Dice" in model.card.scores and "cohort Dice" in model.card.scores
-    assert model.card.variational_settings.output_stride == 2
+    assert model.card.variational_settings.with_classes().output_stride == 2
     run = tmp_path / "build" / "training" / "told"
     best = torch.load(run / BEST, weights_only=True)
     assert all(torch.equal(v, best["net"][k]) for k, v in model.classnet.state_dict().items())
@@ -423,5 +426,5 @@ def test_a_model_that_is_fine_tuned_without_labels_keeps_its_class_network(train
 def test_every_bundled_file_can_be_read_and_names_no_class_that_it_does_not_list(file):
     config = layers.load(ClassTraining, file)
     named = {n for s in config.sources for classes in (s.classes or {}).values() for n in classes.split("|")}
-    assert config.steps and named <= set(config.names)
+    assert config.steps and named <= {"background", *config.names}
     assert layers.load(ClassTraining, file, preset="quick").steps < config.steps

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from DivRegNetLib.similarity.classes import SHARED, ClassNet, ClassNetConfig, shared
+from DivRegNetLib.similarity.classes import SHARED, ClassNet, ClassNetConfig, are_known, shared
 
 
 def network(**values) -> ClassNet:
@@ -95,3 +95,22 @@ def test_its_configuration_survives_json():
 def test_a_configuration_that_cannot_be_says_why(values, said):
     with pytest.raises(ValueError, match=said):
         ClassNetConfig(**{"classes": 4} | values)
+
+
+def half(shape, axis: int) -> torch.Tensor:
+    """(1, 2, D, H, W): class 1 in one half of the voxels."""
+    one = torch.zeros(1, 1, *shape)
+    one.narrow(axis + 2, 0, shape[axis] // 2).fill_(1)
+    return torch.cat((1 - one, one), 1)
+
+
+def test_classes_are_known_where_both_images_agree_on_them_by_more_than_chance():
+    shape = (8, 10, 12)
+    same, across = half(shape, 0), half(shape, 1)
+    assert are_known(same, same) and not are_known(same, across)  # the halves overlap as often as by chance
+    # Cohen's kappa of a half and itself, of which some of the voxels are taken at random for the other class: 1 - 2 * share.
+    for wrong, known in ((0.25, True), (0.35, False)):
+        flipped = (1 - wrong) * same + wrong * same.flip(1)
+        assert are_known(same, flipped) == known
+    nothing = torch.cat((torch.ones(1, 1, *shape), torch.zeros(1, 1, *shape)), 1)
+    assert not are_known(nothing, nothing)

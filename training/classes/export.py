@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from DivRegNetLib import models
 from DivRegNetLib.errors import DivRegNetError
-from DivRegNetLib.registration.variational import DEFAULT, REFINEMENT, VariationalSettings
+from DivRegNetLib.registration.variational import DEFAULT, REFINEMENT
 from DivRegNetLib.similarity.classes import ClassNet, ClassNetConfig
 from training.classes.trainer import BEST
 from training.report import commit
@@ -36,13 +36,6 @@ def network(kept: dict) -> ClassNet:
     net = ClassNet(ClassNetConfig(**kept["classnet"]))
     net.load_state_dict(kept["net"])
     return net.eval().requires_grad_(False)
-
-
-def guided(settings: VariationalSettings) -> VariationalSettings:
-    """The settings of a model with a class network: those of the effort ``fast``, without descriptors and without steps whose
-    displacement is on a finer grid. Beside classes descriptors add nothing, and finer steps follow what errs in them
-    (docs/experiments.md, Class networks)."""
-    return settings.with_effort("fast")
 
 
 def entries(kept: dict) -> dict:
@@ -71,7 +64,7 @@ def export(run: Path, name: str, folder: Path, about: dict) -> Path:
         "spacing_mm": spacings.pop() if len(spacings) == 1 else 0.0,
         "normalization": kept["normalization"],
         "methods": ["variational"],
-        "variational": guided(DEFAULT).as_dict(),
+        "variational": DEFAULT.as_dict(),
         "refinement": REFINEMENT.as_dict(),
         "regnet": None,
         "kldivnet": None,

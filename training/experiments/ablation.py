@@ -205,15 +205,14 @@ def sampled(pair: Prepared, variant: Variant, model: models.Model) -> tuple[pipe
 def registered(pair: Prepared, variant: Variant, model: models.Model) -> tuple[sitk.Transform, Tensor, float]:
     """The transform of a variant, its displacement in voxels of the working grid, and the CPU seconds that this took."""
     on_grid, resources = sampled(pair, variant, model)
-    settings = changed(model.card.variational_settings, variant.settings)
-    started = time.process_time()
+    images, started = on_grid.images, time.process_time()
+    settings = methods.settings_for(images, changed(model.card.variational_settings, variant.settings))
     start = None
     if variant.discrete is not None:
-        images = on_grid.images
         start = discrete.register(*images.multiplied(), DiscreteSettings(**variant.discrete), valid=images.valid)
         start = fields.coarsen(start, settings.output_stride, settings.multiple)
-    displacement = methods.variational_steps(on_grid.images, settings, start)
-    displacement = fields.upsample(displacement, settings.output_stride, on_grid.images.fixed.shape[2:])
+    displacement = methods.variational_steps(images, settings, start)
+    displacement = fields.upsample(displacement, settings.output_stride, images.fixed.shape[2:])
     seconds = time.process_time() - started
     transform = physical_fields.forward_transform(displacement, on_grid.grid, np.eye(4), resources.grids.fixed)
     return sitk.CompositeTransform([affine_transform(pair.initial), transform]), displacement, seconds

@@ -28,31 +28,25 @@ from DivRegNetLib.errors import DivRegNetError
 from DivRegNetLib.io.images import read_image, read_labels
 from DivRegNetLib.quality import metrics
 from DivRegNetLib.registration.pipeline import register
-from DivRegNetLib.registration.variational import DEFAULT
 from training import layers
 from training.classes import subjects
 from training.classes.config import CONFIGS, ClassTraining
 from training.classes.export import export
 from training.classes.trainer import fit
 from training.data import cohort as cohorts
-from training.data import layouts, prepare
+from training.data import prepare
+from training.data import prepare_hippocampus as hippocampus
 from training.pictures import show
 
-HELD_OUT = 20
-VALIDATION = 12
 NAME = "hippocampus-classes"
-
-
-def names(data: Path) -> list[str]:
-    """File names of the crops, in order; the last HELD_OUT are for tests alone."""
-    return sorted(path.name for path in (data / "hippocampus/labels").glob("*.nii.gz"))
 
 
 def pairs(data: Path) -> list[tuple[str, str]]:
     """The 30 pairs (fixed, moving) that are registered: each held-out crop with the next one, and ten with the tenth next."""
-    held = names(data)[-HELD_OUT:]
-    near = [(held[i], held[(i + 1) % HELD_OUT]) for i in range(HELD_OUT)]
-    return near + [(held[i], held[i + HELD_OUT // 2]) for i in range(HELD_OUT // 2)]
+    count = hippocampus.HELD_OUT
+    held = hippocampus.names(data)[-count:]
+    near = [(held[i], held[(i + 1) % count]) for i in range(count)]
+    return near + [(held[i], held[i + count // 2]) for i in range(count // 2)]
 
 
 @dataclass(frozen=True)
@@ -99,8 +93,8 @@ def _read(data: Path, fixed: str, moving: str) -> tuple[list[sitk.Image], list[s
 
 
 def _without_classes(model: models.Model) -> models.Model:
-    """The model without its class network, with the settings that are usual then."""
-    return replace(model, card=replace(model.card, variational=DEFAULT.as_dict()), classnet=None)
+    """The model without its class network."""
+    return replace(model, classnet=None)
 
 
 def _dice(labels: list[sitk.Image], transform: sitk.Transform) -> float:
@@ -163,20 +157,13 @@ def prepared(data: Path, args: argparse.Namespace) -> Path:
     """
     if args.cohort:
         used = {v.name for v in cohorts.load(args.cohort).volumes if v.split != "test"}
-        if seen := sorted(used & {name.removesuffix(".nii.gz") for name in names(data)[-HELD_OUT:]}):
+        test = {name.removesuffix(".nii.gz") for name in hippocampus.names(data)[-hippocampus.HELD_OUT :]}
+        if seen := sorted(used & test):
             raise ValueError(f"{args.cohort}: trains on {seen[0]}, which is held out for the test")
         return args.cohort
     cohort = args.output / "cohort"
-    learned = names(data)[:-HELD_OUT]
-    held = learned[-VALIDATION:]
-    rows = [
-        layouts.Source(
-            name.removesuffix(".nii.gz"), name, (data / "hippocampus/images" / name,), ("MR",),
-            data / "hippocampus/labels" / name, split="validation" if name in held else "train",
-        )
-        for name in learned
-    ]  # fmt: skip
-    prepare.prepare_cohort(rows, cohort, prepare.Preparation(spacing_mm=1.0, workers=args.workers))
+    preparation = prepare.Preparation(spacing_mm=hippocampus.SPACING_MM, workers=args.workers)
+    prepare.prepare_cohort(hippocampus.sources(data), cohort, preparation)
     return cohort
 
 

@@ -210,10 +210,12 @@ class VariationalSettings:
         return asdict(self) | {"levels": [asdict(level) for level in self.levels]}
 
     def with_classes(self) -> "VariationalSettings":
-        """The settings of a registration in which classes take part."""
+        """The settings of a registration in which classes take part: those of the effort ``fast``, with narrower windows.
+        Beside classes descriptors add nothing, and steps on a finer grid follow what errs in them (docs/experiments.md, Class
+        networks)."""
         smoothnesses = ("first_smoothness", "last_smoothness")
         narrower = {k: replace(s := getattr(self, k), window=s.window * self.class_window) for k in smoothnesses}
-        return replace(self, **narrower)
+        return replace(self.with_effort("fast"), **narrower)
 
     @classmethod
     def from_dict(cls, values: dict) -> "VariationalSettings":
