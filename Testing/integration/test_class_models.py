@@ -18,8 +18,10 @@ from DivRegNetLib.similarity.classes import ClassNet, ClassNetConfig
 
 
 @pytest.fixture(params=[False, True], ids=["coarse", "subvoxel"])
-def model(tiny_model, request) -> models.Model:
-    """The tiny model with a class network of random weights, which registers by the variational method."""
+def model(tiny_model, request, monkeypatch) -> models.Model:
+    """The tiny model with a class network of random weights, which registers by the variational method. Its classes take part
+    however little the images agree on them."""
+    monkeypatch.setattr(classes, "AGREEMENT", -1.0)
     loaded = models.load(tiny_model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -67,9 +69,8 @@ def paint_on(paint, direction) -> sitk.Image:
     return image
 
 
-def test_outside_the_moving_image_and_its_mask_is_background(model, paint, monkeypatch):
+def test_outside_the_moving_image_and_its_mask_is_background(model, paint):
     """What a smaller moving image does not cover on the working grid, as it is padding to the network."""
-    monkeypatch.setattr(classes, "AGREEMENT", -1.0)  # a network of random weights agrees with itself by chance alone
     grid = Grid.of(paint_on(paint, (1, 0, 0, 0, 1, 0, 0, 0, 1)))
     fixed = paint(grid)
     images = sampled(fixed, fixed[4:22, 3:20, 5:21], model).images
