@@ -25,7 +25,7 @@ def test_what_is_brighter_stays_so_between_0_and_1_in_any_unit(scheme, seed, sca
     assert after.max() == pytest.approx(1, abs=1e-5)
     order = before.flatten().argsort()
     assert (after.flatten()[order].diff() >= -1e-5).all()
-    torch.testing.assert_close(normalize(before.double() * scale + shift, scheme), after.double(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(normalize(before.double() * scale + shift, scheme), after.double(), atol=1e-3, rtol=0)
 
 
 @schemes
