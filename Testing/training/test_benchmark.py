@@ -20,13 +20,12 @@ from training.benchmarks.cases import (
     Family,
     Material,
     deformed,
-    hippocampus_pairs,
     painted_image,
     prepare_pair,
     relabeled,
 )
 from training.benchmarks.measure import Settings
-from training.data import label_maps
+from training.data import hippocampus, label_maps
 
 SPACING = 6.0
 OURS = ("initial", "affine", "DivRegNet")
@@ -326,7 +325,7 @@ def test_painted_heads_that_are_held_back_are_of_test_subjects():
 
 
 def test_hippocampus_pairs_are_of_two_of_the_last_crops():
-    pairs = hippocampus_pairs()
+    pairs = hippocampus.pairs()
     assert len(pairs) == len(set(pairs)) == 30
     assert all(a != b and 0 <= a < 20 and 0 <= b < 20 for a, b in pairs)
 

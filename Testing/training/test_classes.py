@@ -18,7 +18,7 @@ from training.classes import draws, export, subjects, train
 from training.classes.config import CONFIGS, Augmentation, ClassTraining, Painting
 from training.classes.loss import terms
 from training.classes.trainer import BEST, LAST, LOG, fit
-from training.data import prepare_hippocampus
+from training.data import hippocampus, prepare_hippocampus
 from training.experiments import classes as experiment
 
 NONE = Augmentation(**dict.fromkeys(Augmentation.__dataclass_fields__, 0.0) | {"control": (8.0, 8.0)})
@@ -327,7 +327,7 @@ def test_the_experiment_trains_on_few_cases_and_compares_on_pairs_it_never_saw(t
             image = sitk.GetImageFromArray(array)
             image.SetDirection((-1, 0, 0, 0, -1, 0, 0, 0, 1))
             write_image(image, tmp_path / "hippocampus" / kind / f"crop_{i}.nii.gz")
-    monkeypatch.setattr(prepare_hippocampus, "HELD_OUT", 4)
+    monkeypatch.setattr(hippocampus, "HELD_OUT", 4)
     monkeypatch.setattr(prepare_hippocampus, "FIRST", 2)
     assert experiment.pairs(tmp_path)[-1] == ("crop_4.nii.gz", "crop_6.nii.gz")
     output = tmp_path / "out"
@@ -356,7 +356,7 @@ def test_the_experiment_trains_on_few_cases_and_compares_on_pairs_it_never_saw(t
     listed = json.loads((output / "cohort" / "cohort.json").read_text())["volumes"]
     splits = {split: [v["name"] for v in listed if v["split"] == split] for split in ("train", "validation", "test")}
     assert (splits["train"], splits["validation"], len(splits["test"])) == (["crop_0", "crop_1"], ["crop_2"], 4)
-    monkeypatch.setattr(prepare_hippocampus, "HELD_OUT", 5)  # crop_2 is one of them now
+    monkeypatch.setattr(hippocampus, "HELD_OUT", 5)  # crop_2 is one of them now
     monkeypatch.setattr("sys.argv", ["classes.py", *options, "--cohort", str(output / "cohort")])
     assert experiment.main() == 2
     assert "trains on crop_2" in capsys.readouterr().err

@@ -23,14 +23,13 @@ from DivRegNetLib.io.atomic import write_json
 from DivRegNetLib.io.images import read_image, read_labels, write_image
 from DivRegNetLib.io.landmarks import read_landmarks
 from DivRegNetLib.registration import alignment
-from training.data import label_maps, synthesis
+from training.data import hippocampus, label_maps, synthesis
 from training.data.brainweb import aal, brain_mask, brainweb, tissues
 from training.data.free_form import ffd_transform
 from training.data.phantoms import TASKS
 from training.scoring import displacement_on
 
 FIRST_SEED = 5000
-HIPPOCAMPI = 20  # crops that are held back
 UNBENT = "unbent"  # folder of the pair before the deformation of its fixed image, in the folder of the pair
 SAMPLE = Path(__file__).resolve().parents[2] / "Resources" / "SampleData"
 BODY_WINDOW = (-160.0, 240.0)  # Hounsfield units, that of soft tissue
@@ -268,17 +267,11 @@ def limb(data: Path, patient: str, seed: int) -> Material:
     return deformed(Material(images[0], windowed, *labels, inside=sitk.BinaryFillhole(body)), seed, one_frame=False)
 
 
-def hippocampus(data: Path, fixed: int, moving: int) -> Material:
+def hippocampus_crops(data: Path, fixed: int, moving: int) -> Material:
     """Two of the last twenty crops, by number; no training may use these crops."""
-    names = sorted(p.name for p in (data / "hippocampus/labels").glob("*.nii.gz"))[-HIPPOCAMPI:]
+    names = hippocampus.held_out(data)
     images = [read_image(data / f"hippocampus/images/{names[i]}") for i in (fixed, moving)]
     return Material(*images, *(read_labels(data / f"hippocampus/labels/{names[i]}") for i in (fixed, moving)))
-
-
-def hippocampus_pairs() -> list[tuple[int, int]]:
-    """(fixed, moving) numbers of 30 pairs: each crop with the next one, and ten with the tenth next."""
-    n = HIPPOCAMPI
-    return [(i, (i + 1) % n) for i in range(n)] + [(i, i + n // 2) for i in range(n // 2)]
 
 
 def painted(data: Path, fixed: str, moving: str, contrasts: tuple[str, str], seed: int) -> Material:
@@ -414,7 +407,7 @@ REMAPPED_PHANTOMS = {
 PAINTED = _painted_cases()
 HEAD_PHANTOMS = phantom_cases(_twice(FIRST_SEED))
 ABDOMENS = {f"CT, {seed}": partial(abdomen, seed=seed) for seed in _twice(5600)}
-HIPPOCAMPUS = {f"{m} to {f}": partial(hippocampus, fixed=f, moving=m) for f, m in hippocampus_pairs()}
+HIPPOCAMPUS = {f"{m} to {f}": partial(hippocampus_crops, fixed=f, moving=m) for f, m in hippocampus.pairs()}
 SEEN_HIPPOCAMPI = range(10)  # of the held-back crops, those that pairs of earlier benchmarks were looked at
 
 FAMILIES = {
@@ -487,6 +480,6 @@ FAMILIES = {
     ),
     "hippocampus": Family(
         1.0, 1.0, "MR crops of two patients. Mean Dice of the anterior and posterior part", HIPPOCAMPUS, ("hippocampus",),
-        seen=tuple(f"{m} to {f}" for f, m in hippocampus_pairs() if f in SEEN_HIPPOCAMPI and m in SEEN_HIPPOCAMPI),
+        seen=tuple(f"{m} to {f}" for f, m in hippocampus.pairs() if f in SEEN_HIPPOCAMPI and m in SEEN_HIPPOCAMPI),
     ),
 }  # fmt: skip

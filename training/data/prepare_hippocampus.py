@@ -8,23 +8,17 @@ DIR holds ``hippocampus``. The last twenty crops by name are for tests alone, an
 import argparse
 from pathlib import Path
 
-from training.data import layouts, prepare
+from training.data import hippocampus, layouts, prepare
 
-HELD_OUT = 20
 VALIDATED = 15
 FIRST = 7  # that validates
 SPACING_MM = 1.0
 
 
-def names(data: Path) -> list[str]:
-    """File names of the crops, in order; the last HELD_OUT are for tests alone."""
-    return sorted(path.name for path in (data / "hippocampus/labels").glob("*.nii.gz"))
-
-
 def sources(data: Path) -> list[layouts.Source]:
     """The crops, with the split that each is in."""
-    crops = names(data)
-    splits = ["validation" if i % VALIDATED == FIRST else "train" for i in range(len(crops) - HELD_OUT)]
+    crops = hippocampus.names(data)
+    splits = ["validation" if i % VALIDATED == FIRST else "train" for i in range(len(crops) - hippocampus.HELD_OUT)]
     splits += ["test"] * (len(crops) - len(splits))
     return [
         layouts.Source(

@@ -37,7 +37,7 @@ from DivRegNetLib.registration.variational import VariationalSettings
 from training import report
 from training.benchmarks import cases
 from training.benchmarks.cases import FAMILIES, Material, Prepared, prepare_pair
-from training.data import label_maps
+from training.data import hippocampus, label_maps
 from training.data.brainweb import brainweb
 from training.scoring import displacement_on
 
@@ -69,7 +69,7 @@ def _of_benchmark(family: str, names: Iterable[str], spacing: float | None = Non
 
 def _crops(data: Path, fixed: int, moving: int) -> Material:
     """Two hippocampus crops, by number, that are not among the last, which are held out."""
-    names = sorted(p.name for p in (data / "hippocampus/labels").glob("*.nii.gz"))[: -cases.HIPPOCAMPI]
+    names = hippocampus.names(data)[: -hippocampus.HELD_OUT]
     images = [read_image(data / f"hippocampus/images/{names[i]}") for i in (fixed, moving)]
     return Material(*images, *(read_labels(data / f"hippocampus/labels/{names[i]}") for i in (fixed, moving)))
 

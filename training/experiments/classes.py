@@ -34,19 +34,16 @@ from training.classes.config import CONFIGS, ClassTraining
 from training.classes.export import export
 from training.classes.trainer import fit
 from training.data import cohort as cohorts
-from training.data import prepare
-from training.data import prepare_hippocampus as hippocampus
+from training.data import hippocampus, prepare, prepare_hippocampus
 from training.pictures import show
 
 NAME = "hippocampus-classes"
 
 
 def pairs(data: Path) -> list[tuple[str, str]]:
-    """The 30 pairs (fixed, moving) that are registered: each held-out crop with the next one, and ten with the tenth next."""
-    count = hippocampus.HELD_OUT
-    held = hippocampus.names(data)[-count:]
-    near = [(held[i], held[(i + 1) % count]) for i in range(count)]
-    return near + [(held[i], held[i + count // 2]) for i in range(count // 2)]
+    """File names (fixed, moving) of the pairs that are registered."""
+    held = hippocampus.held_out(data)
+    return [(held[fixed], held[moving]) for fixed, moving in hippocampus.pairs()]
 
 
 @dataclass(frozen=True)
@@ -157,13 +154,13 @@ def prepared(data: Path, args: argparse.Namespace) -> Path:
     """
     if args.cohort:
         used = {v.name for v in cohorts.load(args.cohort).volumes if v.split != "test"}
-        test = {name.removesuffix(".nii.gz") for name in hippocampus.names(data)[-hippocampus.HELD_OUT :]}
+        test = {name.removesuffix(".nii.gz") for name in hippocampus.held_out(data)}
         if seen := sorted(used & test):
             raise ValueError(f"{args.cohort}: trains on {seen[0]}, which is held out for the test")
         return args.cohort
     cohort = args.output / "cohort"
-    preparation = prepare.Preparation(spacing_mm=hippocampus.SPACING_MM, workers=args.workers)
-    prepare.prepare_cohort(hippocampus.sources(data), cohort, preparation)
+    preparation = prepare.Preparation(spacing_mm=prepare_hippocampus.SPACING_MM, workers=args.workers)
+    prepare.prepare_cohort(prepare_hippocampus.sources(data), cohort, preparation)
     return cohort
 
 
