@@ -153,8 +153,8 @@ def _deform_and_warp(
     chosen = stages.run("deform", deform, sampled, resources, options, progress=True)
     displacement = stages.run("refine", refine, sampled, chosen, resources, options, progress=True)
     default = default_value(options, inputs.moving)
-    also = stages.run("fields", resampled_along, inputs, matrix, resources, options, default), inverse
-    both = stages.run("fields", to_physical, displacement, sampled.grid, matrix, resources, *also, progress=True)
+    how = resources, options, default, inverse
+    both = stages.run("fields", to_physical, inputs, displacement, sampled.grid, matrix, *how, progress=True)
     warped = stages.run("outputs", warp, inputs, both, options, default)
     quality, known = stages.run("outputs", measure, sampled, both, resources.model, progress=True)
     if options.method != "none":
@@ -286,7 +286,35 @@ def refine(
     return methods.refine(sampled.images, chosen.displacement, settings, progress)
 
 
-def resampled_along(
+def to_physical(
+    inputs: Inputs,
+    displacement: Tensor,
+    grid: Grid,
+    matrix: np.ndarray,
+    resources: Resources,
+    options: Options,
+    default: float,
+    with_inverse: bool = True,
+    *,
+    progress: Callable[[float], None],
+) -> Fields:
+    """Displacement fields in mm, composed with the initial alignment, and the moving volume resampled along with the forward
+    one. They are kept in main memory: at full resolution in double precision they are large."""
+    back = fields.invert(displacement)
+    progress(0.2)
+    grids = resources.grids
+    along = _resampled_along(inputs, matrix, resources, options, default)
+    transform = physical_fields.forward_transform(displacement, grid, matrix, grids.fixed, along)
+    warped = None if along is None else along.warped
+    del along  # it holds the moving volume once more
+    progress(0.6)
+    inverse = None
+    if with_inverse:
+        inverse = physical_fields.inverse_transform(displacement, back, grid, matrix, grids.moving)
+    return Fields(displacement, back, transform, inverse, warped)
+
+
+def _resampled_along(
     inputs: Inputs, matrix: np.ndarray, resources: Resources, options: Options, default: float
 ) -> Resampling | None:
     """What resamples the moving volume while its displacements are computed; None where that has to be left to SimpleITK: for
@@ -301,32 +329,6 @@ def resampled_along(
         if torch_resampling.memory(inputs.moving, fixed, device) > room:
             return None
     return Resampling(inputs.moving, fixed, matrix, default, device)
-
-
-def to_physical(
-    displacement: Tensor,
-    grid: Grid,
-    matrix: np.ndarray,
-    resources: Resources,
-    along: Resampling | None = None,
-    inverse: bool = True,
-    *,
-    progress: Callable[[float], None],
-) -> Fields:
-    """Displacement fields in mm, composed with the initial alignment. They are kept in main memory: at full resolution in
-    double precision they are large.
-
-    Args:
-        along: resamples the moving volume along with the forward field.
-        inverse: whether the inverse transform is made.
-    """
-    back = fields.invert(displacement)
-    progress(0.2)
-    transform = physical_fields.forward_transform(displacement, grid, matrix, resources.grids.fixed, along)
-    progress(0.6)
-    of_moving = resources.grids.moving
-    reverse = physical_fields.inverse_transform(displacement, back, grid, matrix, of_moving) if inverse else None
-    return Fields(displacement, back, transform, reverse, None if along is None else along.warped)
 
 
 def default_value(options: Options, moving: sitk.Image) -> float:
