@@ -18,7 +18,7 @@ class Result:
         composite of the initial alignment and a displacement field, which covers the fixed grid and fades out around it
         (see :mod:`DivRegNetLib.core.composites`). Where memory does not allow a displacement at every voxel, there
         is one at every n-th.
-    inverse: maps moving points to fixed points, likewise, with a field on the moving grid.
+    inverse: maps moving points to fixed points, likewise, with a field on the moving grid; None where it was not asked for.
     initial: (4, 4) matrix of the initial alignment; maps fixed points to moving points (LPS, mm).
     quality: see :func:`DivRegNetLib.quality.metrics.quality`.
     timings: seconds per stage, by the names of :data:`DivRegNetLib.options.STAGES`.
@@ -31,7 +31,7 @@ class Result:
 
     warped: sitk.Image
     transform: sitk.CompositeTransform
-    inverse: sitk.CompositeTransform
+    inverse: sitk.CompositeTransform | None
     initial: np.ndarray
     quality: dict
     timings: dict[str, float]

@@ -5,6 +5,8 @@ beyond the image in every program: outside a field, ITK assumes a displacement o
 border, which is zero as well. No torch here.
 """
 
+import ctypes
+
 import numpy as np
 import SimpleITK as sitk
 
@@ -27,9 +29,16 @@ def composite(matrix: np.ndarray, field: sitk.Image) -> sitk.CompositeTransform:
 
 
 def field_of(transform: sitk.Transform) -> sitk.Image:
-    """The field d of a :func:`composite`, which extends a little beyond the image."""
+    """A copy of the field d of a :func:`composite`, which extends a little beyond the image."""
     parts = sitk.CompositeTransform(transform)
     return sitk.DisplacementFieldTransform(parts.GetNthTransform(1)).GetDisplacementField()
+
+
+def field_grid(transform: sitk.CompositeTransform) -> Grid:
+    """The grid of :func:`field_of`, which is not copied for it."""
+    of_field = transform.GetFixedParameters()[:18]  # ITK's order begins with what is applied first
+    size, origin, spacing, direction = (of_field[a:b] for a, b in ((0, 3), (3, 6), (6, 9), (9, 18)))
+    return Grid.build([int(n) for n in size], spacing, origin, direction)
 
 
 def displacement_on(transform: sitk.Transform, grid: Grid, pixel: int = sitk.sitkVectorFloat64) -> sitk.Image:
@@ -37,3 +46,11 @@ def displacement_on(transform: sitk.Transform, grid: Grid, pixel: int = sitk.sit
     return sitk.TransformToDisplacementField(
         transform, pixel, list(grid.size), list(grid.origin), list(grid.spacing), list(grid.direction)
     )
+
+
+def voxels(image: sitk.Image) -> np.ndarray:
+    """The memory of an image to be written to, (D, H, W) or (D, H, W, components), for as long as the image lives and nothing
+    else uses it: SimpleITK's views are for reading."""
+    view = sitk.GetArrayViewFromImage(image)
+    memory = (ctypes.c_char * view.nbytes).from_address(view.ctypes.data)
+    return np.frombuffer(memory, view.dtype).reshape(view.shape)

@@ -26,6 +26,7 @@ from DivRegNetLib.core.foreground import covered_region
 from DivRegNetLib.core.grid import Grid, affine_matrix
 from DivRegNetLib.core.intensity import AIR_HU, normalize
 from DivRegNetLib.core.recording import SPARE
+from DivRegNetLib.core.torch_resampling import Resampling
 from DivRegNetLib.core.torch_state import default_state
 from DivRegNetLib.errors import Cancelled, DivRegNetError, InputError, is_out_of_memory
 from DivRegNetLib.options import INTERPOLATIONS, LANDMARK_ALIGNMENTS, STAGES, Options, Progress
@@ -56,6 +57,7 @@ def register(
     progress: Progress | None = None,
     model: models.Model | str | None = None,
     load: Load = models.load,
+    inverse: bool = True,
     **options,
 ) -> Result:
     """Registers the moving to the fixed image.
@@ -66,6 +68,7 @@ def register(
         progress: called with the stage and the fraction that is done; returning False cancels.
         model: name, path of a card, or a :class:`~DivRegNetLib.models.Model` already loaded, which is not changed.
         load: how a model is loaded by name; that of a :class:`~DivRegNetLib.models.Cache` keeps it for the next time.
+        inverse: False leaves the inverse transform out, which takes as long, and as much memory, as the transform itself.
         options: fields of :class:`~DivRegNetLib.options.Options`.
     Raises:
         InputError: an image, mask or option that cannot be used; the message says which and why.
@@ -89,7 +92,7 @@ def register(
             if aligned is None:
                 aligned = stages.run("align", align, inputs, options, progress=True)
                 resources = stages.run("align", cover, inputs, aligned.matrix, resources)
-            return _deform_and_warp(inputs, aligned, resources, options, stages)
+            return _deform_and_warp(inputs, aligned, resources, options, inverse, stages)
         except OutOfMemory as error:
             stage = error.stage
         # The exception, and with it the memory of the attempt, is released here.
@@ -127,16 +130,18 @@ class Fields:
 
     displacement, inverse_displacement: (1, 3, D, H, W) in voxels of the working grid, without the initial alignment.
     transform, inverse: in physical space, see :class:`~DivRegNetLib.result.Result`.
+    warped: the moving volume on the fixed grid, where it was resampled along; otherwise None.
     """
 
     displacement: Tensor
     inverse_displacement: Tensor
     transform: sitk.CompositeTransform
-    inverse: sitk.CompositeTransform
+    inverse: sitk.CompositeTransform | None
+    warped: sitk.Image | None
 
 
 def _deform_and_warp(
-    inputs: Inputs, aligned: Alignment, resources: Resources, options: Options, stages: "Stages"
+    inputs: Inputs, aligned: Alignment, resources: Resources, options: Options, inverse: bool, stages: "Stages"
 ) -> Result:
     """The stages after the alignment, with the device and the grids that ``resources`` names.
 
@@ -147,9 +152,10 @@ def _deform_and_warp(
     sampled = stages.run("sample", sample, inputs, matrix, resources, progress=True)
     chosen = stages.run("deform", deform, sampled, resources, options, progress=True)
     displacement = stages.run("refine", refine, sampled, chosen, resources, options, progress=True)
-    both = stages.run("fields", to_physical, displacement, sampled.grid, matrix, resources, progress=True)
     default = default_value(options, inputs.moving)
-    warped = stages.run("outputs", warp, inputs, both.transform, options, default, resources.device)
+    how = resources, options, default, inverse
+    both = stages.run("fields", to_physical, inputs, displacement, sampled.grid, matrix, *how, progress=True)
+    warped = stages.run("outputs", warp, inputs, both, options, default)
     quality, known = stages.run("outputs", measure, sampled, both, resources.model, progress=True)
     if options.method != "none":
         quality["deformation"] = chosen.as_dict()
@@ -281,17 +287,48 @@ def refine(
 
 
 def to_physical(
-    displacement: Tensor, grid: Grid, matrix: np.ndarray, resources: Resources, *, progress: Callable[[float], None]
+    inputs: Inputs,
+    displacement: Tensor,
+    grid: Grid,
+    matrix: np.ndarray,
+    resources: Resources,
+    options: Options,
+    default: float,
+    with_inverse: bool = True,
+    *,
+    progress: Callable[[float], None],
 ) -> Fields:
-    """Displacement fields in mm, forward and inverse, composed with the initial alignment. They are kept in main memory: at
-    full resolution in double precision they are large."""
-    inverse_displacement = fields.invert(displacement)
+    """Displacement fields in mm, composed with the initial alignment, and the moving volume resampled along with the forward
+    one. They are kept in main memory: at full resolution in double precision they are large."""
+    back = fields.invert(displacement)
     progress(0.2)
-    transform = physical_fields.forward_transform(displacement, grid, matrix, resources.grids.fixed)
-    progress(0.5)
-    both = displacement, inverse_displacement
-    inverse = physical_fields.inverse_transform(*both, grid, matrix, resources.grids.moving)
-    return Fields(*both, transform, inverse)
+    grids = resources.grids
+    along = _resampled_along(inputs, matrix, resources, options, default)
+    transform = physical_fields.forward_transform(displacement, grid, matrix, grids.fixed, along)
+    warped = None if along is None else along.warped
+    del along  # it holds the moving volume once more
+    progress(0.6)
+    inverse = None
+    if with_inverse:
+        inverse = physical_fields.inverse_transform(displacement, back, grid, matrix, grids.moving)
+    return Fields(displacement, back, transform, inverse, warped)
+
+
+def _resampled_along(
+    inputs: Inputs, matrix: np.ndarray, resources: Resources, options: Options, default: float
+) -> Resampling | None:
+    """What resamples the moving volume while its displacements are computed; None where that has to be left to SimpleITK: for
+    other interpolations and some types of pixels, where there is no displacement for every voxel, and where the graphics
+    card has no memory for it."""
+    fixed, device = Grid.of(inputs.fixed), resources.device
+    linear = INTERPOLATIONS[options.interpolation] == sitk.sitkLinear
+    if not linear or resources.grids.fixed != fixed or not torch_resampling.can_resample(inputs.moving):
+        return None
+    if device.type == "cuda":
+        room = free_memory(device) * memory.SPARE
+        if torch_resampling.memory(inputs.moving, fixed, device) > room:
+            return None
+    return Resampling(inputs.moving, fixed, matrix, default, device)
 
 
 def default_value(options: Options, moving: sitk.Image) -> float:
@@ -301,20 +338,16 @@ def default_value(options: Options, moving: sitk.Image) -> float:
     return AIR_HU if float(sitk.GetArrayViewFromImage(moving).min()) <= AIR_IN_CT else 0.0
 
 
-def warp(
-    inputs: Inputs, transform: sitk.CompositeTransform, options: Options, default: float, device: torch.device
-) -> sitk.Image:
-    """The moving volume on the fixed grid. On a graphics card it is resampled there, if it has the memory.
+def warp(inputs: Inputs, both: Fields, options: Options, default: float) -> sitk.Image:
+    """The moving volume on the fixed grid.
 
     Raises:
         InputError: the warped volume is constant.
     """
-    interpolator, grid, warped = INTERPOLATIONS[options.interpolation], Grid.of(inputs.fixed), None
-    on_card = device.type == "cuda" and interpolator == sitk.sitkLinear
-    if on_card and torch_resampling.memory(inputs.moving, grid) < free_memory(device) * memory.SPARE:
-        warped = torch_resampling.resample(inputs.moving, grid, transform, default, device)
+    warped = both.warped
     if warped is None:
-        warped = resampling.resample(inputs.moving, inputs.fixed, transform, interpolator, default)
+        interpolator = INTERPOLATIONS[options.interpolation]
+        warped = resampling.resample(inputs.moving, inputs.fixed, both.transform, interpolator, default)
     values = sitk.GetArrayViewFromImage(warped)
     if values.min() == values.max():
         raise InputError(

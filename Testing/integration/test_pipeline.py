@@ -65,6 +65,14 @@ def test_the_inverse_undoes_the_transform_within_a_tenth_of_a_voxel(pair, result
     assert np.linalg.norm(back - fixed_points, axis=1).max() < 0.1 * min(pair[1].GetSpacing())
 
 
+def test_without_the_inverse_all_else_is_the_same(pair, result):
+    without = register(pair[0], pair[1], device="cpu", inverse=False)
+    assert without.inverse is None
+    assert without.quality == result.quality
+    for one, two in ((without.warped, result.warped), (field_of(without.transform), field_of(result.transform))):
+        np.testing.assert_array_equal(sitk.GetArrayViewFromImage(one), sitk.GetArrayViewFromImage(two))
+
+
 def test_the_deformation_does_not_fold_and_similarity_rises(result):
     quality = result.quality
     assert quality["folded_percent"] < 0.1

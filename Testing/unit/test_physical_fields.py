@@ -6,7 +6,7 @@ import SimpleITK as sitk
 import torch
 
 from DivRegNetLib.core import fields, physical_fields, resampling
-from DivRegNetLib.core.composites import displacement_on, field_of
+from DivRegNetLib.core.composites import displacement_on, field_grid, field_of
 from DivRegNetLib.core.grid import Grid, affine_transform, apply_matrix
 
 
@@ -52,6 +52,7 @@ def mapped(transform: sitk.Transform, points: np.ndarray) -> np.ndarray:
 def assert_covers(transform: sitk.CompositeTransform, grid: Grid) -> None:
     """The field has the voxels of a grid, and a margin in which it ends in zeros."""
     field = field_of(transform)
+    assert Grid.of(field) == field_grid(transform)
     margin = (np.array(field.GetSize()) - grid.size) // 2
     assert (margin >= 1).all()
     assert Grid.of(field[tuple(slice(int(m), int(m + n)) for m, n in zip(margin, grid.size, strict=True))]) == grid

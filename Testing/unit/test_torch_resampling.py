@@ -5,22 +5,22 @@ import pytest
 import SimpleITK as sitk
 import torch
 
-from DivRegNetLib.core import resampling, torch_resampling
+from DivRegNetLib.core import physical_fields, resampling, torch_resampling
 from DivRegNetLib.core.composites import composite
 from DivRegNetLib.core.grid import Grid
-from DivRegNetLib.core.physical_fields import forward_transform
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def transform(grid, rigid):
-    """A bent field on a padded grid, and an alignment that moves a part of the moving volume out of the fixed one."""
+def deformation(grid, rigid):
+    """A bent displacement on a working grid, that grid, and an alignment that moves a part of the moving volume out of the
+    fixed one."""
     working = grid.working_grid(6.0, multiple=4)
     random = torch.Generator().manual_seed(0)
     coarse = torch.randn(1, 3, 4, 4, 4, generator=random) * 2
     displacement = torch.nn.functional.interpolate(coarse, size=working.shape, mode="trilinear")
-    return forward_transform(displacement, working, rigid((7, -4, 11), (9, -14, 5)), grid)
+    return displacement, working, rigid((7, -4, 11), (9, -14, 5))
 
 
 @pytest.mark.parametrize(
@@ -35,11 +35,17 @@ def transform(grid, rigid):
         sitk.sitkFloat64,
     ],
 )
-def test_torch_resamples_as_simpleitk_does(pixel, transform, grid, moving_grid, paint, monkeypatch):
-    monkeypatch.setattr(torch_resampling, "SLAB_VOXELS", 2000)  # several slabs
+def test_torch_resamples_as_simpleitk_does_through_the_transform(
+    pixel, deformation, grid, moving_grid, paint, monkeypatch
+):
+    monkeypatch.setattr(physical_fields, "CHUNK_VOXELS", 2000)  # several slabs
+    displacement, working, initial = deformation
     moving = sitk.Cast(paint(moving_grid) * 200 + 5, pixel)
+    assert torch_resampling.can_resample(moving)
+    along = torch_resampling.Resampling(moving, grid, initial, 3.0, CPU)
+    transform = physical_fields.forward_transform(displacement, working, initial, grid, along)
     expected = resampling.resample(moving, grid.empty_image(), transform, sitk.sitkLinear, 3.0)
-    found = torch_resampling.resample(moving, grid, transform, 3.0, CPU)
+    found = along.warped
     assert found.GetPixelID() == pixel and Grid.of(found) == grid
     ours, theirs = (sitk.GetArrayFromImage(image) for image in (found, expected))
     assert (theirs == 3.0).mean() > 0.05 and theirs.std() > 20
@@ -53,19 +59,31 @@ def test_torch_resamples_as_simpleitk_does(pixel, transform, grid, moving_grid, 
 def test_integers_stay_within_their_range_and_halves_are_rounded_upward():
     grid = Grid.build((4, 1, 1), (1, 1, 1), (0, 0, 0), np.eye(3))
     image = grid.image(np.array([[[0, 1, 255, 254]]], np.uint8))
-    half = sitk.Image([4, 1, 1], sitk.sitkVectorFloat64, 3)
-    for i in range(4):
-        half[i, 0, 0] = (0.5 if i < 3 else 0.0, 0.0, 0.0)
-    found = torch_resampling.resample(image, grid, composite(np.eye(4), half), 0.0, CPU)
-    assert sitk.GetArrayFromImage(found).ravel().tolist() == [1, 128, 255, 254]
+    half = torch.zeros(1, 3, 1, 1, 4)
+    half[0, 0, 0, 0, :3] = 0.5
+    along = torch_resampling.Resampling(image, grid, np.eye(4), 0.0, CPU)
+    along(slice(0, 1), half)
+    assert sitk.GetArrayFromImage(along.warped).ravel().tolist() == [1, 128, 255, 254]
 
 
-def test_what_torch_cannot_do_is_left_to_simpleitk(transform, grid, moving_grid, paint):
+def test_the_border_of_a_volume_is_where_simpleitk_has_it():
+    """Half a voxel beyond the outermost centers; the lower end belongs to the volume, the upper one does not."""
+    image = Grid.build((3, 2, 4), (1, 1, 1)).image(np.arange(1.0, 25.0).reshape(4, 2, 3))
+    at = Grid.build((21, 17, 25), (0.25, 0.25, 0.25), (-1, -1, -1))
+    expected = resampling.resample(image, at.empty_image(), composite(np.eye(4), _still(at)), sitk.sitkLinear, -5.0)
+    along = torch_resampling.Resampling(image, at, np.eye(4), -5.0, CPU)
+    along(slice(0, 25), torch.zeros(1, 3, 25, 17, 21))
+    ours, theirs = (sitk.GetArrayFromImage(i) for i in (along.warped, expected))
+    assert (ours == -5.0).any() and ours.max() == 24
+    np.testing.assert_allclose(ours, theirs, atol=1e-12)
+
+
+def _still(grid):
+    return grid.stamp(sitk.Image(list(grid.size), sitk.sitkVectorFloat64, 3))
+
+
+def test_what_torch_cannot_do_is_left_to_simpleitk(moving_grid, paint):
     moving = paint(moving_grid)
-    assert torch_resampling.resample(sitk.Cast(moving * 100, sitk.sitkInt64), grid, transform, 0.0, CPU) is None
-    thinned = forward_transform(
-        torch.zeros(1, 3, 8, 8, 8), grid.working_grid(20.0, multiple=4), np.eye(4), grid.thinned(15.0)
-    )
-    assert torch_resampling.resample(moving, grid, thinned, 0.0, CPU) is None
-    outside = Grid(grid.size, grid.matrix @ np.array([[1, 0, 0, 90], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]))
-    assert torch_resampling.resample(moving, outside, transform, 0.0, CPU) is None
+    assert not torch_resampling.can_resample(sitk.Cast(moving * 100, sitk.sitkInt64))
+    assert not torch_resampling.can_resample(sitk.Compose(moving, moving))
+    assert torch_resampling.can_resample(moving)

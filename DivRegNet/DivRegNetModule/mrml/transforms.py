@@ -7,7 +7,7 @@ import slicer.util
 import vtk
 from vtk.util import numpy_support
 
-from DivRegNetLib.core.composites import displacement_on, field_of
+from DivRegNetLib.core.composites import displacement_on, field_grid
 from DivRegNetLib.core.grid import LPS_FROM_RAS, Grid, affine_transform
 from DivRegNetLib.errors import InputError
 from DivRegNetModule import _
@@ -48,7 +48,7 @@ def grid_transform(transform: sitk.Transform, grid: Grid | None = None) -> "slic
     if transform.GetTransformEnum() == sitk.sitkDisplacementField:
         field = sitk.DisplacementFieldTransform(transform).GetDisplacementField()
     else:
-        field = displacement_on(transform, grid or Grid.of(field_of(transform)))
+        field = displacement_on(transform, grid or field_grid(transform))
     return finish(grid_transform_steps(sitk.GetArrayViewFromImage(field), Grid.of(field)))
 
 

@@ -81,10 +81,10 @@ def _do(folder: Path, cache: Cache, send: Callable) -> None:
             from DivRegNetLib.registration.pipeline import register
 
         job = read_job(folder)
-        result = register(**job.images, **job.options, progress=progress, load=cache.load)
+        result = register(**job.images, **job.options, inverse=job.inverse, progress=progress, load=cache.load)
         if job.references is not None:
             result = with_measurements(result, *measure(job.references, result))
-        write_result(folder, result, job.inverse)
+        write_result(folder, result)
         send("done")
     except DivRegNetError as error:
         send("error", kind=type(error).__name__, message=str(error))

@@ -16,7 +16,7 @@ its ``job.json`` appears, which is moved there when all else is written::
 and the voxels of each image NAME in ``NAME.npy``, indexed [k, j, i] (and component). The masks are optional. GEOMETRY
 is ``{"spacing", "origin", "direction"}`` as in SimpleITK. Where the result is to be measured with references, ``job.json``
 has ``"references"``: segments with their layers (images ``fixed_layer_0``, ...) and landmarks. ``"inverse": false`` says
-that the inverse transform is not written.
+that the inverse transform is not made.
 
 The child writes one JSON object per line to standard output:
 
@@ -47,7 +47,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from DivRegNetLib.core.composites import composite, displacement_on, field_of
+from DivRegNetLib.core.composites import composite, displacement_on, field_grid
 from DivRegNetLib.core.grid import Grid, affine_transform, apply_matrix
 from DivRegNetLib.errors import Cancelled, DeviceError, DivRegNetError, InputError, ModelError
 from DivRegNetLib.models.card import Card
@@ -146,7 +146,7 @@ class Job:
 
     images, options: keyword arguments of :func:`DivRegNetLib.registration.pipeline.register`.
     references: to measure the result with, or None.
-    inverse: whether the inverse transform is written.
+    inverse: whether the inverse transform is made.
     """
 
     images: dict[str, sitk.Image]
@@ -166,8 +166,8 @@ def read_job(folder: Path) -> Job:
     return Job(images, options, references, job["inverse"])
 
 
-def write_result(folder: Path, result: Result, inverse: bool = True) -> None:
-    """Writes a result to a folder, with or without the inverse transform."""
+def write_result(folder: Path, result: Result) -> None:
+    """Writes a result to a folder."""
     record = {
         "images": {},
         "initial": result.initial.tolist(),
@@ -178,7 +178,7 @@ def write_result(folder: Path, result: Result, inverse: bool = True) -> None:
         "card": asdict(result.card),
     }
     images = {"warped": result.warped, "transform": _whole_displacement(result.transform)}
-    if inverse:
+    if result.inverse is not None:
         images["inverse"] = _whole_displacement(result.inverse)
     if result.error_map is not None:
         images["error_map"] = result.error_map
@@ -272,7 +272,7 @@ class ResultFiles:
 
 def _whole_displacement(transform: sitk.Transform) -> sitk.Image:
     """``T(p) - p`` on the grid of the field in a result's transform, in single precision."""
-    return displacement_on(transform, Grid.of(field_of(transform)), sitk.sitkVectorFloat32)
+    return displacement_on(transform, field_grid(transform), sitk.sitkVectorFloat32)
 
 
 def _margin(field: sitk.Image, image: sitk.Image) -> list[int]:
