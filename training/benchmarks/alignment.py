@@ -40,12 +40,21 @@ OURS = "DivRegNet"
 
 
 def divregnet() -> Callable:
+    """The first two stages of a registration, in the mode that it runs in."""
     import torch
 
-    from DivRegNetLib.registration import alignment
+    from DivRegNetLib.options import Options
+    from DivRegNetLib.registration import pipeline
 
     torch.set_num_threads(1)
-    return lambda fixed, moving: alignment.align(fixed, moving, "affine")
+    options = Options(align="affine", device="cpu")
+
+    @torch.inference_mode()
+    def register(fixed: sitk.Image, moving: sitk.Image) -> np.ndarray:
+        inputs = pipeline.check(fixed, moving, None, None, options)
+        return pipeline.align(inputs, options, progress=lambda fraction: None).matrix
+
+    return register
 
 
 def ants(exhaustive: bool) -> Callable:
