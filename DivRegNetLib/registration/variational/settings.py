@@ -118,7 +118,7 @@ class VariationalSettings:
     steps: int = 27
     stride: int = 2
     levels: tuple[Level, ...] = (
-        Level(4, 8 / 27, 8, 0.0), Level(2, 9 / 27, 12, 0.5), Level(1, 7 / 27, 12, 0.6), Level(1, 3 / 27, 12, 0.6, stride=1)
+        Level(4, 8 / 27, 8, 0.0), Level(2, 9 / 27, 8, 0.5), Level(1, 7 / 27, 8, 0.6), Level(1, 3 / 27, 8, 0.6, stride=1)
     )  # fmt: skip
     min_steps: int = 4
     min_voxels: int = 200
@@ -132,7 +132,7 @@ class VariationalSettings:
     parzen_sigma: float = 1.2
     block_sigma: float = 0.6
     global_weight: float = 0.05
-    independence_weight: float = 0.01
+    independence_weight: float = 0.25
     epsilon: float = 1e-9
     class_weight: float = 300.0
     class_temperature: float = 0.33
@@ -305,6 +305,7 @@ REFINEMENT = VariationalSettings(
     first_smoothness=Smoothness(2.8, 1.0, 0.4),
     last_smoothness=Smoothness(2.8, 1.0, 0.4),
     parzen_sigma=0.8,  # sharper than before, as the images are nearly aligned
+    independence_weight=0.01,
     min_gain=1e-4,
     masks="exclude",
 )
