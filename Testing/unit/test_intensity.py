@@ -10,22 +10,24 @@ from DivRegNetLib.core.intensity import SCHEMES, normalize
 schemes = pytest.mark.parametrize("scheme", list(SCHEMES))
 
 
-def image(seed: int) -> torch.Tensor:
+def image(seed: int, shape: tuple[int, int, int] = (9, 10, 11)) -> torch.Tensor:
     """Half of it background, the rest of any brightness."""
-    values = torch.randn(1, 1, 9, 10, 11, generator=torch.Generator().manual_seed(seed))
+    values = torch.randn(1, 1, *shape, generator=torch.Generator().manual_seed(seed))
     return values.clamp_min(0) * 40 + 7
 
 
 @schemes
 @given(seed=st.integers(0, 10**6), scale=st.floats(1e-3, 1e3), shift=st.floats(-1e3, 1e3))
 def test_what_is_brighter_stays_so_between_0_and_1_in_any_unit(scheme, seed, scale, shift):
-    before = image(seed)
+    # A value at the edge of a bin may be counted in the next one in another precision. That moves a rank by a quarter of one
+    # over the number of voxels, so there have to be many.
+    before = image(seed, (28, 29, 30))
     after = normalize(before, scheme)
     assert after.min() == 0
     assert after.max() == pytest.approx(1, abs=1e-5)
     order = before.flatten().argsort()
     assert (after.flatten()[order].diff() >= -1e-5).all()
-    torch.testing.assert_close(normalize(before.double() * scale + shift, scheme), after.double(), atol=1e-3, rtol=0)
+    torch.testing.assert_close(normalize(before.double() * scale + shift, scheme), after.double(), atol=1e-4, rtol=0)
 
 
 @schemes
