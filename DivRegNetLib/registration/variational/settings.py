@@ -132,7 +132,7 @@ class VariationalSettings:
     parzen_sigma: float = 1.2
     block_sigma: float = 0.6
     global_weight: float = 0.05
-    independence_weight: float = 0.25
+    independence_weight: float = 0.12
     epsilon: float = 1e-9
     class_weight: float = 300.0
     class_temperature: float = 0.33
