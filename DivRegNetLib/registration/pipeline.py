@@ -153,8 +153,10 @@ def _deform_and_warp(
     chosen = stages.run("deform", deform, sampled, resources, options, progress=True)
     displacement = stages.run("refine", refine, sampled, chosen, resources, options, progress=True)
     default = default_value(options, inputs.moving)
-    how = resources, options, default, inverse
-    both = stages.run("fields", to_physical, inputs, displacement, sampled.grid, matrix, *how, progress=True)
+    along = partial(_resampled_along, inputs, matrix, resources, options, default)
+    both = stages.run(
+        "fields", to_physical, displacement, sampled.grid, matrix, resources, along, inverse, progress=True
+    )
     warped = stages.run("outputs", warp, inputs, both, options, default)
     quality, known = stages.run("outputs", measure, sampled, both, resources.model, progress=True)
     if options.method != "none":
@@ -287,14 +289,12 @@ def refine(
 
 
 def to_physical(
-    inputs: Inputs,
     displacement: Tensor,
     grid: Grid,
     matrix: np.ndarray,
     resources: Resources,
-    options: Options,
-    default: float,
-    with_inverse: bool = True,
+    resampling_along: Callable[[], Resampling | None],
+    with_inverse: bool,
     *,
     progress: Callable[[float], None],
 ) -> Fields:
@@ -303,7 +303,7 @@ def to_physical(
     back = fields.invert(displacement)
     progress(0.2)
     grids = resources.grids
-    along = _resampled_along(inputs, matrix, resources, options, default)
+    along = resampling_along()
     transform = physical_fields.forward_transform(displacement, grid, matrix, grids.fixed, along)
     warped = None if along is None else along.warped
     del along  # it holds the moving volume once more

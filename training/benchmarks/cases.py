@@ -267,9 +267,11 @@ def limb(data: Path, patient: str, seed: int) -> Material:
     return deformed(Material(images[0], windowed, *labels, inside=sitk.BinaryFillhole(body)), seed, one_frame=False)
 
 
-def hippocampus_crops(data: Path, fixed: int, moving: int) -> Material:
-    """Two of the last twenty crops, by number; no training may use these crops."""
-    names = hippocampus.held_out(data)
+def hippocampus_crops(
+    data: Path, fixed: int, moving: int, among: Callable[[Path], list[str]] = hippocampus.held_out
+) -> Material:
+    """Two crops, by number among those that no training may use, or among others."""
+    names = among(data)
     images = [read_image(data / f"hippocampus/images/{names[i]}") for i in (fixed, moving)]
     return Material(*images, *(read_labels(data / f"hippocampus/labels/{names[i]}") for i in (fixed, moving)))
 

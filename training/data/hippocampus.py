@@ -10,6 +10,11 @@ def names(data: Path) -> list[str]:
     return sorted(path.name for path in (data / "hippocampus/labels").glob("*.nii.gz"))
 
 
+def learned(data: Path) -> list[str]:
+    """Those that may be learned from."""
+    return names(data)[:-HELD_OUT]
+
+
 def held_out(data: Path) -> list[str]:
     """Those that no training may use."""
     return names(data)[-HELD_OUT:]

@@ -27,7 +27,7 @@ from DivRegNetLib import models
 from DivRegNetLib.core import fields, physical_fields
 from DivRegNetLib.core.grid import Grid, affine_transform
 from DivRegNetLib.errors import DivRegNetError
-from DivRegNetLib.io.images import read_image, read_labels
+from DivRegNetLib.io.images import read_labels
 from DivRegNetLib.options import Options
 from DivRegNetLib.quality import metrics
 from DivRegNetLib.registration import alignment, discrete, methods, pipeline
@@ -65,13 +65,6 @@ def _of_benchmark(family: str, names: Iterable[str], spacing: float | None = Non
     about = FAMILIES[family]
     label = family if spacing is None else f"{family}, {spacing:g} mm"
     return [Case(label, name, about.cases[name], spacing or about.spacing, about.align, about.judged) for name in names]
-
-
-def _crops(data: Path, fixed: int, moving: int) -> Material:
-    """Two hippocampus crops, by number, that are not among the last, which are held out."""
-    names = hippocampus.names(data)[: -hippocampus.HELD_OUT]
-    images = [read_image(data / f"hippocampus/images/{names[i]}") for i in (fixed, moving)]
-    return Material(*images, *(read_labels(data / f"hippocampus/labels/{names[i]}") for i in (fixed, moving)))
 
 
 def _thick(data: Path, task: str, millimeters: int = 3) -> Material:
@@ -129,7 +122,8 @@ def _heads(spacing: float) -> list[Case]:
 
 DEVELOPMENT = [
     *_heads(2.0),
-    *(Case("hippocampus", f"{m} to {f}", partial(_crops, fixed=f, moving=m), 1.0, "affine", "Dice")
+    *(Case("hippocampus", f"{m} to {f}", partial(cases.hippocampus_crops, fixed=f, moving=m, among=hippocampus.learned), 1.0,
+           "affine", "Dice")
       for f, m in ((0, 1), (40, 41), (80, 82), (120, 123))),
     *(Case("AAL phantoms", task, partial(cases.phantom, task=task, seed=7000), 2.0, "none", "error mm")
       for task in ("T1-T2", "PD-T2")),
