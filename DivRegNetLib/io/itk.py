@@ -1,4 +1,5 @@
-"""How ITK reads and writes files here: with decimal points whatever the locale, and without warnings on the terminal.
+"""How ITK reads and writes files here: in one thread at a time, with decimal points whatever the locale, and without warnings
+on the terminal.
 
 Standard error itself is left alone, as other threads and crash dumps write to it. What the libraries below ITK print about
 damaged files is avoided instead: such files are recognized before ITK opens them (:mod:`DivRegNetLib.io.damage`).
@@ -14,36 +15,20 @@ from collections.abc import Iterator
 import SimpleITK as sitk
 
 _LC_NUMERIC_MASK = 1 << 4 if sys.platform == "darwin" else 1 << 1
+_one_at_a_time = threading.RLock()
 
 
 @contextlib.contextmanager
 def file_access() -> Iterator[None]:
-    """For calls of ITK that read or write files."""
-    with _without_warnings, _decimal_points():
-        yield
-
-
-class _WithoutWarnings:
-    """Turns ITK's warnings off until the last of those who entered, in any thread, has left."""
-
-    def __init__(self) -> None:
-        self._lock, self._entered, self._shown = threading.Lock(), 0, True
-
-    def __enter__(self) -> None:
-        with self._lock:
-            self._entered += 1
-            if self._entered == 1:
-                self._shown = sitk.ProcessObject.GetGlobalWarningDisplay()
-                sitk.ProcessObject.SetGlobalWarningDisplay(False)
-
-    def __exit__(self, *error: object) -> None:
-        with self._lock:
-            self._entered -= 1
-            if self._entered == 0:
-                sitk.ProcessObject.SetGlobalWarningDisplay(self._shown)
-
-
-_without_warnings = _WithoutWarnings()
+    """For calls of ITK that read or write files. One thread makes them at a time: SimpleITK lets other threads go on
+    meanwhile, but HDF5, which ITK also asks about files of other formats, ends a process in which two threads use it."""
+    with _one_at_a_time, _decimal_points():
+        shown = sitk.ProcessObject.GetGlobalWarningDisplay()
+        sitk.ProcessObject.SetGlobalWarningDisplay(False)
+        try:
+            yield
+        finally:
+            sitk.ProcessObject.SetGlobalWarningDisplay(shown)
 
 
 @contextlib.contextmanager

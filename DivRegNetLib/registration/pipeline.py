@@ -187,8 +187,7 @@ def check(
     options: Options,
 ) -> Inputs:
     """Raises InputError for an image, a mask or a default value that cannot be used."""
-    # Copies share their voxels until the caller changes the originals: what is checked is what is registered.
-    fixed, moving = (sitk.Image(check_image(image, name)) for image, name in ((fixed, "fixed"), (moving, "moving")))
+    fixed, moving = check_image(fixed, "fixed"), check_image(moving, "moving")
     masks = check_mask(fixed_mask, fixed, "fixed"), check_mask(moving_mask, moving, "moving")
     if options.default_value is not None:
         check_default(options.default_value, moving)

@@ -245,23 +245,43 @@ def test_while_files_are_read_standard_error_is_everybodys(capfd):
     assert "a crash dump" in capfd.readouterr().err
 
 
-def test_itks_warnings_are_off_for_as_long_as_any_thread_reads():
-    inside, leave = threading.Event(), threading.Event()
-
-    def read():
-        with file_access():
-            inside.set()
-            leave.wait(10)
-
+def test_itks_warnings_are_off_while_files_are_read_and_then_as_before():
     before = sitk.ProcessObject.GetGlobalWarningDisplay()
-    thread = threading.Thread(target=read)
     with file_access():
-        thread.start()
-        inside.wait(10)
-    assert not sitk.ProcessObject.GetGlobalWarningDisplay()
-    leave.set()
-    thread.join()
+        with file_access():
+            assert not sitk.ProcessObject.GetGlobalWarningDisplay()
+        assert not sitk.ProcessObject.GetGlobalWarningDisplay()
     assert sitk.ProcessObject.GetGlobalWarningDisplay() == before
+
+
+def test_threads_that_read_and_write_transforms_do_not_disturb_each_other(tmp_path):
+    """HDF5 in ITK would fail, or end the process, if two threads used it at a time."""
+    code = """
+import threading
+from pathlib import Path
+import numpy as np, SimpleITK as sitk
+from DivRegNetLib.io.transforms import read_transform, write_transform
+
+done = []
+
+def work(name):
+    field = sitk.GetImageFromArray(np.full((20, 20, 20, 3), len(name), float), isVector=True)
+    transform = sitk.DisplacementFieldTransform(field)
+    for _ in range(50):
+        write_transform(transform, Path(name))
+        assert read_transform(name).TransformPoint((5.0, 5.0, 5.0)) == (5.0 + len(name),) * 3
+    done.append(name)
+
+names = ["a.h5", "bb.h5", "ccc.h5"]
+threads = [threading.Thread(target=work, args=(name,)) for name in names]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert sorted(done) == names
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, timeout=300)
 
 
 # --- programs that use the library
@@ -414,6 +434,16 @@ def test_threads_with_one_model_do_not_disturb_each_other(pair, tiny_model):
     assert found == [expected] * 3
     assert all(torch.equal(v, model.regnet.state_dict()[k]) for k, v in before.items())
     assert not model.regnet.training
+
+
+def test_the_images_of_the_program_are_not_touched(pair, tiny_model):
+    """SimpleITK gives an image that shares its voxels its own ones before it shows them. A registration that looked at the
+    program's image in this way would end the process where another thread does the same."""
+    masks = [sitk.Cast(image > 0, sitk.sitkUInt8) for image in pair]
+    given = [*pair, *masks]
+    shared = [sitk.Image(image) for image in given]
+    register(*pair, fixed_mask=masks[0], moving_mask=masks[1], model=tiny_model, **OPTIONS)
+    assert not any(image.IsUnique() for image in (*given, *shared))
 
 
 def test_an_image_that_is_changed_while_it_is_registered_is_registered_as_it_was(pair, tiny_model):

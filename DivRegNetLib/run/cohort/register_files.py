@@ -131,7 +131,7 @@ def _register_files(
     }
     try:
         with staging_folder(output) as folder:
-            # ITK writes while the preview is drawn, one file at a time: two transforms at a time would end the process.
+            # ITK writes one file after the other while the preview is drawn.
             with ThreadPoolExecutor(1) as thread:
                 written = [thread.submit(_write, w, folder / name, output / name) for name, w in writers.items()]
                 if preview:

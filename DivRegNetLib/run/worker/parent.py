@@ -71,8 +71,7 @@ class Worker:
         if options.get("model", "") is None:
             del options["model"]
         self._options = Options.of(**options)
-        # Copies share their voxels until either is changed: what was checked is what is registered.
-        images = {n: sitk.Image(check_image(i, n)) for n, i in (("fixed", fixed), ("moving", moving))}
+        images = {name: check_image(image, name) for name, image in (("fixed", fixed), ("moving", moving))}
         for name, mask in (("fixed_mask", fixed_mask), ("moving_mask", moving_mask)):
             if mask is not None:
                 if not isinstance(mask, sitk.Image):
