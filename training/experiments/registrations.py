@@ -20,6 +20,7 @@ import SimpleITK as sitk
 from DivRegNetLib.core.grid import Grid, affine_transform
 from DivRegNetLib.core.intensity import without_padding
 from DivRegNetLib.io.images import read_image, read_labels
+from training.data import hippocampus
 from training.data.prepare_head import BRAIN, tissue
 
 Generator = np.random.Generator
@@ -139,12 +140,11 @@ def subjects(data: Path) -> list[Subject]:
         found.append(
             Subject(f"label map {number}", "painted head", number > 10, looks, functools.partial(read_labels, path))
         )
-    for path in sorted((data / "hippocampus/images").glob("*.nii.gz"))[::8]:
-        labels = functools.partial(read_labels, data / "hippocampus/labels" / path.name)
-        held_out = int(path.name[12:15]) % 3 == 0
-        found.append(
-            Subject(path.name[:15], "hippocampus", held_out, {"T1": scan(f"hippocampus/images/{path.name}")}, labels)
-        )
+    held_out = hippocampus.held_out(data)[::2]
+    for name in (*hippocampus.learned(data)[::10], *held_out):
+        labels = functools.partial(read_labels, data / "hippocampus/labels" / name)
+        looks = {"T1": scan(f"hippocampus/images/{name}")}
+        found.append(Subject(name[:15], "hippocampus", name in held_out, looks, labels))
     found += [Subject(f"shapes {n}", "shapes", n > 6, {"any": functools.partial(_shapes, n)}) for n in range(1, 13)]
     return found
 
