@@ -49,8 +49,10 @@ def displacement_on(transform: sitk.Transform, grid: Grid, pixel: int = sitk.sit
 
 
 def voxels(image: sitk.Image) -> np.ndarray:
-    """The memory of an image to be written to, (D, H, W) or (D, H, W, components), for as long as the image lives and nothing
-    else uses it: SimpleITK's views are for reading."""
+    """The voxels of an image as an array to write to, (D, H, W) or (D, H, W, components); SimpleITK's views are for reading.
+
+    The array does not keep the image alive. It must not be used any more once the image is copied or moved into a transform.
+    """
     view = sitk.GetArrayViewFromImage(image)
     memory = (ctypes.c_char * view.nbytes).from_address(view.ctypes.data)
     return np.frombuffer(memory, view.dtype).reshape(view.shape)

@@ -12,6 +12,7 @@ Conventions, everywhere in this file:
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -40,9 +41,9 @@ def cached(make: Callable[..., Tensor], *, size: int = CACHED_MATRICES) -> Calla
 
     @functools.wraps(make)
     def lookup(*numbers: float, like: Tensor) -> Tensor:
-        if _kept is None:
+        if (kept := _kept.get()) is None:
             return cached_make(numbers, like.dtype, like.device)
-        results, complete = _kept
+        results, complete = kept
         key = make, numbers, like.dtype, like.device
         if key not in results:
             if complete:
@@ -53,22 +54,21 @@ def cached(make: Callable[..., Tensor], *, size: int = CACHED_MATRICES) -> Calla
     return lookup
 
 
-_kept: tuple[dict, bool] | None = None
+_kept: ContextVar[tuple[dict, bool] | None] = ContextVar("kept", default=None)  # of each thread
 
 
 @contextlib.contextmanager
 def keeping_cached(results: dict, *, complete: bool = False) -> Iterator[None]:
-    """Keeps the results of :func:`cached` functions that are needed meanwhile in a dictionary, and takes them from there.
+    """Keeps what this thread needs meanwhile of :func:`cached` functions in a dictionary, and takes it from there.
 
     Args:
         complete: ``results`` holds all that is needed; anything else is an error (RuntimeError).
     """
-    global _kept
-    before, _kept = _kept, (results, complete)
+    token = _kept.set((results, complete))
     try:
         yield
     finally:
-        _kept = before
+        _kept.reset(token)
 
 
 @cached

@@ -3,6 +3,7 @@
 A forward pass starts thousands of small operations, which take a CPU longer than a GPU. A graph starts them all at once.
 """
 
+import threading
 from collections.abc import Callable, Hashable
 
 import torch
@@ -42,11 +43,11 @@ class Recorder:
     """Calls functions of tensors. What is called a second time with tensors of the same shapes is recorded and then played.
 
     The recordings of the last MOST functions are kept, each for one set of shapes. Other devices than CUDA, and what cannot be
-    recorded, are called as usual.
+    recorded, are called as usual. Threads use a CUDA device one after the other: a recording has one place for its tensors.
     """
 
     def __init__(self, record: type[Recording] = Recording) -> None:
-        self._record = record
+        self._record, self._lock = record, threading.Lock()
         self._kept: dict[Hashable, tuple[tuple, Recording | None]] = {}
         """By the key of the function: the shapes of its last call, and the recording for them, if it was made."""
 
@@ -59,6 +60,10 @@ class Recorder:
         """
         if tensors[0].device.type != "cuda":
             return function(*tensors)
+        with self._lock:
+            return self._on_cuda(key, function, *tensors, room=room)
+
+    def _on_cuda(self, key: Hashable, function: Callable[..., Tensor], *tensors: Tensor, room: bool) -> Tensor:
         shapes = tuple((t.shape, t.dtype, t.stride(), t.device) for t in tensors)
         last, recording = self._kept.pop(key, (None, None))
         if last != shapes:

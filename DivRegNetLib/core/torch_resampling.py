@@ -16,25 +16,30 @@ BYTES_PER_SLAB_VOXEL = 200  # positions, weights and interpolated values in doub
 
 
 class Resampling:
-    """Resamples a volume on a grid at ``matrix(p + u(p))``, linearly, in its own pixel type, some slices at a time.
+    """Resamples a volume at ``matrix(p + u(p))`` for the voxels p of a reference, linearly, in its own pixel type, some slices
+    at a time.
 
     The same as :func:`DivRegNetLib.core.resampling.resample` through a :func:`~DivRegNetLib.core.composites.composite` with the
-    field u on the grid, but for values that lie within rounding of the middle between two whole numbers or of the border of
-    the volume.
+    field u on the grid of the reference, but for rounding: it decides where a value lies in the middle between two whole
+    numbers or a position at the border of the volume, and changes the last digits of double precision.
 
-    warped: the result.
+    warped: the result, with exactly the geometry of the reference.
     """
 
-    def __init__(self, image: sitk.Image, grid: Grid, matrix: np.ndarray, default: float, device: torch.device) -> None:
+    def __init__(
+        self, image: sitk.Image, reference: sitk.Image, matrix: np.ndarray, default: float, device: torch.device
+    ) -> None:
         """
         Args:
             image: for which :func:`can_resample`.
+            reference: whose voxels do not matter.
             matrix: (4, 4), LPS.
             default: value outside the image.
             device: of the displacements.
         """
-        self.warped = grid.empty_image(image.GetPixelID())
-        self._grid, self._default = grid, default
+        self.warped = sitk.Image(reference.GetSize(), image.GetPixelID())
+        self.warped.CopyInformation(reference)
+        self._grid, self._default = Grid.of(reference), default
         self._image, self._to_index = _Voxels(image, device), Grid.of(image).inverse_matrix @ matrix
 
     def __call__(self, slab: slice, displacement: Tensor) -> None:

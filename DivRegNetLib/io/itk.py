@@ -8,6 +8,7 @@ damaged files is avoided instead: such files are recognized before ITK opens the
 import contextlib
 import ctypes
 import locale
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -16,6 +17,16 @@ import SimpleITK as sitk
 
 _LC_NUMERIC_MASK = 1 << 4 if sys.platform == "darwin" else 1 << 1
 _one_at_a_time = threading.RLock()
+
+
+def _renew_lock() -> None:
+    """In a forked process, where a thread that held the lock does not go on."""
+    global _one_at_a_time
+    _one_at_a_time = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 @contextlib.contextmanager

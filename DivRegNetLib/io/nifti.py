@@ -133,8 +133,13 @@ def write_vectors(image: sitk.Image, path: Path) -> None:
     plain = path.with_name("plain.nii")
     try:
         sitk.WriteImage(image, utf8_name(plain), useCompression=False)
-        with plain.open("rb") as source, gzip.open(path, "wb", compresslevel=0) as file:
-            shutil.copyfileobj(source, file, 1 << 20)
+        # Neither name nor time are stored, so that the same image makes the same file.
+        with (
+            plain.open("rb") as source,
+            path.open("wb") as file,
+            gzip.GzipFile("", "wb", compresslevel=0, fileobj=file, mtime=0) as stored,
+        ):
+            shutil.copyfileobj(source, stored, 1 << 20)
     finally:
         plain.unlink(missing_ok=True)
 

@@ -12,7 +12,7 @@ FARTHEST_ORIGIN_MM = 1_000_000.0  # farther out, single precision in file header
 def check_image(image: sitk.Image, name: str) -> sitk.Image:
     """A copy of the image, if it is 3D, scalar, real, finite, not constant and has a valid geometry.
 
-    The copy shares its voxels until the original is changed: what was checked is what is registered.
+    What was checked is what is registered, even if the program changes its image meanwhile.
 
     Args:
         name: ``fixed`` or ``moving``, or a file, for the message.
@@ -20,7 +20,9 @@ def check_image(image: sitk.Image, name: str) -> sitk.Image:
         InputError: otherwise.
     """
     _check_kind(image, f"{name} image")
-    image = _own(image)
+    # A view first copies the voxels that its image shares with another one. Two threads that view one such image crash the
+    # process, so the program's image itself is not viewed.
+    image = sitk.Image(image)
     check_geometry(image, f"{name} image")
     values = sitk.GetArrayViewFromImage(image)
     low, high = float(values.min()), float(values.max())
@@ -47,7 +49,7 @@ def check_mask(mask: sitk.Image | None, image: sitk.Image, name: str) -> sitk.Im
     if mask is None:
         return None
     _check_kind(mask, f"{name} mask")
-    mask = _own(mask)
+    mask = sitk.Image(mask)  # as in check_image
     check_geometry(mask, f"{name} mask")
     values = sitk.GetArrayViewFromImage(mask)
     if np.isnan(values.max()):
@@ -85,12 +87,6 @@ def check_geometry(image: sitk.Image, name: str) -> None:
         )
     if abs(np.linalg.det(np.reshape(image.GetDirection(), (3, 3)))) < 1e-3:
         raise InputError(f"the {name} has axes that do not span space; repair its header")
-
-
-def _own(image: sitk.Image) -> sitk.Image:
-    """A copy that shares its voxels. SimpleITK's views first give the image that they are of voxels of its own; done to the
-    caller's image by two threads at a time, that ends the process."""
-    return sitk.Image(image)
 
 
 def _check_kind(image: sitk.Image, name: str) -> None:

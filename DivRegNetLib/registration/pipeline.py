@@ -327,7 +327,7 @@ def _resampled_along(
         room = free_memory(device) * memory.SPARE
         if torch_resampling.memory(inputs.moving, fixed, device) > room:
             return None
-    return Resampling(inputs.moving, fixed, matrix, default, device)
+    return Resampling(inputs.moving, inputs.fixed, matrix, default, device)
 
 
 def default_value(options: Options, moving: sitk.Image) -> float:

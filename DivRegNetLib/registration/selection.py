@@ -37,7 +37,9 @@ STIFFNESSES = (1.0, 3.0)
 
 NO_DEFORMATION = "none"
 DISCRETE_START = "discrete start"
-LEAST_GAIN = 0.01  # of the edges' cosine, that a deformation has to be better by than none; fitted noise gains 0.007
+LEAST_OF_EDGES, LEAST_EDGES = 0.18, 0.035
+"""A deformation has to bring the edges' cosine nearer to 1 than none, by this share of what it lacks or by as much."""
+LEAST_INFORMATION = 0.1  # share by which a deformation has to raise the mutual information
 CUBE = 5  # voxels a side that a gradient and a descriptor look at
 BINS = 32  # of the joint histogram
 COUNTED, COMPARED = 100_000, 4_000  # voxels of the histogram, and of the edges, at least
@@ -74,12 +76,13 @@ class Score:
     information: float
 
     def beats(self, none: "Score") -> bool:
-        """Whether it is better by all than no deformation. Each alone can be misled: edges where they are few, the others
-        where noise can be fitted."""
+        """Whether it is better by all than no deformation, and by more than what is gained where nothing is to be moved. Each
+        alone can be misled: edges where they are few, the others where noise can be fitted."""
+        least = min(LEAST_OF_EDGES * (1 - none.edges), LEAST_EDGES)
         return (
             self.distance < none.distance
-            and self.edges > none.edges + LEAST_GAIN
-            and self.information > none.information
+            and self.edges > none.edges + least
+            and self.information > (1 + LEAST_INFORMATION) * none.information
         )
 
 

@@ -102,6 +102,10 @@ def test_displacements_are_read_back_as_they_were(grid, tmp_path):
     values = np.random.default_rng(0).normal(size=(*grid.shape, 3)).astype(np.float32)
     field = grid.image(values)
     images.write_image(field, tmp_path / "field.nii.gz")
+    written = (tmp_path / "field.nii.gz").read_bytes()
+    assert b"nii" not in written[:100] and written[4:8] == bytes(
+        4
+    )  # no name and no time: the same field, the same file
     for found in (images.read_image(tmp_path / "field.nii.gz"), sitk.ReadImage(str(tmp_path / "field.nii.gz"))):
         assert np.array_equal(sitk.GetArrayFromImage(found), values)
         assert Grid.of(found).matrix == pytest.approx(grid.matrix, abs=1e-3)

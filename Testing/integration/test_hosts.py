@@ -366,6 +366,36 @@ def test_a_model_that_is_loaded_under_other_defaults_is_the_same(tiny_model):
 
 
 @posix
+def test_a_forked_process_reads_files_though_its_parent_was_reading(files, tmp_path):
+    """The thread of the parent that held the lock does not go on in the child."""
+    code = f"""
+import os, signal
+from DivRegNetLib.io.images import read_image
+from DivRegNetLib.io.itk import file_access
+import threading
+reading, leave = threading.Event(), threading.Event()
+
+def read():
+    with file_access():
+        reading.set()
+        leave.wait(60)
+
+thread = threading.Thread(target=read)
+thread.start()
+reading.wait()
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    os._exit(0 if read_image({files[0]!r}).GetDimension() == 3 else 1)
+leave.set()
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+thread.join()
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, timeout=300)
+
+
+@posix
 def test_a_fork_after_use_works(pair, tiny_model, tmp_path):
     """In a process of its own with two threads: the child has none of its parent's threads left."""
     for name, image in zip(("fixed", "moving"), pair, strict=True):
@@ -437,8 +467,8 @@ def test_threads_with_one_model_do_not_disturb_each_other(pair, tiny_model):
 
 
 def test_the_images_of_the_program_are_not_touched(pair, tiny_model):
-    """SimpleITK gives an image that shares its voxels its own ones before it shows them. A registration that looked at the
-    program's image in this way would end the process where another thread does the same."""
+    """A view first copies the voxels that its image shares with another one, and two threads that view one such image crash
+    the process."""
     masks = [sitk.Cast(image > 0, sitk.sitkUInt8) for image in pair]
     given = [*pair, *masks]
     shared = [sitk.Image(image) for image in given]

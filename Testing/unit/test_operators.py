@@ -1,5 +1,6 @@
 """What a forward pass asks of a GPU: few operations, none that it has to be waited for, and no choice made by the data."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -115,6 +116,8 @@ def test_what_a_recorded_forward_pass_reads_from_outside_is_kept(model, names):
 
 def test_while_a_pass_is_recorded_nothing_is_cached():
     """The tensor would be made when the recording is played, and be used before."""
+    with ThreadPoolExecutor(1) as other, fields.keeping_cached({}, complete=True):
+        assert other.submit(fields.constants, 1.0, like=torch.ones(1)).result() == 1  # another thread is not concerned
     with fields.keeping_cached({}, complete=True), pytest.raises(RuntimeError, match="not needed before"):
         fields.constants(3.25, -1.5, 77.0, like=torch.ones(1))
     assert fields.constants(3.25, -1.5, 77.0, like=torch.ones(1)).tolist() == [3.25, -1.5, 77.0]

@@ -74,8 +74,10 @@ def test_the_least_distance_is_chosen_and_of_equal_ones_the_first():
 
 def test_a_deformation_has_to_be_better_by_all_evidence():
     none = Score(0.3, 0.7, 1.0)
-    assert Score(0.2, 0.75, 1.1).beats(none)
-    assert not any(s.beats(none) for s in (Score(0.2, 0.75, 0.99), Score(0.2, 0.701, 2.0), Score(0.31, 0.8, 2.0), none))
+    assert Score(0.2, 0.74, 1.2).beats(none)
+    assert not any(s.beats(none) for s in (Score(0.2, 0.75, 1.05), Score(0.2, 0.73, 2.0), Score(0.31, 0.8, 2.0), none))
+    nearly_perfect = Score(0.3, 0.96, 1.0)
+    assert Score(0.2, 0.97, 1.2).beats(nearly_perfect) and not Score(0.2, 0.965, 1.2).beats(nearly_perfect)
 
 
 def test_descriptors_and_slopes_of_some_voxels_are_those_of_the_image():

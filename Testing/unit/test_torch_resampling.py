@@ -42,7 +42,7 @@ def test_torch_resamples_as_simpleitk_does_through_the_transform(
     displacement, working, initial = deformation
     moving = sitk.Cast(paint(moving_grid) * 200 + 5, pixel)
     assert torch_resampling.can_resample(moving)
-    along = torch_resampling.Resampling(moving, grid, initial, 3.0, CPU)
+    along = torch_resampling.Resampling(moving, grid.empty_image(), initial, 3.0, CPU)
     transform = physical_fields.forward_transform(displacement, working, initial, grid, along)
     expected = resampling.resample(moving, grid.empty_image(), transform, sitk.sitkLinear, 3.0)
     found = along.warped
@@ -56,12 +56,23 @@ def test_torch_resamples_as_simpleitk_does_through_the_transform(
         assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
 
 
+def test_the_result_has_exactly_the_geometry_of_the_reference(grid, moving_grid, paint):
+    """A grid has axes of unit length, so that a direction that was rounded in a file would be changed by it."""
+    reference = grid.empty_image()
+    reference.SetSpacing((1.3, 0.7, 2.1))
+    reference.SetDirection([round(x, 4) for x in reference.GetDirection()])
+    warped = torch_resampling.Resampling(paint(moving_grid), reference, np.eye(4), 0.0, CPU).warped
+    assert (warped.GetSpacing(), warped.GetOrigin(), warped.GetDirection()) == (
+        reference.GetSpacing(), reference.GetOrigin(), reference.GetDirection()
+    )  # fmt: skip
+
+
 def test_integers_stay_within_their_range_and_halves_are_rounded_upward():
     grid = Grid.build((4, 1, 1), (1, 1, 1), (0, 0, 0), np.eye(3))
     image = grid.image(np.array([[[0, 1, 255, 254]]], np.uint8))
     half = torch.zeros(1, 3, 1, 1, 4)
     half[0, 0, 0, 0, :3] = 0.5
-    along = torch_resampling.Resampling(image, grid, np.eye(4), 0.0, CPU)
+    along = torch_resampling.Resampling(image, grid.empty_image(), np.eye(4), 0.0, CPU)
     along(slice(0, 1), half)
     assert sitk.GetArrayFromImage(along.warped).ravel().tolist() == [1, 128, 255, 254]
 
@@ -71,7 +82,7 @@ def test_the_border_of_a_volume_is_where_simpleitk_has_it():
     image = Grid.build((3, 2, 4), (1, 1, 1)).image(np.arange(1.0, 25.0).reshape(4, 2, 3))
     at = Grid.build((21, 17, 25), (0.25, 0.25, 0.25), (-1, -1, -1))
     expected = resampling.resample(image, at.empty_image(), composite(np.eye(4), _still(at)), sitk.sitkLinear, -5.0)
-    along = torch_resampling.Resampling(image, at, np.eye(4), -5.0, CPU)
+    along = torch_resampling.Resampling(image, at.empty_image(), np.eye(4), -5.0, CPU)
     along(slice(0, 25), torch.zeros(1, 3, 25, 17, 21))
     ours, theirs = (sitk.GetArrayFromImage(i) for i in (along.warped, expected))
     assert (ours == -5.0).any() and ours.max() == 24

@@ -25,7 +25,7 @@ from DivRegNetLib.io.landmarks import read_landmarks
 from DivRegNetLib.registration import alignment
 from training.data import hippocampus, label_maps, synthesis
 from training.data.brainweb import aal, brain_mask, brainweb, tissues
-from training.data.free_form import ffd_transform
+from training.data.free_form import SD_MM, ffd_transform
 from training.data.phantoms import TASKS
 from training.scoring import displacement_on
 
@@ -169,13 +169,14 @@ def _normalized(image: sitk.Image, grid: Grid, matrix: np.ndarray) -> sitk.Image
     return grid.image(normalize(torch.from_numpy(array)[None, None], "robust")[0, 0].numpy())
 
 
-def deformed(material: Material, seed: int, *, one_frame: bool = True) -> Material:
+def deformed(material: Material, seed: int, *, one_frame: bool = True, sd_mm: float = SD_MM) -> Material:
     """The pair with its fixed image under a random free-form deformation, which is then known.
 
     Args:
         one_frame: the two images were aligned before, so that the deformation is the true transform.
+        sd_mm: how large the deformation is, see :func:`~training.data.free_form.ffd_transform`.
     """
-    bend = ffd_transform(material.fixed, seed)
+    bend = ffd_transform(material.fixed, seed, sd_mm)
 
     def warped(image: sitk.Image | None, how: int) -> sitk.Image | None:
         return None if image is None else sitk.Resample(image, image, bend, how, 0)

@@ -64,9 +64,10 @@ def _basis(n: int, spacing: float, *, like: Tensor) -> Tensor:
     return basis.scatter_(1, first[:, None] + torch.arange(4, device=like.device), weights)
 
 
-def ffd_transform(image: sitk.Image, seed: int) -> sitk.BSplineTransform:
-    """The deformation of the paper's phantoms over the extent of an image (LPS, mm)."""
+def ffd_transform(image: sitk.Image, seed: int, sd_mm: float = SD_MM) -> sitk.BSplineTransform:
+    """The deformation of the paper's phantoms over the extent of an image (LPS, mm); that of another ``sd_mm`` is larger or
+    smaller by that factor."""
     mesh = [max(int(n * s / CONTROL_MM), 1) for n, s in zip(image.GetSize(), image.GetSpacing(), strict=True)]
     made = sitk.BSplineTransformInitializer(image, mesh, 3)
-    made.SetParameters(np.random.default_rng(seed).normal(0, SD_MM, len(made.GetParameters())).tolist())
+    made.SetParameters(np.random.default_rng(seed).normal(0, sd_mm, len(made.GetParameters())).tolist())
     return made

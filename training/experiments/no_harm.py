@@ -36,11 +36,14 @@ from training import report, scoring
 from training.benchmarks import cases
 from training.benchmarks.cases import Material
 from training.data import label_maps
+from training.data.free_form import SD_MM
 
 FIXED = (3.0, 1.0, 0.3, 0.1)
 VOXELS, MM, DICE = "voxels", "mm", "Dice"
 MOST_VOXELS = 128  # of aligned pairs: a part of a head at 1 mm
 HEADS = tuple(label_maps.HELD_OUT)[:2]
+FITTED_HEADS = tuple(f"training_seg_0{n}" for n in (1, 2, 3))
+SLIGHT = 0.25  # size of a slight deformation, of the usual one
 
 
 @dataclass(frozen=True)
@@ -71,17 +74,22 @@ def all_cases() -> list[Case]:
         for moving, fixed in (("T1", "T2"), ("PD", "T2")):
             load = partial(thinned, load=partial(cases.aligned, moving=moving, fixed=fixed), mm=mm)
             found.append(Case(f"{moving} to {fixed}", f"aligned, {mm} mm", False, load, VOXELS, "none", mm))
-        for name in HEADS:
+        for name in (*FITTED_HEADS, *HEADS):
             load = partial(painted, fixed=name, moving=name, mm=mm)
-            found.append(Case(f"label map {name}", f"aligned, {mm} mm", True, load, VOXELS, "none", mm))
-    for moving, fixed, held_out in (("T1", "T2", False), ("PD", "T2", False), ("MS07 T1POST", "MS07 FLAIR", True)):
-        load = partial(thinned, load=partial(cases.aligned, moving=moving, fixed=fixed), mm=2)
-        found.append(
-            Case(f"{moving} to {fixed}", "phantoms", held_out, partial(phantom, load=load, seed=5000), MM, "none")
-        )
-    for name in HEADS:
-        load = partial(painted, fixed=name, moving=name, mm=2)
-        found.append(Case(f"label map {name}", "phantoms", True, partial(phantom, load=load, seed=6000), MM, "none"))
+            found.append(Case(f"label map {name}", f"aligned, {mm} mm", name in HEADS, load, VOXELS, "none", mm))
+    for family, mm, share in (
+        ("phantoms", 2, 1.0),
+        ("slight phantoms, 2 mm", 2, SLIGHT),
+        ("slight phantoms, 1 mm", 1, SLIGHT),
+    ):
+        made, spacing = partial(phantom, share=share), None if share == 1 else mm
+        for moving, fixed, held_out in (("T1", "T2", False), ("PD", "T2", False), ("MS07 T1POST", "MS07 FLAIR", True)):
+            load = partial(thinned, load=partial(cases.aligned, moving=moving, fixed=fixed), mm=mm)
+            load = partial(made, load=load, seed=5000)
+            found.append(Case(f"{moving} to {fixed}", family, held_out, load, MM, "none", spacing))
+        for name in HEADS:
+            load = partial(made, load=partial(painted, fixed=name, moving=name, mm=mm), seed=6000)
+            found.append(Case(f"label map {name}", family, True, load, MM, "none", spacing))
     crops = list(cases.HIPPOCAMPUS.items())[:9]
     found += [Case(name, "hippocampus", i >= 3, load) for i, (name, load) in enumerate(crops)]
     found.append(Case("CT to MR", "livers", False, cases.liver_reversed))
@@ -124,11 +132,12 @@ def painted(data: Path, fixed: str, moving: str, mm: int) -> Material:
     return Material(*images, *(cases.relabeled(labels, brain) for labels in maps), truth=sitk.Transform())
 
 
-def phantom(data: Path, load: Callable[[Path], Material], seed: int) -> Material:
-    """A pair whose images are aligned, the fixed one under a known deformation."""
+def phantom(data: Path, load: Callable[[Path], Material], seed: int, share: float = 1.0) -> Material:
+    """A pair whose images are aligned, the fixed one under a known deformation, of a share of the usual size."""
     pair = load(data)
     inside = sitk.Resample(pair.fixed_labels, pair.fixed, sitk.Transform(), sitk.sitkNearestNeighbor, 0)
-    return cases.deformed(replace(pair, fixed_labels=inside, moving_labels=inside, inside=inside), seed)
+    pair = replace(pair, fixed_labels=inside, moving_labels=inside, inside=inside)
+    return cases.deformed(pair, seed, sd_mm=share * SD_MM)
 
 
 def measure(case: Case, data: Path, model: models.Model) -> dict:

@@ -60,8 +60,8 @@ class Worker:
             fixed, moving, fixed_mask, moving_mask, options: as of :func:`DivRegNetLib.registration.pipeline.register`, except
                 that there is no ``progress`` (see :meth:`poll`) and the model is a name or a path.
             references: what the result is measured with; the scores are added to its quality card.
-            keep_files: leave the result in files, see :attr:`files`; then only ``inverse`` is read that was asked for.
-            inverse: False: the inverse transform is not handed over, and ``result()`` cannot be called.
+            keep_files: leave the result in files, see :attr:`files`, instead of reading it.
+            inverse: False: the inverse transform is not made, and ``result()`` cannot be called.
             python: the interpreter; None: PythonSlicer inside 3D Slicer, otherwise the running one.
             environment: variables of the child's process; None: those of this one.
             standby: has a process that may do the job, and keeps it afterwards; None: the job has a process of its own.

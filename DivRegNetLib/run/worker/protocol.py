@@ -11,12 +11,12 @@ The jobs come one after another, each in a folder of its own: ``FOLDER/job-1``, 
 its ``job.json`` appears, which is moved there when all else is written::
 
     {"images": {"fixed": GEOMETRY, "moving": GEOMETRY, "fixed_mask": GEOMETRY, "moving_mask": GEOMETRY},
-     "options": {fields of Options; an initial transform is its 4x4 matrix, LPS, mm}}
+     "options": {fields of Options; an initial transform is its 4x4 matrix, LPS, mm},
+     "inverse": true, or false where the inverse transform is not to be made}
 
 and the voxels of each image NAME in ``NAME.npy``, indexed [k, j, i] (and component). The masks are optional. GEOMETRY
 is ``{"spacing", "origin", "direction"}`` as in SimpleITK. Where the result is to be measured with references, ``job.json``
-has ``"references"``: segments with their layers (images ``fixed_layer_0``, ...) and landmarks. ``"inverse": false`` says
-that the inverse transform is not made.
+has ``"references"``: segments with their layers (images ``fixed_layer_0``, ...) and landmarks.
 
 The child writes one JSON object per line to standard output:
 
