@@ -32,7 +32,7 @@ if hasattr(os, "register_at_fork"):
 @contextlib.contextmanager
 def file_access() -> Iterator[None]:
     """For calls of ITK that read or write files. One thread makes them at a time: SimpleITK lets other threads go on
-    meanwhile, but HDF5, which ITK also asks about files of other formats, ends a process in which two threads use it."""
+    meanwhile, but HDF5, which ITK also asks about files of other formats, crashes when two threads use it."""
     with _one_at_a_time, _decimal_points():
         shown = sitk.ProcessObject.GetGlobalWarningDisplay()
         sitk.ProcessObject.SetGlobalWarningDisplay(False)

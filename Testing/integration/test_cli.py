@@ -103,9 +103,8 @@ def test_displacements_are_read_back_as_they_were(grid, tmp_path):
     field = grid.image(values)
     images.write_image(field, tmp_path / "field.nii.gz")
     written = (tmp_path / "field.nii.gz").read_bytes()
-    assert b"nii" not in written[:100] and written[4:8] == bytes(
-        4
-    )  # no name and no time: the same field, the same file
+    # Neither its name nor the time are stored: the same field makes the same file.
+    assert b"nii" not in written[:100] and written[4:8] == bytes(4)
     for found in (images.read_image(tmp_path / "field.nii.gz"), sitk.ReadImage(str(tmp_path / "field.nii.gz"))):
         assert np.array_equal(sitk.GetArrayFromImage(found), values)
         assert Grid.of(found).matrix == pytest.approx(grid.matrix, abs=1e-3)
