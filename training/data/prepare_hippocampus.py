@@ -18,7 +18,7 @@ SPACING_MM = 1.0
 def sources(data: Path) -> list[layouts.Source]:
     """The crops, with the split that each is in."""
     crops = hippocampus.names(data)
-    splits = ["validation" if i % VALIDATED == FIRST else "train" for i in range(len(crops) - hippocampus.HELD_OUT)]
+    splits = ["validation" if i % VALIDATED == FIRST else "train" for i in range(len(hippocampus.learned(data)))]
     splits += ["test"] * (len(crops) - len(splits))
     return [
         layouts.Source(

@@ -77,12 +77,12 @@ def all_cases() -> list[Case]:
         for name in (*FITTED_HEADS, *HEADS):
             load = partial(painted, fixed=name, moving=name, mm=mm)
             found.append(Case(f"label map {name}", f"aligned, {mm} mm", name in HEADS, load, VOXELS, "none", mm))
-    for family, mm, share in (
-        ("phantoms", 2, 1.0),
-        ("slight phantoms, 2 mm", 2, SLIGHT),
-        ("slight phantoms, 1 mm", 1, SLIGHT),
+    for family, mm, share, spacing in (
+        ("phantoms", 2, 1.0, None),
+        ("slight phantoms, 2 mm", 2, SLIGHT, 2),
+        ("slight phantoms, 1 mm", 1, SLIGHT, 1),
     ):
-        made, spacing = partial(phantom, share=share), None if share == 1 else mm
+        made = partial(phantom, share=share)
         for moving, fixed, held_out in (("T1", "T2", False), ("PD", "T2", False), ("MS07 T1POST", "MS07 FLAIR", True)):
             load = partial(thinned, load=partial(cases.aligned, moving=moving, fixed=fixed), mm=mm)
             load = partial(made, load=load, seed=5000)
