@@ -125,8 +125,12 @@ class ClassTrainer:
 
     def _fractions(self, sets: Tensor) -> Tensor:
         """(N, 1, D, H, W) numbers of sets to (N, S, d, h, w), how much of a voxel of the network's output each covers."""
-        fractions = F.one_hot(sets[:, 0], len(self.subjects.sets)).movedim(-1, 1).float()
-        return F.avg_pool3d(fractions, self.stride) if self.stride > 1 else fractions
+        blocks = sets[:, 0]
+        for dim in (3, 2, 1):  # the voxels of an output voxel to one axis
+            blocks = blocks.unfold(dim, self.stride, self.stride)
+        blocks = blocks.flatten(4).movedim(-1, 1)
+        none = torch.zeros(len(sets), len(self.subjects.sets), *blocks.shape[2:], device=sets.device)
+        return none.scatter_add_(1, blocks, none.new_full((), 1 / blocks.shape[1]).expand_as(blocks))
 
     def rate(self) -> float:
         """The learning rate of the present step."""
