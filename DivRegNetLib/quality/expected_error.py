@@ -17,7 +17,7 @@ import SimpleITK as sitk
 from DivRegNetLib.core.grid import Grid
 
 FILE = Path(__file__).with_name("calibration.json")
-FORMAT = 2
+FORMAT = 3
 HALF_CELL = 0.4  # share of a cell that counts, from which on the map says something
 
 
@@ -103,7 +103,8 @@ class Calibration:
     mean: mean error, in voxels of the box, from the numbers of an :class:`~DivRegNetLib.quality.evidence.Evidence`.
     cell: error of a cell, in any unit, from its cells and the mean error (EXPECTED).
     factor: within which the stated error is of the true one in nine of ten registrations of held-out subjects.
-    largest_voxels: expected error, in voxels of the box, from which on it is only known to be large.
+    largest_voxels: expected error, in voxels of the box, from which on it is only known to be large: in nine of ten such
+        registrations that the fit has not seen, it is more than ``least_voxels``.
     green_mm, red_mm: largest expected error of a green, smallest of a red verdict, of an image whose diagonal is at
         least ``diagonal_mm``; less in proportion for smaller ones.
     """
@@ -112,6 +113,7 @@ class Calibration:
     cell: Network
     factor: float
     largest_voxels: float
+    least_voxels: float
     green_mm: float
     red_mm: float
     diagonal_mm: float
@@ -121,9 +123,12 @@ class Calibration:
         scale = min(numbers["diagonal_mm"] / self.diagonal_mm, 1.0)
         return self.green_mm * scale, self.red_mm * scale
 
-    def is_told(self, error_mm: float, numbers: dict) -> bool:
-        """Whether the size of an expected error (mm) is meant, and not only that it is large."""
-        return error_mm < self.largest_voxels * numbers["voxel_mm"]
+    def range_mm(self, error_mm: float, numbers: dict) -> tuple[float, float]:
+        """Where the true error is nine times in ten where so large an error (mm) is expected: from and to. To infinity where it
+        is only known to be large."""
+        if error_mm >= self.largest_voxels * numbers["voxel_mm"]:
+            return self.least_voxels * numbers["voxel_mm"], math.inf
+        return error_mm / self.factor, error_mm * self.factor
 
 
 @functools.cache
@@ -136,7 +141,7 @@ def calibration(file: Path = FILE) -> Calibration:
     values = json.loads(file.read_text(encoding="utf-8"))
     if values.get("format") != FORMAT:
         raise ValueError(f"{file}: format {FORMAT} is expected, got {values.get('format')!r}")
-    names = ("factor", "largest_voxels", "green_mm", "red_mm", "diagonal_mm")
+    names = ("factor", "largest_voxels", "least_voxels", "green_mm", "red_mm", "diagonal_mm")
     fits = Regression.from_dict(values["mean"]), Network.from_dict(values["cell"])
     return Calibration(*fits, *(values[name] for name in names))
 

@@ -3,6 +3,7 @@
 Sentences are made by :mod:`DivRegNetLib.words`, so that the Slicer module can translate them.
 """
 
+import math
 from dataclasses import dataclass
 
 from DivRegNetLib.quality.expected_error import calibration, expected_error_mm
@@ -107,11 +108,12 @@ def _expected(quality: dict) -> tuple[float | None, Reasons]:
     known, error = calibration(), float(f"{expected_error_mm(numbers):.3g}")
     green, red = known.limits(numbers)
     level = GREEN if error <= green else RED if error >= red else AMBER
-    if known.is_told(error, numbers):
+    low, high = known.range_mm(error, numbers)
+    if math.isfinite(high):
         text = _("The expected error is {mm} mm on average (nine times in ten from {low} to {high} mm).")
     else:
-        text = _("The expected error is {mm} mm on average; it may be far more, which the images cannot tell.")
-    values = {"mm": error, "low": error / known.factor, "high": error * known.factor}
+        text = _("The expected error is more than {low} mm (nine times in ten); how much more is a guess ({mm} mm).")
+    values = {"mm": error, "low": low, "high": high}
     reasons: Reasons = [(level, text.format(**{name: two_digits(mm) for name, mm in values.items()}))]
     moved, edges, covered = (numbers.get(name) for name in ("moved 1", "fixed edges 1", "covered"))
     if level != GREEN and moved is not None and moved > MOVED:

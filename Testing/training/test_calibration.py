@@ -99,3 +99,15 @@ def test_green_is_what_is_not_wrong_nineteen_times_in_twenty():
     times = np.where(random.random(2000) < 0.1, 2.0, 1.0)
     observed = [replace(o, error_mm=mm * t) for o, mm, t in zip(observed, expected, times, strict=True)]
     assert calibration.green_limit(observed, expected) == 2.5
+
+
+def test_what_is_stated_as_large_is_larger_than_stated_nine_times_in_ten():
+    true = np.linspace(0.15, 30.05, 300)  # voxels of 2 mm
+    observed = [replace(observation(0), error_mm=2 * voxels) for voxels in true]
+    observed += [replace(observation(0), error_mm=None)] * 30
+    expected = np.array([2 * voxels for voxels in true] + [50.0] * 30)
+    stated = np.array([calibration.is_stated(o, mm) for o, mm in zip(observed, expected, strict=True)])
+    assert stated.sum() == 39  # below 4 voxels
+    least = calibration.least_voxels(observed, expected)
+    large = np.array([o.true_voxels for o in observed])[~stated]
+    assert np.mean(large > least) == pytest.approx(0.9, abs=0.01)

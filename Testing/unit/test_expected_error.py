@@ -63,6 +63,16 @@ def test_the_expected_error_is_in_units_of_the_image():
     assert small[0] < 0.5 * large[0] and small[1] / small[0] == pytest.approx(large[1] / large[0])
 
 
+def test_the_range_of_an_error_is_around_it_or_a_least_one_where_it_is_only_known_to_be_large():
+    known = calibration()
+    for mm in (0.5, 2.0):
+        low, high = known.range_mm(mm, {"voxel_mm": 1.0})
+        assert low * known.factor == pytest.approx(mm) and high == pytest.approx(mm * known.factor)
+        assert known.range_mm(10 * mm, {"voxel_mm": 10.0}) == pytest.approx((10 * low, 10 * high))
+    assert known.range_mm(1e3, {"voxel_mm": 2.0}) == (2 * known.least_voxels, np.inf)
+    assert 1 < known.least_voxels <= known.largest_voxels
+
+
 def test_a_number_that_is_missing_changes_little():
     without = {k: v for k, v in RIGHT.items() if not k.endswith(" 2")}
     assert 0.3 < expected_error_mm(without) / expected_error_mm(RIGHT) < 6
@@ -71,7 +81,7 @@ def test_a_number_that_is_missing_changes_little():
 def test_another_format_is_refused(tmp_path):
     file = tmp_path / "calibration.json"
     file.write_text(json.dumps({"format": 99}))
-    with pytest.raises(ValueError, match="format 2 is expected, got 99"):
+    with pytest.raises(ValueError, match=f"format {expected_error.FORMAT} is expected, got 99"):
         calibration(file)
 
 
