@@ -893,7 +893,7 @@ class DivRegNetWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             if frame.verdict is None:
                 rows.append((frame.index, _("FAILED"), "", frame.error))
             else:
-                shown = verdict.word(frame.verdict), verdict.error_text(frame.verdict)
+                shown = verdict.word(frame.verdict), translated(frame.verdict.error)
                 rows.append((frame.index, *shown, translated(frame.verdict.reasons[0])))
         titles = [_("Frame"), _("Verdict"), _("Expected error"), _("Reason")]
         self._fillTable(self.ui.sequenceTable, titles, rows, wide=3)

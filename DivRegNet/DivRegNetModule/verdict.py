@@ -2,7 +2,7 @@
 
 import html
 
-from DivRegNetLib.quality.verdict import AMBER, GREEN, RED, Verdict, two_digits
+from DivRegNetLib.quality.verdict import AMBER, GREEN, RED, Verdict
 from DivRegNetModule import _, translated
 
 NAME = 22  # characters of a volume's name
@@ -14,17 +14,12 @@ def word(verdict: Verdict) -> str:
     return {GREEN: _("GREEN"), AMBER: _("AMBER"), RED: _("RED")}[verdict.level]
 
 
-def error_text(verdict: Verdict) -> str:
-    """The expected error with its unit; empty where there is none."""
-    return "" if verdict.expected_error_mm is None else f"{two_digits(verdict.expected_error_mm)} mm"
-
-
 def as_html(verdict: Verdict) -> str:
     """The verdict for a label: the level as a word on its color, the expected error, the headline, and the reasons as a
     list."""
     reasons = "".join(f"<li>{html.escape(translated(reason))}</li>" for reason in verdict.reasons)
     color, level = BACKGROUND[verdict.level], word(verdict)
-    error = _("expected error {mm}.").format(mm=error_text(verdict)) if error_text(verdict) else ""
+    error = _("expected error {mm}.").format(mm=translated(verdict.error)) if verdict.error else ""
     return (
         f"<p style='margin: 0'><span style='background-color:{color}; color:white'><b>&nbsp;{level}&nbsp;</b></span> "
         f"{html.escape(error)} "

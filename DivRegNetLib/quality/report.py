@@ -19,7 +19,7 @@ from DivRegNetLib import __version__
 from DivRegNetLib.core.grid import Grid
 from DivRegNetLib.io import atomic
 from DivRegNetLib.quality.preview import COLUMNS, GRID_MM, Plane, cut_planes
-from DivRegNetLib.quality.verdict import AMBER, GREEN, RED, judge, two_digits, with_references
+from DivRegNetLib.quality.verdict import AMBER, GREEN, RED, judge, with_references
 
 LINE = np.array([255, 192, 77], np.uint8)
 FINER = 2  # pixels of the picture of the deformation to one of the others, so that its lines are thin
@@ -76,7 +76,7 @@ def as_html(registration: Registration) -> str:
     r = registration
     verdict = judge(r.quality)
     color = BACKGROUND[verdict.level]
-    error = "" if verdict.expected_error_mm is None else f"expected error {two_digits(verdict.expected_error_mm)} mm"
+    error = f"expected error {verdict.error}" if verdict.error else ""
     reasons = "".join(f"<li>{html.escape(reason)}</li>" for reason in verdict.reasons)
     planes, spacing = cut_planes(r.fixed, r.moving, r.warped, r.displacement, r.initial)
     warnings = "".join(f"<li>{html.escape(warning)}</li>" for warning in r.warnings)

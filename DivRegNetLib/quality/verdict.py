@@ -36,18 +36,31 @@ class Verdict:
     headline: what to do, a sentence.
     reasons: sentences, the gravest first.
     expected_error_mm: expected mean distance to the truth over the fixed foreground; None where there is no evidence.
+    exceeded_mm: what that distance exceeds nine times in ten, where it is only known to be large and ``expected_error_mm`` is a
+        guess; else None.
     """
 
     level: str
     headline: Text
     reasons: tuple[Text, ...]
     expected_error_mm: float | None = None
+    exceeded_mm: float | None = None
+
+    @property
+    def error(self) -> str:
+        """The expected error as far as it is known: ``1.3 mm``, ``more than 6.4 mm``, or nothing."""
+        if self.expected_error_mm is None:
+            return ""
+        if self.exceeded_mm is None:
+            return _("{mm} mm").format(mm=two_digits(self.expected_error_mm))
+        return _("more than {mm} mm").format(mm=two_digits(self.exceeded_mm))
 
     def as_dict(self) -> dict:
         """Plain values, for JSON and tables."""
         return {
             "level": self.level,
             "expected_error_mm": self.expected_error_mm,
+            "error": str(self.error),
             "headline": str(self.headline),
             "reasons": [str(r) for r in self.reasons],
         }
@@ -73,13 +86,13 @@ def judge(quality: dict) -> Verdict:
             number that is missing or None does not count.
     """
     quality = with_references(quality)
-    expected, reasons = _expected(quality)
+    expected, exceeded, reasons = _expected(quality)
     reasons += _deformation(quality)
     reasons += [*_similarity(quality), *_folding(quality), *_size(quality), *_inverse(quality), *_reference(quality)]
     level = max((level for level, sentence in reasons), key=LEVELS.index, default=AMBER)
     reasons.sort(key=lambda reason: -LEVELS.index(reason[0]))
     sentences = tuple(sentence for _level, sentence in reasons) or (_("The quality card is empty."),)
-    return Verdict(level, HEADLINES[level], sentences, expected)
+    return Verdict(level, HEADLINES[level], sentences, expected, exceeded)
 
 
 def with_references(quality: dict) -> dict:
@@ -97,13 +110,17 @@ def two_digits(value: float) -> str:
     return f"{float(f'{value:.2g}'):.12g}"
 
 
-def _expected(quality: dict) -> tuple[float | None, Reasons]:
-    """The expected error (mm), or None, and what the evidence says in words."""
+def _expected(quality: dict) -> tuple[float | None, float | None, Reasons]:
+    """The expected error and what it exceeds (mm), as in :class:`Verdict`, and what the evidence says in words."""
     if "evidence" not in quality:
-        return None, []
+        return None, None, []
     numbers = quality["evidence"]
     if not numbers:
-        return None, [(RED, _("The images have next to nothing in common where the fixed image shows something."))]
+        return (
+            None,
+            None,
+            [(RED, _("The images have next to nothing in common where the fixed image shows something."))],
+        )
     # Rounded once, so that whoever states it with two digits says the same.
     known, error = calibration(), float(f"{expected_error_mm(numbers):.3g}")
     green, red = known.limits(numbers)
@@ -127,7 +144,7 @@ def _expected(quality: dict) -> tuple[float | None, Reasons]:
             "Only {percent:.0f} % of what the fixed image shows lies in the moving image; the rest is extrapolated."
         )
         reasons.append((AMBER if covered < HARDLY_COVERED else GREEN, text.format(percent=100 * covered)))
-    return error, reasons
+    return error, None if math.isfinite(high) else low, reasons
 
 
 def _deformation(quality: dict) -> Reasons:

@@ -15,7 +15,6 @@ from DivRegNetLib import models
 from DivRegNetLib.core.grid import Grid
 from DivRegNetLib.io import images, landmarks
 from DivRegNetLib.options import STAGES
-from DivRegNetLib.quality.verdict import two_digits
 from DivRegNetLib.run.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -122,7 +121,8 @@ def test_the_verdict_is_printed_and_kept_and_can_be_an_exit_code(pair, tmp_path,
     report = json.loads((tmp_path / "out" / "quality.json").read_text())
     assert report["verdict"]["level"] == "red"
     printed = capsys.readouterr().out
-    line = f"verdict: RED, expected error {two_digits(report['verdict']['expected_error_mm'])} mm. "
+    assert report["verdict"]["error"].startswith("more than ")
+    line = f"verdict: RED, expected error {report['verdict']['error']}. "
     assert line + report["verdict"]["headline"] in printed and report["verdict"]["reasons"][0] in printed
     error = images.read_image(tmp_path / "out" / "error_map.nii.gz")
     assert error.GetSize() == fixed.GetSize()

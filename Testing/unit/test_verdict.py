@@ -71,6 +71,11 @@ def test_a_range_is_told_only_where_the_size_of_the_error_can_be():
     told, large = (judge(GOOD | {"evidence": numbers}) for numbers in (RIGHT, WRONG))
     assert "nine times in ten from" in told.reasons[0] and "guess" not in told.reasons[0]
     assert "is more than" in large.reasons[0] and "a guess" in large.reasons[0]
+    assert told.error == f"{two_digits(told.expected_error_mm)} mm" and told.exceeded_mm is None
+    assert (
+        large.error == f"more than {two_digits(large.exceeded_mm)} mm" and large.exceeded_mm < large.expected_error_mm
+    )
+    assert judge(GOOD).error == "" and json.loads(json.dumps(large.as_dict()))["error"] == large.error
 
 
 @pytest.mark.parametrize(("value", "text"), [(0.6066, "0.61"), (2.49, "2.5"), (107.9, "110"), (20.0, "20")])

@@ -7,7 +7,7 @@ from pathlib import Path
 from DivRegNetLib.errors import InputError
 from DivRegNetLib.options import ALIGNMENTS, LANDMARK_ALIGNMENTS, Option, Options, table
 from DivRegNetLib.presets import PRESETS, preset
-from DivRegNetLib.quality.verdict import AMBER, LEVELS, RED, two_digits
+from DivRegNetLib.quality.verdict import AMBER, LEVELS, RED
 from DivRegNetLib.run.cli.evaluate import add_comparison_arguments
 from DivRegNetLib.run.cli.output import ProgressBar, show
 from DivRegNetLib.run.cohort import TABLE, Pair, frames, read_pairs, register_pairs
@@ -161,8 +161,7 @@ def _summary(report: dict, output: Path) -> str:
     if quality["similarity"]:
         row("S (nats)", quality["similarity"])
     verdict = report["verdict"]
-    millimeters = verdict["expected_error_mm"]
-    error = "" if millimeters is None else f", expected error {two_digits(millimeters)} mm"
+    error = f", expected error {verdict['error']}" if verdict["error"] else ""
     lines += [
         f"verdict: {verdict['level'].upper()}{error}. {verdict['headline']}",
         *(f"  {reason}" for reason in verdict["reasons"]),
