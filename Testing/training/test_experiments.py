@@ -38,8 +38,8 @@ def blobs(seed: int, side: int = SIDE) -> np.ndarray:
 
 def run(*arguments: object, home: Path) -> subprocess.CompletedProcess:
     command = [sys.executable, *map(str, arguments)]
-    environment = os.environ | {"HOME": str(home), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, check=False)
+    environment = os.environ | {"HOME": str(home), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+    return subprocess.run(command, cwd=home, env=environment, capture_output=True, encoding="utf-8", check=False)
 
 
 @pytest.fixture(scope="module")
