@@ -493,7 +493,7 @@ def green_limit(observations: list[Observation], expected: np.ndarray) -> float:
 
 
 def least_voxels(observations: list[Observation], expected: np.ndarray) -> float:
-    """The true error (voxels) that nine of ten exceed whose expected error is only known to be large.
+    """The true error (voxels) that nine of ten registrations exceed whose expected error is only known to be large.
 
     Args:
         expected: (mm) by a fit that has not seen them.
