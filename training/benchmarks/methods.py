@@ -170,9 +170,10 @@ NIFTYREG_SETTINGS = "reg_f3d with its defaults: NMI of 64 bins, 3 levels, contro
 
 def niftyreg(settings: dict) -> Register:
     """Free-form deformation of NiftyReg (Modat et al., Computer Methods and Programs in Biomedicine 2010)."""
-    commands = {
-        name: shutil.which(name) or str(Path(sys.executable).parent / name) for name in ("reg_f3d", "reg_transform")
-    }
+    import niftyreg
+
+    binaries = Path(niftyreg.__file__).parent / "bin"
+    commands = {name: shutil.which(name) or str(binaries / name) for name in ("reg_f3d", "reg_transform")}
 
     def register(fixed: sitk.Image, moving: sitk.Image) -> Registered:
         with tempfile.TemporaryDirectory() as folder:
