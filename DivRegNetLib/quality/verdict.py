@@ -116,11 +116,8 @@ def _expected(quality: dict) -> tuple[float | None, float | None, Reasons]:
         return None, None, []
     numbers = quality["evidence"]
     if not numbers:
-        return (
-            None,
-            None,
-            [(RED, _("The images have next to nothing in common where the fixed image shows something."))],
-        )
+        text = _("The images have next to nothing in common where the fixed image shows something.")
+        return None, None, [(RED, text)]
     # Rounded once, so that whoever states it with two digits says the same.
     known, error = calibration(), float(f"{expected_error_mm(numbers):.3g}")
     green, red = known.limits(numbers)

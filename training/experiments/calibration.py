@@ -99,8 +99,8 @@ class Observation:
 
     @property
     def voxels(self) -> float:
-        """The error in voxels of the box."""
-        return UNRELATED if self.error_mm is None else self.error_mm / self.numbers["voxel_mm"]
+        """The same with UNRELATED for images that do not belong together, as errors are fitted."""
+        return UNRELATED if self.error_mm is None else self.true_voxels
 
 
 # --- registrations
@@ -523,7 +523,7 @@ def scores(
     shown, known = (np.maximum(x / voxel, LEAST)[related] for x in (expected, true))
     within = np.abs(np.log(shown / known)) <= np.log(2)
     stated = np.array([is_stated(o, mm) for o, mm in zip(observations, expected, strict=True)])
-    more = np.array([o.true_voxels > least for o in observations])[~stated]
+    more = (true / voxel > least)[~stated]
     percent = {
         "wrong, green %": is_green[wrong].mean() if wrong.any() else np.nan,
         "wrong, red %": is_red[wrong].mean() if wrong.any() else np.nan,
