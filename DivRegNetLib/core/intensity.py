@@ -40,10 +40,10 @@ def without_padding(image: sitk.Image) -> sitk.Image:
     low = values.min()
     if low > PADDING_HU:
         return image
-    rest = values[values != low].min()
-    if rest < AIR_HU - 100:
+    others = values[values != low]
+    if not len(others) or others.min() < AIR_HU - 100:
         return image
-    filled = sitk.GetImageFromArray(np.where(values == low, rest, values))
+    filled = sitk.GetImageFromArray(np.where(values == low, others.min(), values))
     filled.CopyInformation(image)
     return filled
 

@@ -13,9 +13,9 @@ from DivRegNetLib.registration.variational.settings import DEFAULT, REFINEMENT, 
 if TYPE_CHECKING:
     from DivRegNetLib.core.grid import Grid
 
-FORMAT = 2
+FORMAT = 3
 LARGEST_CARD_BYTES = 1_000_000
-WORKING_VOXELS = 900_000  # of a grid that follows the field of view: 2 mm for a head
+WORKING_VOXELS = 1_200_000  # of a grid that follows the field of view: 2 mm for a head
 FINEST_MM = 0.1
 
 
@@ -156,7 +156,10 @@ def read_card(file: Path) -> Card:
 
 
 def _upgraded(values: dict) -> dict:
-    """A card of format 1 converted to format 2; any other card unchanged."""
+    """A card of format 1 or 2 converted to format 3; any other card unchanged."""
+    if values.get("format") == 2:
+        settings = {k: _with_all_voxels(values[k]) for k in ("variational", "refinement") if k in values}
+        return values | settings | {"format": 3}
     if values.get("format") != 1 or not isinstance(values.get("regnet"), dict):
         return values
     values = {{"normalisation": "normalization", "licence": "license"}.get(k, k): v for k, v in values.items()}
@@ -164,9 +167,23 @@ def _upgraded(values: dict) -> dict:
     steps = regnet.pop("newton", 0)
     stride = regnet.get("stride", DEFAULT.stride)
     return values | {
-        "format": 2,
+        "format": 3,
         "methods": ["regnet"] if steps == 0 else ["variational", "regnet"],
         "variational": DEFAULT.as_dict() | {"stride": stride} | ({} if steps == 0 else {"steps": steps}),
         "refinement": REFINEMENT.as_dict(),
         "regnet": regnet | {"guided": steps != 0},
+    }
+
+
+def _with_all_voxels(settings: object) -> object:
+    """Settings of format 2, in which a level whose displacement had the stride 1 was the one that sampled all voxels."""
+    levels = settings.get("levels") if isinstance(settings, dict) else None
+    if not isinstance(levels, list) or not all(isinstance(level, dict) for level in levels):
+        return settings
+    plain = [{k: v for k, v in level.items() if k != "stride"} for level in levels]
+    return settings | {
+        "levels": [
+            new | {"all_voxels": old.get("stride", 0) == 1 and settings.get("stride", 2) != 1}
+            for new, old in zip(plain, levels, strict=True)
+        ]
     }

@@ -102,7 +102,7 @@ def estimate(
     grid = working_grid(card, region, max(spacing or card.working_spacing(region, moving), FINEST_MM))
     channels = (16, 32) if card.regnet is None else card.regnet.get("channels") or (16, 32)
     network = FIELDS + PER_CHANNEL * sum(channels[:2]) / _stride(card) ** 3 + (REFINEMENT if refine else 0)
-    if card.variational_settings.output_stride == 1:
+    if any(level.all_voxels for level in card.variational_settings.levels):
         network += WHOLE_GRID
     # The class network runs before the others, and its probabilities are kept.
     if card.classnet is not None and card.classes_cover(grid):

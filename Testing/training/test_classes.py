@@ -299,7 +299,7 @@ def test_a_trained_network_becomes_a_model_that_registers(two_cohorts, tmp_path,
     assert (model.card.anatomy, settings.class_weight) == ("phantom", 50.0)
     # Steps on a finer grid follow what errs in the classes.
     used = settings.with_classes()
-    assert used.descriptor_weight == 0 and all(used.at(level).stride == 2 for level in used.levels)
+    assert used.descriptor_weight == 0 and not any(level.all_voxels for level in used.levels)
     assert str(tmp_path) not in (tmp_path / "models" / "told.json").read_text()
     best = torch.load(tmp_path / "run" / BEST, weights_only=True)
     assert all(torch.equal(v, best["net"][k]) for k, v in model.classnet.state_dict().items())
@@ -392,7 +392,7 @@ def test_a_model_of_a_labeled_cohort_has_a_class_network_that_its_registrations_
     model = models.load(str(tmp_path / "models" / "told.json"))
     assert model.card.classes == ["background", "1", "2", "3"]
     assert "segmentation Dice" in model.card.scores and "cohort Dice" in model.card.scores
-    assert model.card.variational_settings.with_classes().output_stride == 2
+    assert not any(level.all_voxels for level in model.card.variational_settings.with_classes().levels)
     run = tmp_path / "build" / "training" / "told"
     best = torch.load(run / BEST, weights_only=True)
     assert all(torch.equal(v, best["net"][k]) for k, v in model.classnet.state_dict().items())
@@ -409,7 +409,7 @@ def test_a_model_without_labels_or_where_they_are_not_wanted_has_none(
     for arguments in (["classes.steps=0"], ["classes.steps=2", f"data.cohort={folder}"]):
         assert train_model("--name", "plain", "--output", str(tmp_path / f"run-{arguments[0]}"), *arguments) == 0
         plain = models.load(str(tmp_path / "models" / "plain.json"))
-        assert plain.classnet is None and plain.card.variational_settings.output_stride == 1
+        assert plain.classnet is None and plain.card.variational_settings.levels[-1].all_voxels
     assert "no class network is trained" in capsys.readouterr().out
 
 

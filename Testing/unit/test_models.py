@@ -243,16 +243,35 @@ def old_card(file: Path, newton: int, **changes) -> None:
 
 
 @pytest.mark.parametrize("newton", [0, 7])
-def test_a_card_of_format_1_is_read_as_one_of_format_2(card_file, newton):
+def test_a_card_of_format_1_is_read_as_one_of_format_3(card_file, newton):
     values = json.loads(card_file.read_text())
     old_card(card_file, newton, licence=values["license"], license=..., normalisation="robust", normalization=...)
     card = models.read_card(card_file)
-    assert card.format == 2
+    assert card.format == 3
     assert card.methods == (["variational", "regnet"] if newton else ["regnet"])
     assert card.variational_settings == replace(DEFAULT, steps=newton or DEFAULT.steps)
     assert card.refinement_settings == REFINEMENT
     assert RegNetConfig(**card.regnet) == RegNetConfig(channels=(2, 2, 2, 2), guided=newton > 0)
     assert (card.license, card.normalization) == (values["license"], "robust")
+
+
+def test_in_a_card_of_format_2_a_level_with_a_displacement_of_its_own_stride_sampled_all_voxels(card_file):
+    values = json.loads(card_file.read_text())
+    for key in ("variational", "refinement"):
+        for level in values[key]["levels"]:
+            level["stride"] = int(level.pop("all_voxels"))
+    card_file.write_text(json.dumps(values | {"format": 2}))
+    card = models.read_card(card_file)
+    assert card.variational_settings == DEFAULT and card.variational_settings.levels[-1].all_voxels
+    assert card.refinement_settings == REFINEMENT
+
+
+@pytest.mark.parametrize("levels", [7, [7], [{"stride": 1}]])
+def test_a_card_of_format_2_with_invalid_levels_is_refused(card_file, levels):
+    values = json.loads(card_file.read_text())
+    card_file.write_text(json.dumps(values | {"format": 2, "variational": {"levels": levels}}))
+    with pytest.raises(ModelError, match=str(card_file)):
+        models.read_card(card_file)
 
 
 @pytest.mark.parametrize("newton", ["7", True, None, -1])
@@ -268,7 +287,7 @@ def test_a_card_of_format_1_with_an_invalid_number_of_steps_is_refused(card_file
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"format": 3}, "format 3, this version of DivRegNet reads 2"),
+        ({"format": 4}, "format 4, this version of DivRegNet reads 3"),
         ({"format": ...}, "format None"),
         ({"license": ...}, "no 'license'"),
         ({"sha256": ...}, "no 'sha256'"),

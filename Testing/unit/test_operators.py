@@ -17,7 +17,7 @@ from DivRegNetLib.registration.methods import Images
 from DivRegNetLib.registration.regnet import RegNet, RegNetConfig
 
 SHAPE = (48, 48, 48)  # large enough for all levels; the number of operations does not depend on it
-MOST_KERNELS = {"variational": 4800, "discrete+variational": 5450, "variational+regnet": 5350}
+MOST_KERNELS = {"variational": 5100, "discrete+variational": 5750, "variational+regnet": 5650}
 
 
 def images(seed: int, *, masks: bool = False) -> Images:

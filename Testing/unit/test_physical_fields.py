@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from DivRegNetLib.core import fields, physical_fields, resampling
 from DivRegNetLib.core.composites import displacement_on, field_grid, field_of
@@ -86,7 +88,7 @@ def test_a_ramp_is_sampled_where_it_is_however_coarse_the_grid(ramp_image, movin
     index = voxel_centers(target)
     points = apply_matrix(initial, target.to_physical(index))
     at = moving_grid.to_index(points)
-    inside = ((at >= 4) & (at <= np.array(moving_grid.size) - 5)).all(1)  # clear of the smoothing's border
+    inside = ((at >= 6) & (at <= np.array(moving_grid.size) - 7)).all(1)  # clear of the border, where it is mirrored
     assert inside.sum() > 100
     i, j, k = index[inside].T
     np.testing.assert_allclose(found[k, j, i], ramp(points[inside]), atol=2e-3)
@@ -95,12 +97,52 @@ def test_a_ramp_is_sampled_where_it_is_however_coarse_the_grid(ramp_image, movin
 def test_what_is_coarser_than_the_target_is_not_smoothed(paint, moving_grid):
     image = paint(moving_grid)
     finer = moving_grid.axis_aligned(4.0)
-    plain = sitk.Resample(image, finer.empty_image(), sitk.Transform(), sitk.sitkLinear, 0.0)
+    plain = sitk.Resample(image, finer.empty_image(), sitk.Transform(), sitk.sitkBSpline, 0.0)
     found = resampling.resample_smooth(image, finer, np.eye(4))[0]
     inside = finer.to_physical(voxel_centers(finer))[moving_grid.contains(finer.to_physical(voxel_centers(finer)))]
     for point in inside[::97].tolist():
         index = finer.empty_image().TransformPhysicalPointToIndex(point)
         assert found.GetPixel(index) == pytest.approx(plain.GetPixel(index), abs=1e-6)
+
+
+def test_a_wave_of_five_voxels_keeps_its_height_between_the_voxels(moving_grid, initial):
+    """Linear interpolation takes away a fifth of it."""
+    image = moving_grid.image(np.sin(2 * np.pi * np.indices(moving_grid.shape)[2] / 5).astype(np.float32))
+    middle = apply_matrix(np.linalg.inv(initial), moving_grid.center)
+    target = Grid.build((12, 12, 12), [min(moving_grid.spacing)] * 3, middle - 6 * min(moving_grid.spacing))
+    index = voxel_centers(target)
+    at = moving_grid.to_index(apply_matrix(initial, target.to_physical(index)))
+    inside = ((at >= 4) & (at <= np.array(moving_grid.size) - 5)).all(1)
+    assert inside.sum() > 1000
+    found = sitk.GetArrayFromImage(resampling.resample_smooth(image, target, initial)[0])
+    i, j, k = index[inside].T
+    np.testing.assert_allclose(found[k, j, i], np.sin(2 * np.pi * at[inside, 0] / 5), atol=0.04)
+
+
+@given(
+    size=st.tuples(*[st.integers(1, 40)] * 3),
+    spacing=st.tuples(*[st.floats(0.3, 6.0)] * 3),
+    target=st.floats(0.5, 12.0),
+    value=st.floats(-2000, 2000),
+)
+@settings(max_examples=50, deadline=None)
+def test_a_constant_image_stays_constant(size, spacing, target, value):
+    image = Grid.build(size, spacing, (3.0, -70.0, 20.0)).image(np.full(size[::-1], value, np.float32))
+    found = resampling.resample_smooth(image, Grid.of(image).axis_aligned(target), np.eye(4))[0]
+    np.testing.assert_allclose(sitk.GetArrayViewFromImage(found), value, rtol=2e-6, atol=1e-6)
+
+
+def test_averaging_over_blocks_moves_nothing(grid_about):
+    """A bright ball keeps its center and its sum where every other voxel, and more, is averaged."""
+    fine = grid_about((31, -47, 112), (61, 54, 66), (0.7, 0.9, 0.6), (0, 0, 0))
+    points = fine.to_physical(voxel_centers(fine))
+    ball = (np.linalg.norm(points - fine.center, axis=1) < 8).astype(np.float32).reshape(fine.size).transpose(2, 1, 0)
+    target = fine.axis_aligned(3.0)
+    found = sitk.GetArrayFromImage(resampling.resample_smooth(fine.image(ball), target, np.eye(4))[0])
+    weights = found.transpose(2, 1, 0).ravel()
+    middle = (weights[:, None] * target.to_physical(voxel_centers(target))).sum(0) / weights.sum()
+    np.testing.assert_allclose(middle, fine.center, atol=0.05)
+    assert weights.sum() * 3.0**3 == pytest.approx(ball.sum() * np.prod(fine.spacing), rel=0.02)
 
 
 def test_detail_finer_than_the_target_is_smoothed_away(grid_about):

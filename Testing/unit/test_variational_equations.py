@@ -19,9 +19,11 @@ FULL, HALF = replace(DEFAULT, stride=1), DEFAULT
 MEASURED = replace(FULL, independence_weight=0.0)  # nothing is mixed into the histograms, as closed forms assume
 
 
-def equations_of(fixed: torch.Tensor, moving: torch.Tensor, settings: VariationalSettings) -> Equations:
-    """At the last level."""
-    return Equations(fixed, moving, settings, settings.levels[-1])
+def equations_of(
+    fixed: torch.Tensor, moving: torch.Tensor, settings: VariationalSettings, level: int = -2
+) -> Equations:
+    """At the finest level that samples one voxel per voxel of the displacement's grid, or at another one."""
+    return Equations(fixed, moving, settings, settings.levels[level])
 
 
 # What is sampled
@@ -52,6 +54,18 @@ def test_a_displacement_on_the_output_grid_moves_the_sampled_voxels_by_as_much(n
     warped = (warped - 0.5) / (DEFAULT.bins - 1)  # bins
     inside = (..., *[slice(2, -2)] * 3)
     torch.testing.assert_close(warped[inside], (ramp[every] + moved)[inside], atol=1e-5, rtol=0)
+
+
+def test_the_equations_of_all_voxels_are_means_of_those_of_the_whole_grid():
+    """Lengths are in voxels of the displacement's grid, so that information counts four times and force twice."""
+    moving, fixed, truth = deformed((16, 24, 16), 1.0, seed=4)
+    coarse = fields.resize(truth, (8, 12, 8))
+    everywhere, whole = (equations_of(fixed, moving, s, -1) for s in (HALF, FULL))
+    for half, full in ((None, None), (coarse, fields.resize(coarse, (16, 24, 16)))):
+        mean = torch.nn.functional.avg_pool3d(whole(full), 2)
+        for found, expected, scale in zip(solver.parts(everywhere(half)), solver.parts(mean), (4, 2), strict=True):
+            torch.testing.assert_close(found, scale * expected)
+        assert everywhere.objective(half) == whole.objective(full)
 
 
 # What they say

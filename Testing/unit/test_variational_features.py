@@ -102,7 +102,7 @@ def test_features_alone_bring_images_together_that_say_nothing():
 
     fixed, moving = ball(14.0), ball(18.0)
     features = Features(fixed, moving, 100.0)
-    found = register(flat, flat, VariationalSettings(), features=[features])
+    found = fields.upsample(register(flat, flat, VariationalSettings(), features=[features]), 2, (32, 32, 32))
     before, after = (moving - fixed).square().mean(), (fields.warp(moving, found) - fixed).square().mean()
     assert after < 0.02 * before
     assert fields.jacobian_determinant(found).min() > 0
@@ -202,13 +202,15 @@ def test_descriptors_weigh_more_the_more_is_left_to_agree_on():
     """And what is left depends on the displacement that a level begins with; equal images have no weight."""
     moving, fixed, truth = deformed((16, 20, 24), 1.0, seed=4)
     settings = VariationalSettings(descriptor_weight=2.0)
-    level = replace(settings.levels[-1], stride=2)
+    level, coarse = settings.levels[-1], fields.resize(truth, (8, 10, 12))
     terms = {
         name: descriptors(fixed, moving, settings, level, None, start)
-        for name, start in (("before", None), ("after", fields.resize(truth, (8, 10, 12))))
+        for name, start in (("before", None), ("after", coarse))
     }
     weights = {name: term.trust.mean() for name, term in terms.items()}
     assert 0 < weights["after"] < 0.7 * weights["before"]
+    terms["before"].trust_regions(coarse, settings.descriptor_trust, settings.descriptor_region)  # of the next level
+    assert torch.equal(terms["before"](coarse), terms["after"](coarse))
     for image in (fixed, torch.zeros_like(fixed)):
         nothing = descriptors(image, image, settings, level)
         assert (nothing(None) == 0).all() and (nothing.energy(None) == 0).all()

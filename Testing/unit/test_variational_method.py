@@ -155,24 +155,24 @@ def test_levels_that_are_added_pad_inside_and_take_a_start():
     assert register(fixed, moving, nothing, start=start) is start
 
 
-def test_a_level_of_its_own_stride_leaves_its_grid():
+def test_steps_that_sample_all_voxels_come_nearer():
     moving, fixed, truth = deformed(SHAPE, 2.0, seed=15)
-    whole = (*DEFAULT.levels[:2], Level(1, 0.15, 12, 0.6), Level(1, 0.0, 12, 0.6, stride=1))
-    displacement = register(fixed, moving, settings(24, levels=whole))
-    assert displacement.shape[2:] == SHAPE
-    coarse = fields.upsample(register(fixed, moving, settings(24)), 2, SHAPE)
-    assert inner(displacement - truth).norm(dim=1).mean() < inner(coarse - truth).norm(dim=1).mean()
-    last = settings(24, levels=whole).at(whole[-1])
-    assert last.stride * last.frequencies == pytest.approx(DEFAULT.stride * DEFAULT.frequencies / 4)
+    levels = (*DEFAULT.levels[:2], Level(1, 0.15, 12, 0.6), Level(1, 0.0, 12, 0.6, all_voxels=True))
+    errors = {}
+    for name, how in (("all", settings(24, levels=levels)), ("one", settings(24))):
+        found = register(fixed, moving, how)
+        assert found.shape[2:] == tuple(n // 2 for n in SHAPE)
+        errors[name] = inner(fields.upsample(found, 2, SHAPE) - truth).norm(dim=1).mean()
+    assert errors["all"] < errors["one"]
 
 
-def test_fast_has_neither_the_finest_grid_nor_descriptors_and_thorough_twice_the_steps():
+def test_fast_has_neither_all_voxels_nor_descriptors_and_thorough_twice_the_steps():
     fast = USUAL.with_effort("fast")
-    assert fast.output_stride == 2 and fast.descriptor_weight == 0
+    assert not any(level.all_voxels for level in fast.levels) and fast.descriptor_weight == 0
     assert [len(stage.smoothness) for stage in schedule(fast, 10**6)] == [8, 9, 7]
-    assert USUAL.output_stride == 1 and [len(s.smoothness) for s in schedule(USUAL, 10**6)] == [8, 9, 7, 3]
+    assert USUAL.levels[-1].all_voxels and [len(s.smoothness) for s in schedule(USUAL, 10**6)] == [8, 9, 7, 5]
     assert USUAL.with_effort("usual") == USUAL
-    assert [len(s.smoothness) for s in schedule(USUAL.with_effort("thorough"), 10**6)] == [16, 18, 14, 6]
+    assert [len(s.smoothness) for s in schedule(USUAL.with_effort("thorough"), 10**6)] == [16, 18, 14, 10]
 
 
 # What it leaves alone

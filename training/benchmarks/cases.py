@@ -6,6 +6,7 @@ are on disk. :func:`prepare_pair` aligns a pair and resamples it onto the family
 
 import itertools
 import json
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -16,9 +17,9 @@ import numpy as np
 import SimpleITK as sitk
 import torch
 
-from DivRegNetLib.core import resampling
-from DivRegNetLib.core.grid import Grid
-from DivRegNetLib.core.intensity import normalize, percentile_window
+from DivRegNetLib.core import fields
+from DivRegNetLib.core.grid import Grid, affine_transform
+from DivRegNetLib.core.intensity import normalize, percentile_window, subsample, without_padding
 from DivRegNetLib.io.atomic import write_json
 from DivRegNetLib.io.images import read_image, read_labels, write_image
 from DivRegNetLib.io.landmarks import read_landmarks
@@ -165,8 +166,16 @@ def _prepare(material: Material, spacing: float, folder: Path, align: str) -> No
 
 
 def _normalized(image: sitk.Image, grid: Grid, matrix: np.ndarray) -> sitk.Image:
-    array = sitk.GetArrayFromImage(resampling.resample_smooth(image, grid, matrix)[0])
-    return grid.image(normalize(torch.from_numpy(array)[None, None], "robust")[0, 0].numpy())
+    """An image on a grid, smoothed and linearly interpolated: not by the library's own sampling, so that all methods still get
+    the same volumes when that changes."""
+    own = Grid.of(image)
+    values = torch.from_numpy(sitk.GetArrayFromImage(sitk.Cast(without_padding(image), sitk.sitkFloat32)))[None, None]
+    sigma = [math.sqrt(0.2 * max((grid.spacing[0] / s) ** 2 - 1, 0.0)) for s in own.spacing]
+    smoothed = own.image(fields.smooth(values, *(s if s > 0.1 else 0.0 for s in sigma))[0, 0].numpy())
+    outside = float(np.quantile(subsample(sitk.GetArrayViewFromImage(smoothed)), 0.005))
+    resampled = sitk.Resample(smoothed, grid.empty_image(), affine_transform(matrix), sitk.sitkLinear, outside)
+    values = torch.from_numpy(sitk.GetArrayFromImage(resampled))[None, None]
+    return grid.image(normalize(values, "robust")[0, 0].numpy())
 
 
 def deformed(material: Material, seed: int, *, one_frame: bool = True, sd_mm: float = SD_MM) -> Material:

@@ -6,7 +6,8 @@ registration", MICCAI 2008. The Fisher information ``E[L_m^2 | f] grad m grad m^
 the Hessian. docs/method.md has the derivation.
 
 A displacement at half the resolution of the images does not need every voxel: a step samples one voxel of the images for
-each voxel of the displacement's grid, and the next step another one. Intensities are not averaged, as that would mix tissues.
+each voxel of the displacement's grid, and the next step another one; or it samples all of them, and averages the equations of
+those that belong to a voxel of that grid. Intensities are not averaged, as that would mix tissues.
 
 Axis order and units as in :mod:`DivRegNetLib.core.fields`. Nothing here is differentiated, nothing waits for a GPU, and no
 shape depends on the data.
@@ -48,7 +49,8 @@ class Equations:
         if level.shrink > 1:
             images = F.avg_pool3d(torch.cat(images, 1), level.shrink).split(1, 1)
         fixed, moving = images[:2]
-        self.settings, self.level, self.stride = settings, level, settings.stride
+        self.settings, self.level = settings, level
+        self.stride = 1 if level.all_voxels else settings.stride  # of the voxels that a step samples
         counted = None if valid is None else images[2] > settings.validity_threshold
         block = self.stride * (level.block // self.stride)
         self.rows, self.layout = histogram_rows(fixed, block, settings.bins, counted)
@@ -56,39 +58,40 @@ class Equations:
         self.offsets = sampling_offsets(self.stride)
         # All that is sampled after a displacement: intensity in bins, gradient, measured fraction. Gradients are per voxel of
         # the displacement's grid.
-        self.moving = torch.cat((to_bins(moving, settings.bins), gradient(moving, self.stride), *images[3:]), 1)
-        self.fixed_gradient = gradient(fixed, self.stride)
-        grid = [n // self.stride for n in fixed.shape[2:]]
+        self.moving = torch.cat((to_bins(moving, settings.bins), gradient(moving, settings.stride), *images[3:]), 1)
+        self.fixed_gradient = gradient(fixed, settings.stride)
+        self.sampled = [n // self.stride for n in fixed.shape[2:]]
         # Kept to be written to again and again, where that takes little memory.
-        self.along = fixed.new_zeros(len(fixed), 3, 3, *grid) if self.stride > 1 else None
+        self.along = fixed.new_zeros(len(fixed), 3, 3, *self.sampled) if self.stride > 1 else None
 
     def __call__(self, displacement: Tensor | None, number: int = 0) -> Tensor:
         """Information and force at each voxel of the displacement's grid.
 
         Args:
-            displacement: (N, 3, d, h, w) in voxels of its grid, ``stride`` times coarser than the level's images; None: the
-                identity.
+            displacement: (N, 3, d, h, w) in voxels of its grid, ``settings.stride`` times coarser than the level's images;
+                None: the identity.
             number: of the step, which decides the voxels that are sampled.
         Returns:
             (N, 12, d, h, w): three rows of xx, xy, xz of the information and x of the force, in voxels of the
             displacement's grid. For the swapped pair the information is the same and the force the opposite.
         """
-        along = None if displacement is None else fields.differences(displacement, self.along)
-        warped, cell = self._sample(displacement, along, number)
+        sampled, along = self._at_sampled(displacement)
+        warped, cell = self._sample(sampled, along, number)
         moving_gradient = warped[:, 1:4]
         if along is not None:  # chain rule: the gradient of the warped image
             moving_gradient = torch.addcmul(moving_gradient, along[:, :, 0], warped[:, 1:2], value=0.5)
             moving_gradient.addcmul_(along[:, :, 1], warped[:, 2:3], value=0.5)
             moving_gradient.addcmul_(along[:, :, 2], warped[:, 3:4], value=0.5)
         along_m, along_f, info_m, info_f, _ = self._values(cell)
-        normal = None
+        normal = self._products(moving_gradient, info_m, along_m)
+        normal = self._products(self.fixed_gradient[self._sampled(number)], info_f, along_f, normal)
+        if self.stride != self.settings.stride:
+            normal = F.avg_pool3d(normal, self.settings.stride // self.stride)
         for terms in self.features:
-            more = terms(displacement, number)
-            normal = more if normal is None else normal.add_(more)
-        normal = self._products(moving_gradient, info_m, along_m, normal)
-        return self._products(self.fixed_gradient[self._sampled(number)], info_f, along_f, normal)
+            normal.add_(terms(displacement, number))
+        return normal
 
-    def _products(self, gradient: Tensor, information: Tensor, along: Tensor, plus: Tensor | None) -> Tensor:
+    def _products(self, gradient: Tensor, information: Tensor, along: Tensor, plus: Tensor | None = None) -> Tensor:
         """``information * g g^T`` and ``along * g`` of a gradient g, as rows of four, (N, 12, d, h, w), added to ``plus``."""
         columns = torch.cat((gradient * information, along), 1)[:, None]
         rows = gradient[:, :, None]
@@ -100,11 +103,17 @@ class Equations:
     def objective(self, displacement: Tensor | None) -> Tensor:
         """(N,): mean pointwise mutual information of the voxels that step 0 samples and that are counted, less the energy of
         the features, in nats."""
-        along = None if displacement is None else fields.differences(displacement, self.along)
-        _, cell = self._sample(displacement, along, 0)
+        _, cell = self._sample(*self._at_sampled(displacement), 0)
         counted = (cell < self.layout.cells).flatten(1).sum(1).clamp_min_(1)
         information = self._values(cell)[4].flatten(1).sum(1) / counted
         return information - sum(terms.energy(displacement) for terms in self.features)
+
+    def _at_sampled(self, displacement: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """A displacement on the grid of the sampled voxels, in voxels of it, and its differences there."""
+        if displacement is None:
+            return None, None
+        sampled = fields.resize(displacement, self.sampled)
+        return sampled, fields.differences(sampled, self.along)
 
     def _sampled(self, number: int) -> tuple:
         """Index of the voxels of the images that a step samples."""
@@ -123,14 +132,15 @@ class Equations:
         """The warped moving channels at the sampled voxels, (N, 4 or 5, d, h, w)."""
         if displacement is None:
             return self.moving[self._sampled(number)]
+        if self.stride == 1:
+            return fields.sample_displaced(self.moving, displacement)
         x, y, z = self.offsets[number % len(self.offsets)][::-1]
         moved = displacement + fields.constants(*(o / self.stride for o in (x, y, z)), like=along).view(1, 3, 1, 1, 1)
-        if self.stride > 1:
-            # To the sampled voxel from the center of the voxel of the displacement's grid, in twice its voxels, as
-            # differences span two.
-            distance = fields.constants(*((o + 0.5) / self.stride / 2 - 0.25 for o in (x, y, z)), like=along)
-            distance = distance.view(1, 1, 3).expand(len(along), -1, -1)
-            moved = torch.baddbmm(moved.flatten(1)[:, None], distance, along.flatten(2)).view_as(displacement)
+        # To the sampled voxel from the center of the voxel of the displacement's grid, in twice its voxels, as differences
+        # span two.
+        distance = fields.constants(*((o + 0.5) / self.stride / 2 - 0.25 for o in (x, y, z)), like=along)
+        distance = distance.view(1, 1, 3).expand(len(along), -1, -1)
+        moved = torch.baddbmm(moved.flatten(1)[:, None], distance, along.flatten(2)).view_as(displacement)
         return fields.sample_displaced(self.moving, moved, self.stride)
 
     def _values(self, cell: Tensor) -> Tensor:

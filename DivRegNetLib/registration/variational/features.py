@@ -95,6 +95,7 @@ class FeatureEquations:
         if valid is not None:
             both = within(torch.cat([resized(v.to(fixed.dtype), shape) for v in valid]), reach, threshold).chunk(2)
             self.scale, *inside = self.scale * both[0], both[1].to(fixed.dtype)
+        self.untrusted = self.scale
         self.moving = [torch.cat((moving[:, i :: self.parts], *inside), 1) for i in range(self.parts)]
         # Differences along x, y and z, which stay 0 at the border, and that of the two images.
         self.differences = fixed.new_zeros(len(fixed), 4, *self.fixed[:, :: self.parts].shape[1:])
@@ -131,7 +132,7 @@ class FeatureEquations:
             displacement: of which the differences are taken, as of :meth:`__call__`.
             window: standard deviation of the Gaussian around a voxel, in voxels of the features' grid.
         """
-        edges = squares = 0.0
+        self.scale, edges, squares = self.untrusted, 0.0, 0.0
         for part in range(self.parts):
             fixed, warped, scale = self._warped(displacement, part)
             fixed = fixed / self.factor
@@ -142,7 +143,7 @@ class FeatureEquations:
         shares = (-rate * around / (there * mean).clamp_min_(SMALLEST_SUM)).exp_()
         level = _total(edges) / _total(shares * edges).clamp_min_(SMALLEST_SUM)
         self.trust = shares * (level * mean / USUAL_DIFFERENCE)
-        self.scale = self.scale * self.trust
+        self.scale = self.untrusted * self.trust
 
     def energy(self, displacement: Tensor | None) -> Tensor:
         """(N,): mean energy of the voxels that count, in nats."""

@@ -63,14 +63,20 @@ def register(
         displacement = before_all = None if start is None else _extended(start, padded)
         inner = None if valid is None else eroded(*valid)
         total, done = sum(len(stage.smoothness) for stage in stages), 0
+        described: dict[tuple, FeatureEquations] = {}
         for level, smoothness in stages:
-            there = settings.at(level)
-            grid = tuple(n // (there.stride * level.shrink) for n in shape)
+            grid = tuple(n // (settings.stride * level.shrink) for n in shape)
             before = None if displacement is None else fields.resize(displacement, grid)
             terms = [FeatureEquations(f, grid, valid, settings.validity_threshold) for f in features]
             if settings.descriptor_weight * level.descriptors:
-                terms.append(descriptors(fixed, moving, there, level, valid, before))
-            equations = Equations(fixed, moving, there, level, inner, terms)
+                known = described.get(kind := (level.shrink, level.descriptors))  # of the level before
+                if known is None:
+                    known = descriptors(fixed, moving, settings, level, valid, before)
+                else:
+                    known.trust_regions(before, settings.descriptor_trust, settings.descriptor_region)
+                described = {kind: known}
+                terms.append(known)
+            equations = Equations(fixed, moving, settings, level, inner, terms)
             after = _level(
                 equations, Stage(level, smoothness), before, lambda steps, done=done: progress((done + steps) / total)
             )

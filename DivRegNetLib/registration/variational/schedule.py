@@ -37,7 +37,7 @@ def schedule(settings: VariationalSettings, measured: int) -> list[Stage]:
     stages = [
         Stage(level, (first,) * count)
         for level, count in zip(coarse, counts, strict=True)
-        if count and measured >= settings.min_voxels * (level.shrink * settings.at(level).stride) ** 3
+        if count and measured >= settings.min_voxels * (level.shrink * settings.stride) ** 3
     ]
     return [*stages, Stage(last, tuple(_between(first, end, t) for t in fractions))]
 
@@ -45,7 +45,7 @@ def schedule(settings: VariationalSettings, measured: int) -> list[Stage]:
 def _coarser(level: Level, settings: VariationalSettings, measured: int) -> list[Level]:
     """Levels before a level, each with half the resolution of the next, coarsest first."""
     levels, shrink = [], 2 * level.shrink
-    while shrink <= LARGEST_SHRINK and measured >= settings.more_voxels * (shrink * settings.at(level).stride) ** 3:
+    while shrink <= LARGEST_SHRINK and measured >= settings.more_voxels * (shrink * settings.stride) ** 3:
         levels.insert(0, replace(level, shrink=shrink))
         shrink *= 2
     return levels

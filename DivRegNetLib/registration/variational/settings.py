@@ -37,7 +37,7 @@ class Level:
         multiple of ``stride``.
     momentum: fraction of the previous step that is added to each step, 0 to below 1 (heavy ball; Polyak, 1964).
     descriptors: fraction of ``descriptor_weight`` that the descriptors have at this level; 0 leaves them out.
-    stride: of this level's displacement, 1 or 2, as in :class:`VariationalSettings`; 0: that of all levels.
+    all_voxels: every step samples all voxels of the level's images; else one for each voxel of the displacement's grid.
     """
 
     shrink: int
@@ -45,7 +45,7 @@ class Level:
     block: int
     momentum: float
     descriptors: float = 1.0
-    stride: int = 0
+    all_voxels: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,10 @@ class VariationalSettings:
     max_gradient: largest absolute gradient of a step along an axis, summed over its components; below 1 a step cannot fold.
     """
 
-    steps: int = 27
+    steps: int = 29
     stride: int = 2
     levels: tuple[Level, ...] = (
-        Level(4, 8 / 27, 8, 0.0), Level(2, 9 / 27, 8, 0.5), Level(1, 7 / 27, 8, 0.6), Level(1, 3 / 27, 8, 0.6, stride=1)
+        Level(4, 8 / 29, 8, 0.0), Level(2, 9 / 29, 8, 0.5), Level(1, 7 / 29, 8, 0.6), Level(1, 5 / 29, 8, 0.6, all_voxels=True)
     )  # fmt: skip
     min_steps: int = 4
     min_voxels: int = 200
@@ -165,8 +165,10 @@ class VariationalSettings:
             _check_kind(f"levels[{i}]", level, Level)
             for part, low, high in _LEVEL_RANGES:
                 _check_number(level, part, low, high, f"levels[{i}].{part}")
-            if level.block < (stride := level.stride or self.stride):
-                raise ValueError(f"levels[{i}].block: at least the stride, {stride}, got {level.block}")
+            if level.block < self.stride:
+                raise ValueError(f"levels[{i}].block: at least the stride, {self.stride}, got {level.block}")
+            if not isinstance(level.all_voxels, bool):
+                raise ValueError(f"levels[{i}].all_voxels: true or false is required, got {level.all_voxels!r:.80}")
         if self.min_gain is not None:
             _check_number(self, "min_gain", 0.0, math.inf)
         if self.more_voxels is not None:
@@ -177,29 +179,21 @@ class VariationalSettings:
     @property
     def multiple(self) -> int:
         """Images are padded to a multiple of this number of voxels per axis, which all of ``levels`` divide."""
-        return math.lcm(*(self.at(level).stride * level.shrink for level in self.levels), self.stride)
+        return math.lcm(*(self.stride * level.shrink for level in self.levels))
 
     @property
     def output_stride(self) -> int:
         """Voxels of the images per voxel of the grid of the displacement that comes out, the last level's."""
-        last = self.levels[-1]
-        return self.at(last).stride * last.shrink
-
-    def at(self, level: Level) -> "VariationalSettings":
-        """The settings at a level: with the stride of its displacement. Steps on a finer grid have no more frequencies."""
-        if level.stride in (0, self.stride):
-            return self
-        share = self.frequencies * min(level.stride / self.stride, 1)
-        return replace(self, stride=level.stride, frequencies=share)
+        return self.stride * self.levels[-1].shrink
 
     def with_effort(self, effort: str) -> "VariationalSettings":
-        """The settings for one of :data:`DivRegNetLib.options.EFFORTS`: ``fast`` has neither descriptors nor levels whose
-        displacement is on a finer grid than ``stride``; ``thorough`` makes twice as many steps."""
+        """The settings for one of :data:`DivRegNetLib.options.EFFORTS`: ``fast`` has neither descriptors nor levels that sample
+        all voxels; ``thorough`` makes twice as many steps."""
         if effort == "thorough":
             return replace(self, steps=2 * self.steps)
         if effort != "fast":
             return self
-        kept = tuple(level for level in self.levels if self.at(level).stride >= self.stride) or self.levels
+        kept = tuple(level for level in self.levels if not level.all_voxels) or self.levels
         steps = self.steps - sum(round(level.share * self.steps) for level in self.levels if level not in kept)
         shares = self.steps / steps
         levels = (replace(level, share=min(level.share * shares, 1.0)) for level in kept)
@@ -249,7 +243,7 @@ _RANGES = (
 )  # fmt: skip
 _LEVEL_RANGES = (
     ("shrink", 1, 64), ("share", 0.0, 1.0), ("block", 1, 1024), ("momentum", 0.0, 0.999),
-    ("descriptors", 0.0, math.inf), ("stride", 0, 2),
+    ("descriptors", 0.0, math.inf),
 )  # fmt: skip
 
 
@@ -297,7 +291,7 @@ DEFAULT = VariationalSettings()
 """Registration from the identity."""
 
 FAST = DEFAULT.with_effort("fast")
-"""The same without descriptors, the displacement on half of the grid throughout."""
+"""The same without descriptors and without the level that samples all voxels."""
 
 REFINEMENT = VariationalSettings(
     steps=16,
