@@ -31,7 +31,7 @@ FLOAT = 4
 PER_CHANNEL = 12  # features of the two finest levels, joined, before and after a convolution
 PER_CLASS = 16  # on the displacement's grid: class probabilities of both images, warped, and their gradients
 INVERSION = 275  # of the field, after the network's memory is free
-WHOLE_GRID = 165  # equations and displacements, where the last level has its displacement on the whole working grid
+ALL_VOXELS = 90  # equations of a level that samples all voxels
 REFINEMENT = 60  # at full resolution, where the field is twice as fine
 # Bytes per voxel of the volumes.
 SMOOTHING = 20  # smoothing of the larger volume in single precision
@@ -103,7 +103,7 @@ def estimate(
     channels = (16, 32) if card.regnet is None else card.regnet.get("channels") or (16, 32)
     network = FIELDS + PER_CHANNEL * sum(channels[:2]) / _stride(card) ** 3 + (REFINEMENT if refine else 0)
     if any(level.all_voxels for level in card.variational_settings.levels):
-        network += WHOLE_GRID
+        network += ALL_VOXELS
     # The class network runs before the others, and its probabilities are kept.
     if card.classnet is not None and card.classes_cover(grid):
         finest, classes = _stride(card) ** 3, len(card.classes)

@@ -61,10 +61,9 @@ class Case:
     judged: str
 
 
-def _of_benchmark(family: str, names: Iterable[str], spacing: float | None = None) -> list[Case]:
+def _of_benchmark(family: str, names: Iterable[str]) -> list[Case]:
     about = FAMILIES[family]
-    label = family if spacing is None else f"{family}, {spacing:g} mm"
-    return [Case(label, name, about.cases[name], spacing or about.spacing, about.align, about.judged) for name in names]
+    return [Case(family, name, about.cases[name], about.spacing, about.align, about.judged) for name in names]
 
 
 def _thick(data: Path, task: str, millimeters: int = 3) -> Material:
@@ -73,6 +72,7 @@ def _thick(data: Path, task: str, millimeters: int = 3) -> Material:
     return replace(material, moving=sitk.BinShrink(material.moving, [1, 1, millimeters]))
 
 
+HEADS_MM = 2.0  # of the grid that heads are prepared on, as in the benchmark
 HOUNSFIELD = {"white": 29, "gray": 37, "fluid": 10}
 BONE, FAT = (515, 516), (507, 508)  # of the classes outside the brain; the others are like muscle, or small
 CT_WINDOW = (-20.0, 100.0)  # Hounsfield units, that of the brain
@@ -107,21 +107,21 @@ def _painted_ct(data: Path, heads: tuple[int, ...], seed: int, bend: int) -> Mat
     return cases.deformed(Material(brainweb(data, "T1"), moving, fixed_tissues, labels, inside=brain), bend)
 
 
-def _heads(spacing: float) -> list[Case]:
+def _heads() -> list[Case]:
     """Pairs of painted heads of subjects that may be learned from."""
     pairs = (("01", "02", ("T2", "T1")), ("05", "06", ("any", "any")))
     return [
         Case(
-            f"painted heads, {spacing:g} mm", f"{m} to {f}",
+            "painted heads", f"{m} to {f}",
             partial(cases.painted, fixed=f"training_seg_{f}", moving=f"training_seg_{m}", contrasts=c, seed=7500 + i),
-            spacing, "affine", "Dice",
+            HEADS_MM, "affine", "Dice",
         )
         for i, (f, m, c) in enumerate(pairs)
     ]  # fmt: skip
 
 
 DEVELOPMENT = [
-    *_heads(2.0),
+    *_heads(),
     *(Case("hippocampus", f"{m} to {f}", partial(cases.hippocampus_crops, fixed=f, moving=m, among=hippocampus.learned), 1.0,
            "affine", "Dice")
       for f, m in ((0, 1), (40, 41), (80, 82), (120, 123))),
@@ -268,7 +268,12 @@ def main() -> int:
         help='another variant, such as --try softer \'{"spacing": 1.6, "last_smoothness": {"elastic": 0.05}}\'',
     )  # fmt: skip
     parser.add_argument(
-        "--coarse", action="store_true", help="prepare heads on a grid of 3 instead of 2 mm, for a quick look"
+        "--heads",
+        type=float,
+        default=HEADS_MM,
+        metavar="MM",
+        help="grid that heads are prepared on, 3 for a quick look, 1 for images that are finer than the working grid "
+        "(default: %(default)g)",
     )
     parser.add_argument("--model", default=models.DEFAULT)
     parser.add_argument("--output", type=Path, default=Path("build/ablation"))
@@ -285,8 +290,7 @@ def main() -> int:
         chosen = [c for c in PAIRS[args.pairs] if args.families is None or c.family.startswith(tuple(args.families))]
         if args.first:
             chosen = [c for c in chosen if [d for d in chosen if d.family == c.family].index(c) < args.first]
-        if args.coarse:
-            chosen = [replace(case, spacing=3.0) if case.spacing == 2 else case for case in chosen]
+        chosen = [replace(case, spacing=args.heads) if case.spacing == HEADS_MM else case for case in chosen]
         results = {}
         for case in chosen:
             folder = args.output / "pairs" / f"{case.spacing:g} mm" / case.family / case.name
