@@ -48,7 +48,7 @@ class Verdict:
 
     @property
     def error(self) -> str:
-        """The expected error as far as it is known: ``1.3 mm``, ``more than 6.4 mm``, or nothing."""
+        """The expected error as far as it is known: ``1.3 mm``, ``more than 5.6 mm``, or nothing."""
         if self.expected_error_mm is None:
             return ""
         if self.exceeded_mm is None:
