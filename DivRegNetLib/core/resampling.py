@@ -11,50 +11,59 @@ from DivRegNetLib.core.grid import Grid, affine_transform
 from DivRegNetLib.core.intensity import subsample, without_padding
 
 KEPT_RATIO = 2.0  # voxels of an image per voxel of the grid along an axis that are kept, at least, where it has more
+# Such voxels along every axis, from which on linear interpolation blurs no more than is wanted, and up to which splines would
+# swing between slices that are far apart.
+FINE_RATIO, THICK_RATIO = 1.5, 0.5
+LINEAR_VARIANCE = 1 / 6  # of linear interpolation, halfway between voxels and at them in the mean, in squared voxels
 
 
 def resample_smooth(image: sitk.Image, grid: Grid, *matrices: np.ndarray) -> list[sitk.Image]:
     """An image as float32 on a grid, through each of some (4, 4) LPS maps from grid to image points.
 
     Along axes on which the grid is coarser, the image is averaged over the length of a voxel of the grid first, to avoid
-    aliasing. It is interpolated by cubic B-splines, which blur less than linear interpolation (Thevenaz et al., "Interpolation
-    revisited", IEEE TMI 2000). Outside the image the value is its 0.5th percentile.
+    aliasing. It is interpolated linearly; where its voxels are about as long as those of the grid, by cubic B-splines, which
+    blur less (Thevenaz et al., "Interpolation revisited", IEEE TMI 2000), and clipped to its own range. Outside the image the
+    value is its 0.5th percentile.
     """
     image = sitk.Cast(without_padding(image), sitk.sitkFloat32)
-    background = float(np.quantile(subsample(sitk.GetArrayViewFromImage(image)), 0.005))
-    spline, reference = _spline(image, grid.spacing[0]), grid.empty_image()
-    cubic = sitk.sitkBSplineResampler  # of splines whose coefficients are given
-    return [sitk.Resample(spline, reference, affine_transform(m), cubic, background) for m in matrices]
+    values = sitk.GetArrayViewFromImage(image)
+    background, low, high = float(np.quantile(subsample(values), 0.005)), float(values.min()), float(values.max())
+    linear = not THICK_RATIO <= min(grid.spacing[0] / s for s in image.GetSpacing()) < FINE_RATIO
+    averaged, reference = _averaged(image, grid.spacing[0], linear), grid.empty_image()
+    how = sitk.sitkLinear if linear else sitk.sitkBSplineResampler  # of splines whose coefficients are given
+    found = (sitk.Resample(averaged, reference, affine_transform(m), how, background) for m in matrices)
+    return [x if linear else sitk.Clamp(x, sitk.sitkFloat32, low, high) for x in found]
 
 
-def _spline(image: sitk.Image, spacing: float) -> sitk.Image:
-    """The coefficients of the cubic B-splines through an image that is averaged for a grid of a spacing (mm)."""
+def _averaged(image: sitk.Image, spacing: float, linear: bool) -> sitk.Image:
+    """An image that is averaged for a grid of a spacing (mm) and linear interpolation, or else the coefficients of the cubic
+    B-splines through it."""
     own = Grid.of(image)
     ratios = [spacing / s for s in own.spacing]
     blocks = [min(max(int(r / KEPT_RATIO), 1), n) for r, n in zip(ratios, own.size, strict=True)]
     values = torch.from_numpy(sitk.GetArrayFromImage(image))[None, None]
-    values = fields.along_axes(
-        values, *(_to_spline(n, b, r, like=values) for n, b, r in zip(own.size, blocks, ratios, strict=True))
-    )
+    axes = zip(own.size, blocks, ratios, strict=True)
+    values = fields.along_axes(values, *(_averages(n, b, r, linear, like=values) for n, b, r in axes))
     to_first = np.eye(4)
     to_first[:3, 3] = (np.array(blocks) - 1) / 2
     return Grid(tuple(values.shape[:1:-1]), own.matrix @ to_first @ np.diag([*blocks, 1])).image(values[0, 0].numpy())
 
 
-def _to_spline(n: int, block: int, ratio: float, *, like: torch.Tensor) -> torch.Tensor:
-    """(m, n): from n voxels along an axis to the coefficients of splines whose knots are m blocks of voxels.
+def _averages(n: int, block: int, ratio: float, linear: bool, *, like: torch.Tensor) -> torch.Tensor:
+    """(m, n): averages n voxels along an axis over blocks and smooths these by a Gaussian. Together with linear interpolation,
+    if that follows, this has the variance of an average over ``ratio`` voxels.
 
-    Blocks are averaged, and smoothed by a Gaussian. Both together have the variance of an average over ``ratio`` voxels. The
-    last voxel is repeated to complete the last block; beyond the border the spline is mirrored, as ITK does.
+    The last voxel is repeated to complete the last block. Coefficients of splines are those of splines that are mirrored at
+    both ends, as ITK's are.
     """
     m = -(-n // block)
     averages = torch.zeros(m, n, dtype=torch.float64)
     within = torch.arange(m * block)
     averages.index_put_((within // block, within.clamp(max=n - 1)), torch.tensor(1 / block).double(), accumulate=True)
-    sigma = math.sqrt(max((ratio / block) ** 2 - 1, 0.0) / 12)
-    if sigma > 0:
-        averages = fields.gaussian(m, sigma, like=averages) @ averages
-    if m == 1:
+    variance = ((ratio / block) ** 2 - 1) / 12 - (LINEAR_VARIANCE if linear else 0)
+    if variance > 0:
+        averages = fields.gaussian(m, math.sqrt(variance), like=averages) @ averages
+    if linear or m == 1:
         return averages.to(like.dtype)
     knots = torch.eye(m, dtype=torch.float64) * 4
     knots.diagonal(1)[:], knots.diagonal(-1)[:] = 1, 1

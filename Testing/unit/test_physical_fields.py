@@ -107,7 +107,9 @@ def test_what_is_coarser_than_the_target_is_not_smoothed(paint, moving_grid):
 
 def test_a_wave_of_five_voxels_keeps_its_height_between_the_voxels(moving_grid, initial):
     """Linear interpolation takes away a fifth of it."""
-    image = moving_grid.image(np.sin(2 * np.pi * np.indices(moving_grid.shape)[2] / 5).astype(np.float32))
+    wave = np.sin(2 * np.pi * np.indices(moving_grid.shape)[2] / 5).astype(np.float32)
+    wave[0, 0, 0], wave[-1, -1, -1] = -1, 1  # the range that values are clipped to
+    image = moving_grid.image(wave)
     middle = apply_matrix(np.linalg.inv(initial), moving_grid.center)
     target = Grid.build((12, 12, 12), [min(moving_grid.spacing)] * 3, middle - 6 * min(moving_grid.spacing))
     index = voxel_centers(target)
@@ -130,6 +132,19 @@ def test_a_constant_image_stays_constant(size, spacing, target, value):
     image = Grid.build(size, spacing, (3.0, -70.0, 20.0)).image(np.full(size[::-1], value, np.float32))
     found = resampling.resample_smooth(image, Grid.of(image).axis_aligned(target), np.eye(4))[0]
     np.testing.assert_allclose(sitk.GetArrayViewFromImage(found), value, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("spacing", [0.8, 1.2, 1.6, 3.0])
+def test_nothing_is_darker_or_brighter_than_the_image(grid_about, spacing):
+    """Splines overshoot at an edge: what is black around a brain that was cut out would become gray."""
+    image = grid_about((31, -47, 112), (30, 32, 28), (1.0, 1.0, 1.0), (10, 20, 30))
+    brain = (np.linalg.norm(image.to_physical(voxel_centers(image)) - image.center, axis=1) < 9).astype(np.float32)
+    found = resampling.resample_smooth(
+        image.image(brain.reshape(image.size).transpose(2, 1, 0)), image.axis_aligned(spacing), np.eye(4)
+    )[0]
+    values = sitk.GetArrayViewFromImage(found)
+    assert values.min() >= 0 and values.max() <= 1 + 1e-6
+    assert values.max() > 0.95
 
 
 def test_averaging_over_blocks_moves_nothing(grid_about):
