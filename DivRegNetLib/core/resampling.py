@@ -14,6 +14,7 @@ KEPT_RATIO = 2.0  # voxels of an image per voxel of the grid along an axis that 
 # Such voxels along every axis, from which on linear interpolation blurs no more than is wanted, and up to which splines would
 # swing between slices that are far apart.
 FINE_RATIO, THICK_RATIO = 1.5, 0.5
+LONGEST_SPLINE = 1024  # voxels along an axis; the matrix that gives the coefficients has the square of their number
 LINEAR_VARIANCE = 1 / 6  # of linear interpolation, halfway between voxels and at them in the mean, in squared voxels
 
 
@@ -29,6 +30,7 @@ def resample_smooth(image: sitk.Image, grid: Grid, *matrices: np.ndarray) -> lis
     values = sitk.GetArrayViewFromImage(image)
     background, low, high = float(np.quantile(subsample(values), 0.005)), float(values.min()), float(values.max())
     linear = not THICK_RATIO <= min(grid.spacing[0] / s for s in image.GetSpacing()) < FINE_RATIO
+    linear = linear or max(image.GetSize()) > LONGEST_SPLINE
     averaged, reference = _averaged(image, grid.spacing[0], linear), grid.empty_image()
     how = sitk.sitkLinear if linear else sitk.sitkBSplineResampler  # of splines whose coefficients are given
     found = (sitk.Resample(averaged, reference, affine_transform(m), how, background) for m in matrices)
@@ -49,18 +51,19 @@ def _averaged(image: sitk.Image, spacing: float, linear: bool) -> sitk.Image:
     return Grid(tuple(values.shape[:1:-1]), own.matrix @ to_first @ np.diag([*blocks, 1])).image(values[0, 0].numpy())
 
 
-def _averages(n: int, block: int, ratio: float, linear: bool, *, like: torch.Tensor) -> torch.Tensor:
+def _averages(n: int, block: int, ratio: float, linear: bool, *, like: torch.Tensor) -> torch.Tensor | None:
     """(m, n): averages n voxels along an axis over blocks and smooths these by a Gaussian. Together with linear interpolation,
-    if that follows, this has the variance of an average over ``ratio`` voxels.
+    if that follows, this has the variance of an average over ``ratio`` voxels. None: there is nothing to do.
 
     The last voxel is repeated to complete the last block. Coefficients of splines are those of splines that are mirrored at
     both ends, as ITK's are.
     """
-    m = -(-n // block)
+    m, variance = -(-n // block), ((ratio / block) ** 2 - 1) / 12 - (LINEAR_VARIANCE if linear else 0)
+    if linear and block == 1 and variance <= 0:
+        return None
     averages = torch.zeros(m, n, dtype=torch.float64)
     within = torch.arange(m * block)
     averages.index_put_((within // block, within.clamp(max=n - 1)), torch.tensor(1 / block).double(), accumulate=True)
-    variance = ((ratio / block) ** 2 - 1) / 12 - (LINEAR_VARIANCE if linear else 0)
     if variance > 0:
         averages = fields.gaussian(m, math.sqrt(variance), like=averages) @ averages
     if linear or m == 1:

@@ -147,6 +147,14 @@ def test_nothing_is_darker_or_brighter_than_the_image(grid_about, spacing):
     assert values.max() > 0.95
 
 
+def test_along_a_very_long_axis_values_are_interpolated_linearly():
+    """The matrices of splines would take minutes and gigabytes."""
+    image = Grid.build((12_000, 4, 4), (0.5, 0.5, 0.5), (0, 0, 0))
+    values = np.random.default_rng(0).random(image.shape, dtype=np.float32)
+    found = resampling.resample_smooth(image.image(values), image, np.eye(4))[0]
+    np.testing.assert_array_equal(sitk.GetArrayViewFromImage(found), values)
+
+
 def test_averaging_over_blocks_moves_nothing(grid_about):
     """A bright ball keeps its center and its sum where every other voxel, and more, is averaged."""
     fine = grid_about((31, -47, 112), (61, 54, 66), (0.7, 0.9, 0.6), (0, 0, 0))
