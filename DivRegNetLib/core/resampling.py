@@ -11,11 +11,11 @@ from DivRegNetLib.core.grid import Grid, affine_transform
 from DivRegNetLib.core.intensity import subsample, without_padding
 
 KEPT_RATIO = 2.0  # voxels of an image per voxel of the grid along an axis that are kept, at least, where it has more
-# Such voxels along every axis, from which on linear interpolation blurs no more than is wanted, and up to which splines would
-# swing between slices that are far apart.
-FINE_RATIO, THICK_RATIO = 1.5, 0.5
+# Splines interpolate where the least ratio of voxels of all axes lies between these: finer images are to be blurred more than
+# linear interpolation does, and between slices that are far apart splines swing.
+THICK_RATIO, FINE_RATIO = 0.5, 1.5
 LONGEST_SPLINE = 1024  # voxels along an axis; the matrix that gives the coefficients has the square of their number
-LINEAR_VARIANCE = 1 / 6  # of linear interpolation, halfway between voxels and at them in the mean, in squared voxels
+LINEAR_VARIANCE = 1 / 6  # of linear interpolation, the mean over all positions between two voxels, in squared voxels
 
 
 def resample_smooth(image: sitk.Image, grid: Grid, *matrices: np.ndarray) -> list[sitk.Image]:
@@ -27,21 +27,22 @@ def resample_smooth(image: sitk.Image, grid: Grid, *matrices: np.ndarray) -> lis
     value is its 0.5th percentile.
     """
     image = sitk.Cast(without_padding(image), sitk.sitkFloat32)
-    values = sitk.GetArrayViewFromImage(image)
-    background, low, high = float(np.quantile(subsample(values), 0.005)), float(values.min()), float(values.max())
-    linear = not THICK_RATIO <= min(grid.spacing[0] / s for s in image.GetSpacing()) < FINE_RATIO
-    linear = linear or max(image.GetSize()) > LONGEST_SPLINE
-    averaged, reference = _averaged(image, grid.spacing[0], linear), grid.empty_image()
+    values, ratios = sitk.GetArrayViewFromImage(image), [grid.spacing[0] / s for s in image.GetSpacing()]
+    background = float(np.quantile(subsample(values), 0.005))
+    linear = not THICK_RATIO <= min(ratios) < FINE_RATIO or max(image.GetSize()) > LONGEST_SPLINE
+    averaged, reference = _averaged(image, ratios, linear), grid.empty_image()
     how = sitk.sitkLinear if linear else sitk.sitkBSplineResampler  # of splines whose coefficients are given
-    found = (sitk.Resample(averaged, reference, affine_transform(m), how, background) for m in matrices)
-    return [x if linear else sitk.Clamp(x, sitk.sitkFloat32, low, high) for x in found]
+    found = [sitk.Resample(averaged, reference, affine_transform(m), how, background) for m in matrices]
+    return found if linear else [sitk.Clamp(x, x.GetPixelID(), float(values.min()), float(values.max())) for x in found]
 
 
-def _averaged(image: sitk.Image, spacing: float, linear: bool) -> sitk.Image:
-    """An image that is averaged for a grid of a spacing (mm) and linear interpolation, or else the coefficients of the cubic
-    B-splines through it."""
+def _averaged(image: sitk.Image, ratios: list[float], linear: bool) -> sitk.Image:
+    """An image that is averaged for linear interpolation on a grid, or else the coefficients of the cubic B-splines through it.
+
+    Args:
+        ratios: length of the grid's voxels in those of the image, along x, y, z.
+    """
     own = Grid.of(image)
-    ratios = [spacing / s for s in own.spacing]
     blocks = [min(max(int(r / KEPT_RATIO), 1), n) for r, n in zip(ratios, own.size, strict=True)]
     values = torch.from_numpy(sitk.GetArrayFromImage(image))[None, None]
     axes = zip(own.size, blocks, ratios, strict=True)

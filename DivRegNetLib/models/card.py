@@ -180,10 +180,6 @@ def _with_all_voxels(settings: object) -> object:
     levels = settings.get("levels") if isinstance(settings, dict) else None
     if not isinstance(levels, list) or not all(isinstance(level, dict) for level in levels):
         return settings
-    plain = [{k: v for k, v in level.items() if k != "stride"} for level in levels]
-    return settings | {
-        "levels": [
-            new | {"all_voxels": old.get("stride", 0) == 1 and settings.get("stride", 2) != 1}
-            for new, old in zip(plain, levels, strict=True)
-        ]
-    }
+    whole = settings.get("stride", DEFAULT.stride) == 1  # the grid of all levels
+    upgraded = [level | {"all_voxels": level.get("stride") == 1 and not whole} for level in levels]
+    return settings | {"levels": [{k: v for k, v in level.items() if k != "stride"} for level in upgraded]}

@@ -63,19 +63,18 @@ def register(
         displacement = before_all = None if start is None else _extended(start, padded)
         inner = None if valid is None else eroded(*valid)
         total, done = sum(len(stage.smoothness) for stage in stages), 0
-        described: dict[tuple, FeatureEquations] = {}
+        described, kind = None, None  # descriptors of the level before, and what they depend on
         for level, smoothness in stages:
             grid = tuple(n // (settings.stride * level.shrink) for n in shape)
             before = None if displacement is None else fields.resize(displacement, grid)
             terms = [FeatureEquations(f, grid, valid, settings.validity_threshold) for f in features]
             if settings.descriptor_weight * level.descriptors:
-                known = described.get(kind := (level.shrink, level.descriptors))  # of the level before
-                if known is None:
-                    known = descriptors(fixed, moving, settings, level, valid, before)
+                if kind == (level.shrink, level.descriptors):
+                    described.trust_regions(before, settings.descriptor_trust, settings.descriptor_region)
                 else:
-                    known.trust_regions(before, settings.descriptor_trust, settings.descriptor_region)
-                described = {kind: known}
-                terms.append(known)
+                    described = descriptors(fixed, moving, settings, level, valid, before)
+                    kind = level.shrink, level.descriptors
+                terms.append(described)
             equations = Equations(fixed, moving, settings, level, inner, terms)
             after = _level(
                 equations, Stage(level, smoothness), before, lambda steps, done=done: progress((done + steps) / total)
