@@ -22,6 +22,7 @@ from DivRegNetLib.core.determinants import determinant
 
 CACHED_MATRICES = 128  # per function
 CACHED_GRIDS = 8  # per function; as large as a field, so only those of one registration (three levels use seven)
+SLAB_VOXELS = 120_000  # that a CPU computes at a time, so that what is made of them stays in its cache
 SAMPLING_PARTS = 16  # into which the points of one image are divided, so that the threads of a CPU share them
 MULTILEVEL_SIDE = 16  # shortest side, in voxels, from which on an inversion starts from half the resolution
 TRUNCATION = 2.5  # radius of a Gaussian kernel in standard deviations
@@ -77,10 +78,27 @@ def constants(*numbers: float, like: Tensor) -> Tensor:
     return like.new_tensor(numbers)
 
 
+def slices_at_once(voxels: int, *, like: Tensor, multiple: int = 1) -> int:
+    """How many slices to compute at a time; on a GPU all of any image.
+
+    Args:
+        voxels: of a slice.
+        multiple: that the number is to be of.
+    """
+    return 2**31 if like.is_cuda else multiple * max(SLAB_VOXELS // (multiple * voxels), 1)
+
+
 def identity(shape: tuple[int, int, int], *, like: Tensor) -> Tensor:
     """Voxel coordinates of a (D, H, W) grid as a field (1, 3, D, H, W), with dtype and device of ``like``."""
     axes = [torch.arange(n, dtype=like.dtype, device=like.device) for n in shape]
     return torch.stack(torch.meshgrid(*axes, indexing="ij")[::-1])[None]
+
+
+def _identity(depth: int, height: int, width: int, *, like: Tensor) -> Tensor:
+    return identity((depth, height, width), like=like)
+
+
+_identity = cached(_identity, size=CACHED_GRIDS)
 
 
 def sample(image: Tensor, points: Tensor, *, mode: str = "bilinear", padding: str = "border") -> Tensor:
@@ -98,24 +116,30 @@ def sample(image: Tensor, points: Tensor, *, mode: str = "bilinear", padding: st
 
 
 class Sampler:
-    """:func:`sample` of one image (1, C, D, H, W) at many places one after the other, (1, 3, d, h, w) in voxels; the border is
-    repeated.
+    """An image (N, C, D, H, W) that is sampled again and again; the border is repeated. Nothing here is differentiated.
 
-    On a CPU that is half again as fast, as torch's grid_sample for volumes reads number by number: the values of a voxel and
-    of the next one along x are a row of a table, and four of its rows are added in one operation for each point.
+    For one image on a CPU this is up to four times as fast as torch's grid_sample for volumes, which reads number by number:
+    the values of a voxel and of the next one along x are a row of a table, and four of its rows are added in one operation for
+    each point.
     """
 
     def __init__(self, image: Tensor) -> None:
-        self._image, self._table = image, None
-        if not image.is_cuda:
+        self.image, self._table = image, None
+        if len(image) == 1 and not image.is_cuda:
             values = F.pad(image, (0, 2, 0, 1, 0, 1), mode="replicate")[0]
             self._table = torch.cat((values[..., :-1], values[..., 1:])).flatten(1).T.contiguous()
 
-    def __call__(self, points: Tensor) -> Tensor:
-        """(1, C, d, h, w)."""
+    def displaced(self, displacement: Tensor, stride: int = 1) -> Tensor:
+        """As :func:`sample_displaced` of the image."""
         if self._table is None:
-            return sample(self._image, points)
-        _, channels, depth, height, width = self._image.shape
+            return sample_displaced(self.image, displacement, stride)
+        return self((_identity(*displacement.shape[2:], like=displacement) + displacement).mul_(stride))
+
+    def __call__(self, points: Tensor) -> Tensor:
+        """(N, C, d, h, w) at voxel coordinates (N, 3, d, h, w), as :func:`sample`."""
+        if self._table is None:
+            return sample(self.image, points)
+        _, channels, depth, height, width = self.image.shape
         last = constants(width - 1, height - 1, depth - 1, like=points).view(3, 1)
         at = points[0].flatten(1).clamp_min(0).minimum(last)
         low = at.int()

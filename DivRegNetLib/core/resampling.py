@@ -1,5 +1,6 @@
 """Resampling of volumes in physical space: onto the working grid, and through a transform onto the fixed grid."""
 
+import functools
 import math
 
 import numpy as np
@@ -15,6 +16,7 @@ KEPT_RATIO = 2.0  # voxels of an image per voxel of the grid along an axis that 
 # linear interpolation does, and between slices that are far apart splines swing.
 THICK_RATIO, FINE_RATIO = 0.5, 1.5
 LONGEST_SPLINE = 1024  # voxels along an axis; the matrix that gives the coefficients has the square of their number
+PARALLEL = 1e-3  # voxels that parallel axes differ by, at most, from one end to the other
 LINEAR_VARIANCE = 1 / 6  # of linear interpolation, the mean over all positions between two voxels, in squared voxels
 
 
@@ -30,31 +32,69 @@ def resample_smooth(image: sitk.Image, grid: Grid, *matrices: np.ndarray) -> lis
     values, ratios = sitk.GetArrayViewFromImage(image), [grid.spacing[0] / s for s in image.GetSpacing()]
     background = float(np.quantile(subsample(values), 0.005))
     linear = not THICK_RATIO <= min(ratios) < FINE_RATIO or max(image.GetSize()) > LONGEST_SPLINE
-    averaged, reference = _averaged(image, ratios, linear), grid.empty_image()
-    how = sitk.sitkLinear if linear else sitk.sitkBSplineResampler  # of splines whose coefficients are given
-    found = [sitk.Resample(averaged, reference, affine_transform(m), how, background) for m in matrices]
+    averages = _Averages(image, ratios, linear)
+    found = [averages.on_grid(grid, matrix, background) for matrix in matrices]
     return found if linear else [sitk.Clamp(x, x.GetPixelID(), float(values.min()), float(values.max())) for x in found]
 
 
-def _averaged(image: sitk.Image, ratios: list[float], linear: bool) -> sitk.Image:
-    """An image that is averaged for linear interpolation on a grid, or else the coefficients of the cubic B-splines through it.
+class _Averages:
+    """An image that is averaged for linear interpolation, or the coefficients of the cubic B-splines through its averages."""
 
-    Args:
-        ratios: length of the grid's voxels in those of the image, along x, y, z.
-    """
-    own = Grid.of(image)
-    blocks = [min(max(int(r / KEPT_RATIO), 1), n) for r, n in zip(ratios, own.size, strict=True)]
-    values = torch.from_numpy(sitk.GetArrayFromImage(image))[None, None]
-    axes = zip(own.size, blocks, ratios, strict=True)
-    values = fields.along_axes(values, *(_averages(n, b, r, linear, like=values) for n, b, r in axes))
-    to_first = np.eye(4)
-    to_first[:3, 3] = (np.array(blocks) - 1) / 2
-    return Grid(tuple(values.shape[:1:-1]), own.matrix @ to_first @ np.diag([*blocks, 1])).image(values[0, 0].numpy())
+    def __init__(self, image: sitk.Image, ratios: list[float], linear: bool) -> None:
+        """
+        Args:
+            ratios: length of the voxels of the grid that follows, in those of the image, along x, y, z.
+        """
+        own = Grid.of(image)
+        blocks = [min(max(int(r / KEPT_RATIO), 1), n) for r, n in zip(ratios, own.size, strict=True)]
+        axes = zip(own.size, blocks, ratios, strict=True)
+        self.linear, self.image, self.matrices = linear, image, [_averages(*about, linear) for about in axes]
+        to_first = np.eye(4)
+        to_first[:3, 3] = (np.array(blocks) - 1) / 2
+        size = tuple(-(-n // block) for n, block in zip(own.size, blocks, strict=True))
+        self.grid = Grid(size, own.matrix @ to_first @ np.diag([*blocks, 1]))
+
+    @functools.cached_property
+    def averaged(self) -> sitk.Image:
+        return self.image if self._unchanged else self.grid.image(self._along_axes(self.matrices))
+
+    @property
+    def _unchanged(self) -> bool:
+        return all(matrix is None for matrix in self.matrices)
+
+    def _along_axes(self, matrices: list[torch.Tensor | None]) -> np.ndarray:
+        """The image's values multiplied by a matrix along x, y and z."""
+        values = torch.from_numpy(sitk.GetArrayFromImage(self.image))[None, None]
+        single = (None if m is None else m.to(values.dtype) for m in matrices)
+        return fields.along_axes(values, *single)[0, 0].numpy()
+
+    def on_grid(self, grid: Grid, matrix: np.ndarray, background: float) -> sitk.Image:
+        """Interpolated on a grid through a (4, 4) LPS map, with a value outside."""
+        to_index = self.grid.inverse_matrix @ matrix @ grid.matrix
+        along = np.abs(to_index[:3, :3]).argmax(1)  # the axis of the grid that goes along each axis of the image
+        across = np.abs(to_index[:3, :3]) @ np.diag(grid.size)
+        across[range(3), along] = 0
+        if self._unchanged or across.max() > PARALLEL:
+            # The second one interpolates splines whose coefficients are given.
+            how = sitk.sitkLinear if self.linear else sitk.sitkBSplineResampler
+            return sitk.Resample(self.averaged, grid.empty_image(), affine_transform(matrix), how, background)
+        # Along parallel axes, what averages and what interpolates are one matrix each.
+        weights, outside = [], []
+        for axis, (n, averages) in enumerate(zip(self.grid.size, self.matrices, strict=True)):
+            at = np.arange(grid.size[along[axis]]) * to_index[axis, along[axis]] + to_index[axis, 3]
+            interpolation = _interpolation(torch.from_numpy(at), n, self.linear)
+            weights.append(interpolation if averages is None else interpolation @ averages)
+            outside.append((at < -0.5) | (at >= n - 0.5))
+        found = self._along_axes(weights)
+        for axis, beyond in enumerate(outside):
+            found[(..., beyond, *[slice(None)] * axis)] = background
+        # From the order of the image's axes to that of the grid's; arrays have them in reverse.
+        return grid.image(found.transpose(2 - np.argsort(along)[::-1]))
 
 
-def _averages(n: int, block: int, ratio: float, linear: bool, *, like: torch.Tensor) -> torch.Tensor | None:
-    """(m, n): averages n voxels along an axis over blocks and smooths these by a Gaussian. Together with linear interpolation,
-    if that follows, this has the variance of an average over ``ratio`` voxels. None: there is nothing to do.
+def _averages(n: int, block: int, ratio: float, linear: bool) -> torch.Tensor | None:
+    """(m, n) float64: averages n voxels along an axis over blocks and smooths these by a Gaussian. Together with linear
+    interpolation, if that follows, this has the variance of an average over ``ratio`` voxels. None: there is nothing to do.
 
     The last voxel is repeated to complete the last block. Coefficients of splines are those of splines that are mirrored at
     both ends, as ITK's are.
@@ -68,11 +108,22 @@ def _averages(n: int, block: int, ratio: float, linear: bool, *, like: torch.Ten
     if variance > 0:
         averages = fields.gaussian(m, math.sqrt(variance), like=averages) @ averages
     if linear or m == 1:
-        return averages.to(like.dtype)
+        return averages
     knots = torch.eye(m, dtype=torch.float64) * 4
     knots.diagonal(1)[:], knots.diagonal(-1)[:] = 1, 1
     knots[0, 1] = knots[-1, -2] = 2
-    return torch.linalg.solve(knots / 6, averages).to(like.dtype)
+    return torch.linalg.solve(knots / 6, averages)
+
+
+def _interpolation(at: torch.Tensor, n: int, linear: bool) -> torch.Tensor:
+    """(k, n) float64: interpolates n values, or cubic B-splines with n coefficients, along an axis at k positions (float64)."""
+    if linear or n == 1:
+        return fields.sample_along(torch.eye(n, dtype=torch.float64), 0, at)
+    knots = at.floor()[:, None] + torch.arange(-1, 3)
+    distance = (at[:, None] - knots).abs()
+    weights = torch.where(distance < 1, 2 / 3 - distance**2 + distance**3 / 2, (2 - distance) ** 3 / 6)
+    mirrored = knots.long() % (2 * n - 2)
+    return weights.new_zeros(len(at), n).scatter_add_(1, torch.minimum(mirrored, 2 * n - 2 - mirrored), weights)
 
 
 def resample(

@@ -8,11 +8,14 @@ Axis order and units as in :mod:`DivRegNetLib.core.fields`.
 """
 
 import itertools
+import math
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from DivRegNetLib.core import fields
 
 CHANNELS = 12
 LITTLE = 1e-6  # weight of a voxel that was not measured, beside others
@@ -46,17 +49,17 @@ def mind_ssc(
     Returns:
         (N, 12, D / stride, H / stride, W / stride).
     """
-    shape, moves = image.shape[2:], _moves(dilation)
-    sums = _patch_distances(image, radius, dilation, stride, moves)
-    windows = []
-    for a, side, b, other in _pairs(dilation):
-        move = moves.index(((a, b), other * side // dilation))
-        around = _offset(b, other) if side > 0 else _offset(a, side)
-        index = (slice(o + dilation, o + dilation + n - stride + 1, stride) for o, n in zip(around, shape, strict=True))
-        windows.append(sums[(slice(None), move, *index)])
-    distances = torch.stack(windows, 1)
-    distances -= distances.amin(1, keepdim=True)
-    variance = distances.mean(1, keepdim=True)
+    reach, depth, *plane = 2 * dilation + radius, *(n // stride for n in image.shape[2:])
+    padded = F.pad(image, [reach] * 6, mode="replicate")
+    distances, variance = (image.new_empty(len(image), n, depth, *plane) for n in (CHANNELS, 1))
+    # Patches reach into the slices before and after, which thin slabs would compute too often.
+    at_once = 2 * fields.slices_at_once(len(image) * math.prod(plane), like=image)
+    parts = list(zip(distances.split(at_once, 2), variance.split(at_once, 2), strict=True))
+    for number, (part, mean) in enumerate(parts):
+        slices = padded.narrow(2, number * at_once * stride, part.shape[2] * stride + 2 * reach)
+        torch.stack(_patch_distances(slices, radius, dilation, stride), 1, out=part)
+        part -= part.amin(1, keepdim=True)
+        mean[:] = part.mean(1, keepdim=True)
     usual = variance.flatten(1)
     if valid is None:
         usual = usual.mean(1)
@@ -64,23 +67,35 @@ def mind_ssc(
         inside = valid.flatten(1) + LITTLE
         usual = (usual * inside).sum(1) / inside.sum(1)
     usual = usual.clamp_min_(torch.finfo(image.dtype).tiny).view(-1, 1, 1, 1, 1)
-    return distances.div_(variance.clamp_(min=usual * floor, max=usual * VARIANCES[1])).neg_().exp_()
+    variance = variance.clamp_(min=usual * floor, max=usual * VARIANCES[1]).neg_()
+    for (part, _), mean in zip(parts, variance.split(at_once, 2), strict=True):
+        part.div_(mean).exp_()
+    return distances
 
 
-def _moves(dilation: int) -> list[tuple[tuple[int, int], int]]:
-    """Two axes, and the offset along the second that a patch is compared at, ``dilation`` voxels further along the first."""
-    return list(itertools.product(itertools.combinations(range(3), 2), (dilation, -dilation)))
+def _patch_distances(padded: Tensor, radius: int, dilation: int, stride: int) -> list[Tensor]:
+    """The twelve patch distances of each voxel, or of each cube of ``stride`` voxels, (N, D, H, W).
 
+    Between the patches around the neighbors a and b of a voxel lies that of the move a - b, around b; it is also that between
+    -b and -a, around -a. So there are six moves in all.
 
-def _patch_distances(image: Tensor, radius: int, dilation: int, stride: int, moves: list) -> Tensor:
-    """Sums of squared differences of the patches around each voxel to those after each of six moves, (N, 6, D, H, W) with
-    ``dilation`` voxels more on each side. Between the patches around the neighbors a and b of a voxel lies that of the move
-    a - b, around b; it is also that between -b and -a, around -a."""
+    Args:
+        padded: with ``2 * dilation + radius`` voxels more on each side.
+    """
     margin = dilation + radius
-    padded, shape = F.pad(image, [dilation + margin] * 6, mode="replicate"), image.shape[2:]
+    shape = [n - 2 * (dilation + margin) for n in padded.shape[2:]]
+    # Two axes, and the offset along the second that a patch is compared at, ``dilation`` voxels further along the first.
+    moves = list(itertools.product(itertools.combinations(range(3), 2), (dilation, -dilation)))
     window = partial(_window, padded, reach=dilation + margin, margin=margin, shape=shape)
     around = torch.cat([window(_offset(a, dilation, b, -other)) for (a, b), other in moves], 1)
-    return _box(around.sub_(window([0, 0, 0])).square_(), radius, stride)
+    sums = _box(around.sub_(window([0, 0, 0])).square_(), radius, stride)
+    distances = []
+    for a, side, b, other in _pairs(dilation):
+        move = moves.index(((a, b), other * side // dilation))
+        around = _offset(b, other) if side > 0 else _offset(a, side)
+        index = (slice(o + dilation, o + dilation + n - stride + 1, stride) for o, n in zip(around, shape, strict=True))
+        distances.append(sums[(slice(None), move, *index)])
+    return distances
 
 
 def _pairs(dilation: int) -> list[tuple[int, int, int, int]]:

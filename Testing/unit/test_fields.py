@@ -125,6 +125,16 @@ def test_a_sampler_gives_what_sampling_gives_inside_and_beyond_the_border(shape,
             torch.testing.assert_close(sampler(at), fields.sample(image, at), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_sampler_gives_what_sampling_at_a_displacement_gives(stride, count):
+    random = torch.Generator().manual_seed(0)
+    image = torch.rand(count, 3, 8, 12, 10, generator=random)
+    displacement = 4 * torch.randn(count, 3, 8 // stride, 12 // stride, 10 // stride, generator=random)
+    expected = fields.sample_displaced(image, displacement, stride)
+    torch.testing.assert_close(fields.Sampler(image).displaced(displacement, stride), expected, atol=1e-5, rtol=0)
+
+
 def test_nearest_sampling_invents_no_label():
     labels = torch.randint(0, 4, (1, 1, *SHAPE), generator=torch.Generator().manual_seed(0)).double() * 10
     warped = fields.warp(labels, waves(voxels(), 3.0), mode="nearest")

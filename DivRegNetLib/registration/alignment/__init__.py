@@ -35,6 +35,7 @@ from DivRegNetLib.registration.alignment.search import (
     mirrored,
     refined,
     searches,
+    stands_out,
 )
 from DivRegNetLib.registration.alignment.settings import AlignmentSettings
 
@@ -115,11 +116,12 @@ def find(
 def _searched(problem: Problem, mode: str, progress: Progress) -> Alignment:
     s, edges = problem.settings, problem.edges
     progress(0.1)
-    found = []
+    found, certain = [], False
     for number, candidates in enumerate(searches(problem, mode)):
         found.append(candidates)
         progress(0.7 - 0.6 * 0.5 ** (number + 1))
-        if len(candidates.maps) and float(edges.agreement(candidates.maps).max()) >= s.sure:
+        certain = stands_out(problem, Candidates.joined(found))
+        if certain:
             break
     finalists = _finalists(problem, Candidates.joined(found))
     best = refined(problem, finalists, mode, "fine")
@@ -132,7 +134,7 @@ def _searched(problem: Problem, mode: str, progress: Progress) -> Alignment:
     matrix = problem.physical(chosen.maps)[0]
     remarks = words.remarks(matrix, s.large_degrees, s.large_scale)
     rival = float(merit(problem, finalists).max())
-    mirror = mirrored(problem, chosen, mode, rival, everywhere=agreement < s.sure)
+    mirror = mirrored(problem, chosen, mode, rival, everywhere=not certain and agreement < s.sure)
     if float(merit(problem, mirror)) > float(merits.max()) + s.mirror_margin:
         remarks.append(words.MIRRORED)
     progress(1.0)

@@ -269,6 +269,22 @@ def merit(problem: Problem, candidates: Candidates) -> Tensor:
     return problem.edges.agreement(candidates.maps) + s.similarity_weight * similarity
 
 
+def stands_out(problem: Problem, candidates: Candidates) -> bool:
+    """Whether the best map needs no further search: its edges agree well, or better than those of any other place.
+
+    Where contents differ, as those of two subjects do, edges never agree well; but then wrong places are as good as one
+    another, and the right one is not.
+    """
+    s = problem.settings
+    if not len(candidates.maps):
+        return False
+    merits, rows = merit(problem, candidates), _rows(candidates.maps)
+    best = int(merits.argmax())
+    elsewhere = torch.from_numpy(((rows - rows[best]) ** 2).sum(1) > s.elsewhere**2)
+    lead = float(merits[best] - merits[elsewhere].max()) if elsewhere.any() else 0.0
+    return float(problem.edges.agreement(candidates.maps[[best]])) + lead >= s.sure
+
+
 def _turns(rotations: int, mirror: bool = False) -> np.ndarray:
     """(K, 3, 3): those that take axes to axes and some that are spread evenly over all, proper or all after a mirror."""
     turns = np.concatenate([cube_rotations(), transforms.rotations(rotations)])
@@ -293,9 +309,7 @@ def cube_rotations() -> np.ndarray:
 def distinct(maps: Tensor, scores: Tensor, apart: float, most: int) -> list[int]:
     """Indices of the best maps, best first, no two of which take points at radius 1 closer together than ``apart``."""
     order = torch.argsort(scores, descending=True, stable=True).tolist()
-    # Mean squared displacement over a ball of radius 1: that of the shift, and a fifth of each column's.
-    rows = maps[:, :3].numpy() * np.array([0.2**0.5] * 3 + [1.0])
-    rows = rows.reshape(len(rows), 12)
+    rows = _rows(maps)
     chosen, taken = [], np.zeros((most, 12))
     for i in order:
         if ((taken[: len(chosen)] - rows[i]) ** 2).sum(1).min(initial=np.inf) >= apart**2:
@@ -304,6 +318,12 @@ def distinct(maps: Tensor, scores: Tensor, apart: float, most: int) -> list[int]
             if len(chosen) == most:
                 break
     return chosen
+
+
+def _rows(maps: Tensor) -> np.ndarray:
+    """(K, 12), whose squared distances are the mean squared distances between what maps make of a ball of radius 1: those of
+    the shifts, and a fifth of those of each column."""
+    return (maps[:, :3].numpy() * np.array([0.2**0.5] * 3 + [1.0])).reshape(len(maps), 12)
 
 
 def _side(image: sitk.Image) -> float:

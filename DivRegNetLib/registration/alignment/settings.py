@@ -49,7 +49,8 @@ class AlignmentSettings:
             map.
         edge_every: after each round, the best are chosen by one in so many points on edges, and the similarity.
         stretched: of these, the ones that are optimized as similarities and as affine maps.
-        sure: agreement of edges from which on there is no further search.
+        sure: agreement of edges after the best map, and what its merit exceeds those of all other places by, from which on
+            there is no further search; elsewhere: mean distance at the radius, in radii, beyond which a place is another one.
         finalists: optimized at the fine level, at most; rival: what the merit of the best exceeds theirs by, at most;
             fine_steps: per kind of map.
         reach, rough_reach: longest first step, in voxels of the level, and of the rough optimization.
@@ -107,6 +108,7 @@ class AlignmentSettings:
     coarse_steps: int = 10
     stretched: int = 8
     sure: float = 0.55
+    elsewhere: float = 0.4
     finalists: int = 3
     rival: float = 0.15
     fine_steps: int = 30

@@ -13,6 +13,7 @@ Axis order and units as in :mod:`DivRegNetLib.core.fields`. Nothing here is diff
 shape depends on the data.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -54,15 +55,20 @@ class Equations:
         counted = None if valid is None else images[2] > settings.validity_threshold
         block = self.stride * (level.block // self.stride)
         self.rows, self.layout = histogram_rows(fixed, block, settings.bins, counted)
-        self.tables = fixed.new_zeros(5, self.layout.cells + settings.bins)
         self.offsets = sampling_offsets(self.stride)
-        # All that is sampled after a displacement: intensity in bins, gradient, measured fraction. Gradients are per voxel of
-        # the displacement's grid.
-        self.moving = torch.cat((to_bins(moving, settings.bins), gradient(moving, settings.stride), *images[3:]), 1)
-        self.fixed_gradient = gradient(fixed, settings.stride)
         self.sampled = [n // self.stride for n in fixed.shape[2:]]
-        # Kept to be written to again and again, where that takes little memory.
+        # All that is sampled after a displacement: intensity in bins, measured fraction, and the gradient unless it is taken of
+        # the warped image. Gradients are per voxel of the displacement's grid.
+        self.measured, self.per_bin = valid is not None, settings.stride / (settings.bins - 1)
+        channels = torch.cat((to_bins(moving, settings.bins), *images[3:]), 1)
+        if self.stride > 1:
+            channels = torch.cat((channels, gradient(channels[:, :1], self.per_bin)), 1)
+        self.moving = fields.Sampler(channels) if self.stride > 1 else channels
+        self.fixed_gradient = gradient(fixed, settings.stride)
+        # Written to again and again.
+        self.tables = fixed.new_zeros(5, self.layout.cells + settings.bins)
         self.along = fixed.new_zeros(len(fixed), 3, 3, *self.sampled) if self.stride > 1 else None
+        self.slices = fields.slices_at_once(math.prod(self.sampled[1:]), like=fixed, multiple=settings.stride)
 
     def __call__(self, displacement: Tensor | None, number: int = 0) -> Tensor:
         """Information and force at each voxel of the displacement's grid.
@@ -77,27 +83,43 @@ class Equations:
         """
         sampled, along = self._at_sampled(displacement)
         warped, cell = self._sample(sampled, along, number)
-        moving_gradient = warped[:, 1:4]
-        if along is not None:  # chain rule: the gradient of the warped image
-            moving_gradient = torch.addcmul(moving_gradient, along[:, :, 0], warped[:, 1:2], value=0.5)
-            moving_gradient.addcmul_(along[:, :, 1], warped[:, 2:3], value=0.5)
-            moving_gradient.addcmul_(along[:, :, 2], warped[:, 3:4], value=0.5)
-        along_m, along_f, info_m, info_f, _ = self._values(cell)
-        normal = self._products(moving_gradient, info_m, along_m)
-        normal = self._products(self.fixed_gradient[self._sampled(number)], info_f, along_f, normal)
-        if self.stride != self.settings.stride:
-            normal = F.avg_pool3d(normal, self.settings.stride // self.stride)
+        write_tables(cell, self.layout, self.settings, self.tables)
+        gradients = self._moving_gradient(warped, along), self.fixed_gradient[self._sampled(number)]
+        parts = zip(*(x.split(self.slices, 2) for x in (cell, *gradients)), strict=True)
+        normal = torch.cat([self._normal(*part) for part in parts], 2)
         for terms in self.features:
             normal.add_(terms(displacement, number))
         return normal
 
+    def _normal(self, cell: Tensor, moving_gradient: Tensor, fixed_gradient: Tensor) -> Tensor:
+        """The equations of mutual information of some slices of the sampled voxels, (N, 12, d, h, w) as of :meth:`__call__`."""
+        along_m, along_f, info_m, info_f = self._values(cell, 4)
+        normal = self._products(moving_gradient, info_m, along_m)
+        normal = self._products(fixed_gradient, info_f, along_f, normal).flatten(1, 2)
+        ratio = self.settings.stride // self.stride
+        return normal if ratio == 1 else F.avg_pool3d(normal, ratio)
+
+    def _moving_gradient(self, warped: Tensor, along: Tensor | None) -> Tensor:
+        """The gradient of the warped image, (N, 3, d, h, w)."""
+        if self.stride == 1:
+            return gradient(warped[:, :1], self.per_bin)
+        x, y, z = warped[:, -3:].split(1, 1)
+        if along is None:
+            return warped[:, -3:]
+        # Chain rule, as the neighbors of the sampled voxels are not sampled.
+        found = torch.addcmul(warped[:, -3:], along[:, :, 0], x, value=0.5)
+        return found.addcmul_(along[:, :, 1], y, value=0.5).addcmul_(along[:, :, 2], z, value=0.5)
+
     def _products(self, gradient: Tensor, information: Tensor, along: Tensor, plus: Tensor | None = None) -> Tensor:
-        """``information * g g^T`` and ``along * g`` of a gradient g, as rows of four, (N, 12, d, h, w), added to ``plus``."""
-        columns = torch.cat((gradient * information, along), 1)[:, None]
-        rows = gradient[:, :, None]
+        """``information * g g^T`` and ``along * g`` of a gradient g, as rows of four, (N, 3, 4, d, h, w), added to ``plus``."""
+        rows, columns = gradient[:, :, None], (gradient * information)[:, None]
         if plus is None:
-            return (rows * columns).flatten(1, 2)
-        plus.unflatten(1, (3, 4)).addcmul_(rows, columns)
+            plus = gradient.new_empty(len(gradient), 3, 4, *gradient.shape[2:])
+            torch.mul(rows, columns, out=plus[:, :, :3])
+            torch.mul(gradient, along, out=plus[:, :, 3])
+            return plus
+        plus[:, :, :3].addcmul_(rows, columns)
+        plus[:, :, 3].addcmul_(gradient, along)
         return plus
 
     def objective(self, displacement: Tensor | None) -> Tensor:
@@ -105,35 +127,36 @@ class Equations:
         the features, in nats."""
         _, cell = self._sample(*self._at_sampled(displacement), 0)
         counted = (cell < self.layout.cells).flatten(1).sum(1).clamp_min_(1)
-        information = self._values(cell)[4].flatten(1).sum(1) / counted
+        write_tables(cell, self.layout, self.settings, self.tables)
+        information = self._values(cell, 5)[4].flatten(1).sum(1) / counted
         return information - sum(terms.energy(displacement) for terms in self.features)
 
     def _at_sampled(self, displacement: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """A displacement on the grid of the sampled voxels, in voxels of it, and its differences there."""
+        """A displacement on the grid of the sampled voxels, in voxels of it, and its differences there if they are needed."""
         if displacement is None:
             return None, None
         sampled = fields.resize(displacement, self.sampled)
-        return sampled, fields.differences(sampled, self.along)
+        return sampled, None if self.along is None else fields.differences(sampled, self.along)
 
     def _sampled(self, number: int) -> tuple:
         """Index of the voxels of the images that a step samples."""
         return (..., *(slice(o, None, self.stride) for o in self.offsets[number % len(self.offsets)]))
 
     def _sample(self, displacement: Tensor | None, along: Tensor | None, number: int) -> tuple[Tensor, Tensor]:
-        """At the sampled voxels the warped moving channels (N, 4 or 5, d, h, w), and the cell of the joint histograms that
+        """At the sampled voxels the warped moving channels (N, C, d, h, w), and the cell of the joint histograms that
         each falls into, (N, 1, d, h, w) int64."""
         warped = self._warped(displacement, along, number)
         cell = self.rows[self._sampled(number)] + warped[:, :1].long()
-        if warped.shape[1] == 5:
-            cell.masked_fill_(warped[:, 4:] <= self.settings.validity_threshold, self.layout.cells)
+        if self.measured:
+            cell.masked_fill_(warped[:, 1:2] <= self.settings.validity_threshold, self.layout.cells)
         return warped, cell
 
     def _warped(self, displacement: Tensor | None, along: Tensor | None, number: int) -> Tensor:
-        """The warped moving channels at the sampled voxels, (N, 4 or 5, d, h, w)."""
-        if displacement is None:
-            return self.moving[self._sampled(number)]
+        """The warped moving channels at the sampled voxels, (N, C, d, h, w)."""
         if self.stride == 1:
-            return fields.sample_displaced(self.moving, displacement)
+            return self.moving if displacement is None else fields.sample_displaced(self.moving, displacement)
+        if displacement is None:
+            return self.moving.image[self._sampled(number)]
         x, y, z = self.offsets[number % len(self.offsets)][::-1]
         moved = displacement + fields.constants(*(o / self.stride for o in (x, y, z)), like=along).view(1, 3, 1, 1, 1)
         # To the sampled voxel from the center of the voxel of the displacement's grid, in twice its voxels, as differences
@@ -141,12 +164,11 @@ class Equations:
         distance = fields.constants(*((o + 0.5) / self.stride / 2 - 0.25 for o in (x, y, z)), like=along)
         distance = distance.view(1, 1, 3).expand(len(along), -1, -1)
         moved = torch.baddbmm(moved.flatten(1)[:, None], distance, along.flatten(2)).view_as(displacement)
-        return fields.sample_displaced(self.moving, moved, self.stride)
+        return self.moving.displaced(moved, self.stride)
 
-    def _values(self, cell: Tensor) -> Tensor:
-        """(5, N, 1, d, h, w): the entries of the tables for each voxel, see :func:`write_tables`."""
-        write_tables(cell, self.layout, self.settings, self.tables)
-        return self.tables.index_select(1, cell.flatten()).view(-1, *cell.shape)
+    def _values(self, cell: Tensor, rows: int) -> Tensor:
+        """(rows, N, 1, d, h, w): the first entries of the tables for each voxel, see :func:`write_tables`."""
+        return self.tables[:rows].index_select(1, cell.flatten()).view(-1, *cell.shape)
 
 
 def gradient(image: Tensor, scale: float = 1.0) -> Tensor:

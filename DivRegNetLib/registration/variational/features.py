@@ -96,7 +96,8 @@ class FeatureEquations:
             both = within(torch.cat([resized(v.to(fixed.dtype), shape) for v in valid]), reach, threshold).chunk(2)
             self.scale, *inside = self.scale * both[0], both[1].to(fixed.dtype)
         self.untrusted = self.scale
-        self.moving = [torch.cat((moving[:, i :: self.parts], *inside), 1) for i in range(self.parts)]
+        parts = (torch.cat((moving[:, i :: self.parts], *inside), 1) for i in range(self.parts))
+        self.moving = [fields.Sampler(part) for part in parts]
         # Differences along x, y and z, which stay 0 at the border, and that of the two images.
         self.differences = fixed.new_zeros(len(fixed), 4, *self.fixed[:, :: self.parts].shape[1:])
 
@@ -158,9 +159,10 @@ class FeatureEquations:
     def _warped(self, displacement: Tensor | None, part: int) -> tuple[Tensor, Tensor, Tensor | float]:
         """The fixed features of one part times ``factor``, the warped moving ones, and what information and force of each
         voxel are multiplied by, (N, 1, d, h, w) or a number."""
-        fixed, channels = self.fixed[:, part :: self.parts], self.moving[part]
+        fixed, moving = self.fixed[:, part :: self.parts], self.moving[part]
+        channels = moving.image
         if displacement is not None:
-            channels = fields.warp(channels, fields.resize(displacement, self.shape))
+            channels = moving.displaced(fields.resize(displacement, self.shape))
         if not self.measured:
             return fixed, channels, self.scale
         return fixed, channels[:, :-1], self.scale * channels[:, -1:]

@@ -113,16 +113,17 @@ def _pointwise(joint: Tensor, settings: VariationalSettings, out: Tensor) -> Non
     """
     along_m, along_f, info_m, info_f, pointwise = out = out.view(5, len(joint), settings.bins, settings.bins)
     joint, of_f, of_m, total = joint[:, :-1, :-1], joint[:, :-1, -1:], joint[:, -1:, :-1], joint[:, -1:, -1:]
-    torch.div(joint, of_f * (of_m / total), out=pointwise)
+    torch.div(joint, torch.mul(of_f, of_m / total, out=pointwise), out=pointwise)
     # Mixed with the product of the marginals; the logarithm of that, up to a constant.
     share = settings.independence_weight
     pointwise.add_(share / max(1 - share, SMALLEST)).log_()
     torch.matmul(_derivative(settings.bins, -1, like=joint), pointwise, out=along_f)
     torch.matmul(pointwise, _derivative(settings.bins, 1, like=joint).T, out=along_m)
     # E[(dL/dm)^2 | f] is the same in a row, E[(dL/df)^2 | m] in a column.
-    both = (out[:2] * joint).mul_(out[:2])
-    torch.div(both[0].sum(2, keepdim=True).expand_as(joint), of_f, out=info_m)
-    torch.div(both[1].sum(1, keepdim=True).expand_as(joint), of_m, out=info_f)
+    both = torch.mul(out[:2], joint, out=out[2:4]).mul_(out[:2])
+    of_rows, of_columns = both[0].sum(2, keepdim=True), both[1].sum(1, keepdim=True)
+    torch.div(of_rows.expand_as(joint), of_f, out=info_m)
+    torch.div(of_columns.expand_as(joint), of_m, out=info_f)
 
 
 @fields.cached
