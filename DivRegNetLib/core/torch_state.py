@@ -2,7 +2,8 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -38,6 +39,25 @@ def default_state() -> Iterator[None]:
         if not torch.is_grad_enabled():
             stack.enter_context(torch.enable_grad())
         yield
+
+
+@contextlib.contextmanager
+def side_by_side() -> Iterator[Callable]:
+    """A function such as ``map`` that does two things at once, if torch has two threads; torch itself uses one inside.
+
+    For many short operations: threads that share one of them wait for each other longer than they compute, and results depend
+    on how many there are.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        if threads == 1:
+            yield map
+        else:
+            with ThreadPoolExecutor(2) as pool:
+                yield pool.map
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextlib.contextmanager

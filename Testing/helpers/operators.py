@@ -58,6 +58,12 @@ WAITS = frozenset(
 )
 
 
+class AsOnGpu(torch.Tensor):
+    """A tensor on a CPU that is treated as on a GPU: nothing is done for the cache of a CPU. ``x.as_subclass(AsOnGpu)``."""
+
+    is_cuda = True
+
+
 class Operators(TorchDispatchMode):
     """While it is entered, counts operators by name. Composite ones are counted by their parts, except in inference mode.
 

@@ -85,6 +85,7 @@ def compare_memory(cases: list[str], refine: int) -> None:
 
 def count_operations(device: str) -> None:
     import time
+    from functools import partial
 
     import torch
     from torch.profiler import ProfilerActivity, profile
@@ -94,7 +95,7 @@ def count_operations(device: str) -> None:
     from DivRegNetLib.registration import methods
 
     sys.path.insert(0, str(ROOT / "Testing" / "helpers"))
-    from operators import operators
+    from operators import AsOnGpu, operators
     from textures import deformed
 
     device = pick_device(device)
@@ -105,6 +106,8 @@ def count_operations(device: str) -> None:
         moving, fixed, _ = (x.to(device) for x in deformed(shape, 2.0, seed=0))
         valid = (torch.ones_like(fixed, dtype=torch.bool),) * 2
         images = methods.Images(fixed, moving, valid=valid, measured=fixed.numel())
+        tensors, rebuild = images.taken_apart()
+        as_on_gpu = rebuild([None if t is None else t.as_subclass(AsOnGpu) for t in tensors])
         for names in (("variational",), ("discrete", "variational")):
 
             def run(images=images, names=names) -> None:
@@ -118,7 +121,7 @@ def count_operations(device: str) -> None:
                     started = time.perf_counter()
                     run()
                     milliseconds.append(1e3 * (time.perf_counter() - started))
-            counted = operators(run)
+            counted = operators(partial(run, as_on_gpu))
             with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU]) as profiled:
                 run()
             calls = sum(event.name.startswith("aten::") for event in profiled.events())

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from operators import operators
+from operators import AsOnGpu, operators
 from textures import deformed
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -39,13 +39,7 @@ def model() -> models.Model:
         return replace(loaded, regnet=RegNet(config, loaded.card.variational_settings).eval())
 
 
-class AsOnCuda(torch.Tensor):
-    """A tensor on the CPU that is treated as on a GPU would be: nothing is done for the cache of a CPU."""
-
-    is_cuda = True
-
-
-class OnCuda(AsOnCuda):
+class OnCuda(AsOnGpu):
     """A tensor that says it is on a GPU."""
 
     @property
@@ -62,7 +56,7 @@ def deform(model: models.Model, pair: Images, names: str, **settings) -> torch.T
 @pytest.mark.parametrize("names", MOST_KERNELS)
 def test_a_forward_pass_has_few_operations_and_waits_for_none(model, names):
     tensors, rebuild = images(0, masks=True).taken_apart()
-    pair = rebuild([None if t is None else t.as_subclass(AsOnCuda) for t in tensors])
+    pair = rebuild([None if t is None else t.as_subclass(AsOnGpu) for t in tensors])
     deform(model, pair, names)  # fills the caches of small matrices
     counted = operators(lambda: deform(model, pair, names))
     assert not counted.waits

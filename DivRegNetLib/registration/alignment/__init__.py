@@ -25,6 +25,7 @@ import SimpleITK as sitk
 import torch
 from torch import Tensor
 
+from DivRegNetLib.core.torch_state import side_by_side
 from DivRegNetLib.options import ALIGNMENTS
 from DivRegNetLib.registration.alignment import pyramid, words
 from DivRegNetLib.registration.alignment.search import (
@@ -103,8 +104,8 @@ def find(
         return Alignment(np.eye(4))
     settings = settings or AlignmentSettings()
     prepared = (pyramid.prepare(*pair) for pair in ((fixed, fixed_mask), (moving, moving_mask)))
-    problem = Problem(*prepared, settings)
-    with torch.no_grad():
+    with torch.no_grad(), side_by_side() as both:
+        problem = Problem(*prepared, settings, both)
         if mode == "center" or min(*fixed.GetSize(), *moving.GetSize()) < THINNEST:
             centered = _centered(problem)
             scores = problem.level("coarse", settings.overlap_power).search(centered.maps)

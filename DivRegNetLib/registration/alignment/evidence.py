@@ -4,6 +4,8 @@ It is the same as ``fixed edges`` and ``warped edges`` of :mod:`DivRegNetLib.qua
 once, at points on edges, without warping an image.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -19,8 +21,14 @@ from DivRegNetLib.registration.alignment.similarity import Frame
 class Edges:
     """The strongest edges of two images, in normalized coordinates."""
 
-    def __init__(self, fixed: Look, moving: Look, frames: tuple[Frame, Frame], settings: AlignmentSettings) -> None:
-        looks, self.floor = (fixed, moving), settings.edge_floor
+    def __init__(
+        self, fixed: Look, moving: Look, frames: tuple[Frame, Frame], settings: AlignmentSettings, both: Callable = map
+    ) -> None:
+        """
+        Args:
+            both: what is done with both images, such as ``map``.
+        """
+        looks, self.floor, self.both = (fixed, moving), settings.edge_floor, both
         gradients = [_gradient(look, frame) for look, frame in zip(looks, frames, strict=True)]
         self.sides = [
             _Side(looks[own], gradients[own], frames[own], looks[1 - own], gradients[1 - own], frames[1 - own],
@@ -38,18 +46,20 @@ class Edges:
         Args:
             every: only every so many of the points is looked at, which is cheaper.
         """
-        total = shares = most = maps.new_zeros(len(maps))
-        for own, there in ((0, maps), (1, transforms.inverse(maps))):
-            side, other = self.sides[own], self.sides[1 - own]
+
+        def agreement(side: _Side, other: _Side, there: Tensor) -> tuple[Tensor, Tensor]:
             gradient, known = side.look_up(there, every)
             gradient = there[:, :3, :3].transpose(1, 2).to(torch.float32) @ gradient
             # A map that stretches an image by s has s times its gradients.
             stretch = torch.linalg.det(there[:, :3, :3]).abs().pow(1 / 3).to(torch.float32)[:, None, None]
             own_directions = side.directions[None, :, ::every]
             cosine = squared_cosine(own_directions, gradient, self.floor * other.strength * stretch)[:, 0]
-            share = known.double().mean(1)
-            total, shares, most = total + (cosine * known).double().mean(1), shares + share, torch.maximum(most, share)
-        return torch.where(most > 0.1, total / shares.clamp_min(1e-9), total.new_zeros(()))
+            return (cosine * known).double().mean(1), known.double().mean(1)
+
+        found = self.both(agreement, self.sides, self.sides[::-1], (maps, transforms.inverse(maps)))
+        totals, shares = (torch.stack(x) for x in zip(*found, strict=True))
+        total = totals.sum(0)
+        return torch.where(shares.amax(0) > 0.1, total / shares.sum(0).clamp_min(1e-9), total.new_zeros(()))
 
 
 class _Side:

@@ -1,6 +1,6 @@
 """The search: many starts at once, few of which are optimized."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import permutations, product
@@ -28,11 +28,13 @@ class Problem:
     """Two images and all that the search knows of them.
 
     fixed, moving: with their masks, as :func:`~DivRegNetLib.registration.alignment.pyramid.prepare` gives them.
+    both: what is done with both images, such as ``map``.
     """
 
     fixed: tuple[sitk.Image, sitk.Image | None]
     moving: tuple[sitk.Image, sitk.Image | None]
     settings: AlignmentSettings
+    both: Callable = map
 
     @cached_property
     def extent(self) -> float:
@@ -68,7 +70,7 @@ class Problem:
 
     @cached_property
     def edges(self) -> Edges:
-        return Edges(*self.fine, self.frames, self.settings)
+        return Edges(*self.fine, self.frames, self.settings, self.both)
 
     @cached_property
     def correlations(self) -> list[Correlation]:
@@ -80,7 +82,7 @@ class Problem:
         if (stage, power) not in self._levels:
             count, bins = (getattr(self.settings, f"{stage}_{what}") for what in ("points", "bins"))
             looks = self.fine if stage == "fine" else self.coarse
-            self._levels[stage, power] = Level(*looks, self.frames, count, bins, self.settings, power)
+            self._levels[stage, power] = Level(*looks, self.frames, count, bins, self.settings, power, self.both)
         return self._levels[stage, power]
 
     @cached_property

@@ -7,6 +7,7 @@ that no sum depends on its order, and few numbers are left to double precision.
 Coordinates are *normalized*: LPS, relative to the center of each image's content, in units of a common radius.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,9 +74,15 @@ class Level:
 
     def __init__(
         self, fixed: Look, moving: Look, frames: tuple[Frame, Frame], count: int, bins: int,
-        settings: AlignmentSettings, power: float = 0.0,
+        settings: AlignmentSettings, power: float = 0.0, both: Callable = map,
     ) -> None:  # fmt: skip
-        self.bins, self.settings, self.power = bins, settings, power
+        """
+        Args:
+            count, bins: points in each image, and bins of each in the joint histogram.
+            power: NMI - 1 is multiplied by this power of the share that is inside.
+            both: what is done with both images, such as ``map``.
+        """
+        self.bins, self.settings, self.power, self.both = bins, settings, power, both
         self.forward = Side(fixed, moving, frames, count, bins, settings.margin)
         self.backward = Side(moving, fixed, frames[::-1], count, bins, settings.margin)
         self.voxel = max(*fixed.grid.spacing, *moving.grid.spacing) / frames[0].radius
@@ -91,18 +98,19 @@ class Level:
         return torch.cat([self._search(part, power) for part in maps.split(chunk)])
 
     def _search(self, maps: Tensor, power: float) -> Tensor:
-        joint, most = 0, maps.new_zeros(len(maps))
-        for side, there in ((self.forward, maps), (self.backward, transforms.inverse(maps))):
+        def counts(side: Side, there: Tensor) -> Tensor:
             i, j, k = (side.at(there) + 0.5).long().unbind()
             seen = side.nearest[k.mul_(side.strides[2]).add_(j.mul_(side.strides[1])).add_(i)]
             cells = self.bins + 1
             cell = side.own * cells + seen + (torch.arange(len(maps)) * self.bins * cells)[:, None]
             counts = torch.zeros(len(maps) * self.bins * cells, dtype=torch.int64)
             counts.scatter_add_(0, cell.flatten(), torch.ones_like(cell).flatten())
-            counts = counts.view(len(maps), self.bins, cells)[:, :, : self.bins].double()
-            joint = joint + (counts if side is self.forward else counts.transpose(1, 2))
-            most = torch.maximum(most, counts.sum((1, 2)) / side.count)
-        score = (_nmi(joint)[0] - 1) * most.pow(power)
+            return counts.view(len(maps), self.bins, cells)[:, :, : self.bins].double()
+
+        sides = self.forward, self.backward
+        forward, backward = self.both(counts, sides, (maps, transforms.inverse(maps)))
+        most = torch.maximum(*(n.sum((1, 2)) / side.count for n, side in zip((forward, backward), sides, strict=True)))
+        score = (_nmi(forward + backward.transpose(1, 2))[0] - 1) * most.pow(power)
         return torch.where(most >= self.settings.overlap, score, score.new_tensor(-1.0))
 
     def evaluate(self, maps: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,21 +121,27 @@ class Level:
 
     def _evaluate(self, maps: Tensor) -> tuple[Tensor, Tensor]:
         inverses = transforms.inverse(maps)
-        sides = (self.forward, maps), (self.backward, inverses)
-        looked = [_look_up(side, there) for side, there in sides]
-        joints = [_joint(side, *at[:2]) for (side, _), at in zip(sides, looked, strict=True)]
+        sides = self.forward, self.backward
+
+        def look_up(side: Side, there: Tensor) -> tuple[tuple, Tensor]:
+            at = _look_up(side, there)
+            return at, _joint(side, *at[:2])
+
+        looked, joints = zip(*self.both(look_up, sides, (maps, inverses)), strict=True)
         joint = joints[0] + joints[1].transpose(1, 2)
         score, table = _nmi(joint)
-        shares = torch.stack([j.sum((1, 2)) / side.count for j, (side, _) in zip(joints, sides, strict=True)])
+        shares = torch.stack([j.sum((1, 2)) / side.count for j, side in zip(joints, sides, strict=True)])
         share = shares.amax(0)
         # Of (NMI - 1) share ** power, whose share grows with the weight of the points of the image that is more inside.
         score, table = (score - 1) * share**self.power, table * (share**self.power)[:, None, None]
-        counts = torch.tensor([side.count for side, _ in sides])[:, None]
+        counts = torch.tensor([side.count for side in sides])[:, None]
         more = torch.where(shares == share, self.power * score / share.clamp_min(1e-9) / counts, score.new_zeros(()))
-        gradients = []
-        for (side, _), at, own, rise in zip(sides, looked, (table, table.transpose(1, 2)), more, strict=True):
+
+        def gradient(side: Side, at: tuple, own: Tensor, rise: Tensor) -> Tensor:
             pull = _pull(side, (own + rise[:, None, None]).to(torch.float32).contiguous(), *at)  # (3, K, N)
-            gradients.append((pull.transpose(0, 1) @ side.points.T).double())
+            return (pull.transpose(0, 1) @ side.points.T).double()
+
+        gradients = list(self.both(gradient, sides, looked, (table, table.transpose(1, 2)), more))
         to = self.forward.to_index[:3, :3] @ maps[:, :3, :3]
         forward = to.transpose(1, 2) @ gradients[0]
         backward = -(self.backward.to_index[:3, :3].T @ gradients[1] @ inverses.transpose(1, 2))
