@@ -124,6 +124,20 @@ def test_centering_is_a_translation_that_brings_distant_heads_together(
     assert error(found, truth).max() < 10
 
 
+def test_the_result_does_not_depend_on_the_number_of_threads(pair, rigid):
+    images, before = pair(rigid((25, -10, 15), SHIFT)), torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(alignment.align(*images, "affine"))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_array_equal(found[0], found[2])
+
+
 def test_no_alignment_is_the_identity_and_another_word_is_refused(pair, rigid):
     images = pair(rigid((0, 0, 0)))
     np.testing.assert_array_equal(alignment.align(*images, "none"), np.eye(4))

@@ -170,6 +170,39 @@ def test_of_the_rough_starts_those_survive_whose_edges_agree_though_others_are_m
         assert edges.asked == [60, 20]
 
 
+class Agreeing:
+    """Edges of which it is given how well they agree after each map."""
+
+    def __init__(self, agreements: list[float]) -> None:
+        self.agreements = torch.tensor(agreements, dtype=torch.float64)
+
+    def agreement(self, maps: torch.Tensor, every: int = 1) -> torch.Tensor:
+        return self.agreements[(maps[:, 0, 3] / 2).round().long()]  # maps are 2 apart
+
+
+@pytest.mark.parametrize(
+    ("agreements", "shifts", "stands_out"),
+    [
+        ([0.6, 0.59, 0.3], [0, 2, 4], True),  # edges agree
+        ([0.5, 0.42, 0.3], [0, 2, 4], True),  # they agree less, but nowhere else nearly as well
+        ([0.5, 0.47, 0.3], [0, 2, 4], False),  # another place is as good
+        ([0.5, 0.3], [0, 0.1, 2], True),  # of the same place there may be several maps
+        ([0.5], [0, 0.1], False),  # there is no other place to compare with
+        ([], [], False),
+    ],
+)
+def test_a_place_stands_out_if_its_edges_agree_well_or_better_than_elsewhere(
+    agreements, shifts, stands_out, monkeypatch, grid_about, paint
+):
+    image = paint(grid_about((31, -47, 112), (16, 14, 15), (10.0, 10.0, 10.0)))
+    problem = search.Problem(*[pyramid.prepare(image, None)] * 2, SETTINGS)
+    problem.__dict__["edges"] = edges = Agreeing(agreements)
+    monkeypatch.setattr(search, "merit", lambda problem, candidates: edges.agreement(candidates.maps))
+    maps = torch.eye(4, dtype=torch.float64).repeat(len(shifts), 1, 1)
+    maps[:, 0, 3] = torch.tensor(shifts, dtype=torch.float64)
+    assert search.stands_out(problem, search.Candidates(maps, torch.ones(len(maps)))) == stands_out
+
+
 def test_a_small_crop_counts_by_its_own_edges_though_hardly_any_of_the_whole_image_lie_in_it(grid_about, paint):
     whole, crop = (
         pyramid.look(*pyramid.prepare(paint(grid_about(center, size, (2.5, 2.5, 2.5))), None), 2.5, SETTINGS)
