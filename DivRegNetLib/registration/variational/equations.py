@@ -57,12 +57,9 @@ class Equations:
         self.rows, self.layout = histogram_rows(fixed, block, settings.bins, counted)
         self.offsets = sampling_offsets(self.stride)
         self.sampled = [n // self.stride for n in fixed.shape[2:]]
-        # All that is sampled after a displacement: intensity in bins, measured fraction, and the gradient unless it is taken of
-        # the warped image. Gradients are per voxel of the displacement's grid.
-        self.measured, self.per_bin = valid is not None, settings.stride / (settings.bins - 1)
-        channels = torch.cat((to_bins(moving, settings.bins), *images[3:]), 1)
-        if self.stride > 1:
-            channels = torch.cat((channels, gradient(channels[:, :1], self.per_bin)), 1)
+        # All that is sampled after a displacement: intensity in bins, gradient, measured fraction. Gradients are per voxel of
+        # the displacement's grid.
+        channels = torch.cat((to_bins(moving, settings.bins), gradient(moving, settings.stride), *images[3:]), 1)
         self.moving = fields.Sampler(channels) if self.stride > 1 else channels
         self.fixed_gradient = gradient(fixed, settings.stride)
         # Written to again and again.
@@ -84,9 +81,15 @@ class Equations:
         sampled, along = self._at_sampled(displacement)
         warped, cell = self._sample(sampled, along, number)
         write_tables(cell, self.layout, self.settings, self.tables)
-        gradients = self._moving_gradient(warped, along), self.fixed_gradient[self._sampled(number)]
-        parts = zip(*(x.split(self.slices, 2) for x in (cell, *gradients)), strict=True)
-        normal = torch.cat([self._normal(*part) for part in parts], 2)
+        fixed_gradient, normal = self.fixed_gradient[self._sampled(number)], []
+        for start in range(0, self.sampled[0], self.slices):
+            part = slice(start, start + self.slices)
+            moving_gradient = warped[:, 1:4, part]
+            if displacement is not None:
+                there = _differences(sampled, part) if along is None else along[:, :, :, part]
+                moving_gradient = _after(moving_gradient, there)
+            normal.append(self._normal(cell[:, :, part], moving_gradient, fixed_gradient[:, :, part]))
+        normal = torch.cat(normal, 2)
         for terms in self.features:
             normal.add_(terms(displacement, number))
         return normal
@@ -98,17 +101,6 @@ class Equations:
         normal = self._products(fixed_gradient, info_f, along_f, normal).flatten(1, 2)
         ratio = self.settings.stride // self.stride
         return normal if ratio == 1 else F.avg_pool3d(normal, ratio)
-
-    def _moving_gradient(self, warped: Tensor, along: Tensor | None) -> Tensor:
-        """The gradient of the warped image, (N, 3, d, h, w)."""
-        if self.stride == 1:
-            return gradient(warped[:, :1], self.per_bin)
-        x, y, z = warped[:, -3:].split(1, 1)
-        if along is None:
-            return warped[:, -3:]
-        # Chain rule, as the neighbors of the sampled voxels are not sampled.
-        found = torch.addcmul(warped[:, -3:], along[:, :, 0], x, value=0.5)
-        return found.addcmul_(along[:, :, 1], y, value=0.5).addcmul_(along[:, :, 2], z, value=0.5)
 
     def _products(self, gradient: Tensor, information: Tensor, along: Tensor, plus: Tensor | None = None) -> Tensor:
         """``information * g g^T`` and ``along * g`` of a gradient g, as rows of four, (N, 3, 4, d, h, w), added to ``plus``."""
@@ -132,7 +124,7 @@ class Equations:
         return information - sum(terms.energy(displacement) for terms in self.features)
 
     def _at_sampled(self, displacement: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """A displacement on the grid of the sampled voxels, in voxels of it, and its differences there if they are needed."""
+        """A displacement on the grid of the sampled voxels, in voxels of it, and its differences there, if they are kept."""
         if displacement is None:
             return None, None
         sampled = fields.resize(displacement, self.sampled)
@@ -143,16 +135,16 @@ class Equations:
         return (..., *(slice(o, None, self.stride) for o in self.offsets[number % len(self.offsets)]))
 
     def _sample(self, displacement: Tensor | None, along: Tensor | None, number: int) -> tuple[Tensor, Tensor]:
-        """At the sampled voxels the warped moving channels (N, C, d, h, w), and the cell of the joint histograms that
+        """At the sampled voxels the warped moving channels (N, 4 or 5, d, h, w), and the cell of the joint histograms that
         each falls into, (N, 1, d, h, w) int64."""
         warped = self._warped(displacement, along, number)
         cell = self.rows[self._sampled(number)] + warped[:, :1].long()
-        if self.measured:
-            cell.masked_fill_(warped[:, 1:2] <= self.settings.validity_threshold, self.layout.cells)
+        if warped.shape[1] == 5:
+            cell.masked_fill_(warped[:, 4:] <= self.settings.validity_threshold, self.layout.cells)
         return warped, cell
 
     def _warped(self, displacement: Tensor | None, along: Tensor | None, number: int) -> Tensor:
-        """The warped moving channels at the sampled voxels, (N, C, d, h, w)."""
+        """The warped moving channels at the sampled voxels, (N, 4 or 5, d, h, w)."""
         if self.stride == 1:
             return self.moving if displacement is None else fields.sample_displaced(self.moving, displacement)
         if displacement is None:
@@ -175,3 +167,22 @@ def gradient(image: Tensor, scale: float = 1.0) -> Tensor:
     """Central differences of an image (N, 1, D, H, W) along x, y, z, times a factor: (N, 3, D, H, W); 0 at the border."""
     differences = fields.differences(image)[:, :, 0]
     return differences if scale == 2 else differences.mul_(scale / 2)
+
+
+def _after(gradient: Tensor, along: Tensor) -> Tensor:
+    """The gradient of a warped image, by the chain rule, (N, 3, d, h, w).
+
+    Args:
+        gradient: of the image, (N, 3, d, h, w), where the displacement takes the voxels.
+        along: differences of the displacement, (N, 3, 3, d, h, w), see :func:`fields.differences`.
+    """
+    x, y, z = gradient.split(1, 1)
+    after = torch.addcmul(gradient, along[:, :, 0], x, value=0.5)
+    return after.addcmul_(along[:, :, 1], y, value=0.5).addcmul_(along[:, :, 2], z, value=0.5)
+
+
+def _differences(displacement: Tensor, part: slice) -> Tensor:
+    """Those of a displacement (N, 3, D, H, W) in some of its slices, (N, 3, 3, d, h, w)."""
+    first = max(part.start - 1, 0)
+    around = fields.differences(displacement[:, :, first : part.stop + 1])
+    return around[:, :, :, part.start - first : part.stop - first]
