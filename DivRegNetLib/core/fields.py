@@ -19,10 +19,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from DivRegNetLib.core.determinants import determinant
+from DivRegNetLib.core.torch_state import computed_in_parts, threads_share_parts
 
 CACHED_MATRICES = 128  # per function
 CACHED_GRIDS = 8  # per function; as large as a field, so only those of one registration (three levels use seven)
 SLAB_VOXELS = 120_000  # that a CPU computes at a time, so that what is made of them stays in its cache
+SAMPLED_AT_ONCE = 45_000  # points of a table, where threads share parts
 SAMPLING_PARTS = 16  # into which the points of one image are divided, so that the threads of a CPU share them
 MULTILEVEL_SIDE = 16  # shortest side, in voxels, from which on an inversion starts from half the resolution
 TRUNCATION = 2.5  # radius of a Gaussian kernel in standard deviations
@@ -139,9 +141,15 @@ class Sampler:
         """(N, C, d, h, w) at voxel coordinates (N, 3, d, h, w), as :func:`sample`."""
         if self._table is None:
             return sample(self.image, points)
+        flat = points.flatten(2)
+        parts = flat.split(SAMPLED_AT_ONCE if threads_share_parts() else flat.shape[2], 2)
+        return torch.cat(computed_in_parts(self._at, parts), 1).unflatten(1, points.shape[2:])[None]
+
+    def _at(self, points: Tensor) -> Tensor:
+        """(C, n) at (1, 3, n), by the table."""
         _, channels, depth, height, width = self.image.shape
         last = constants(width - 1, height - 1, depth - 1, like=points).view(3, 1)
-        at = points[0].flatten(1).clamp_min(0).minimum(last)
+        at = points[0].clamp_min(0).minimum(last)
         low = at.int()
         x, y, z = (at - low).unbind()
         first = low[0] + (width + 1) * (low[1] + (height + 1) * low[2])
@@ -155,7 +163,7 @@ class Sampler:
         torch.sub(z, both, out=only_z)
         torch.sub(1 - y, only_z, out=neither)
         here, next_one = F.embedding_bag(rows, self._table, per_sample_weights=weights, mode="sum").T.chunk(2)
-        return torch.lerp(here, next_one, x, out=at.new_empty(channels, len(x))).unflatten(1, points.shape[2:])[None]
+        return torch.lerp(here, next_one, x, out=at.new_empty(channels, len(x)))
 
 
 def sample_displaced(image: Tensor, displacement: Tensor, stride: int = 1) -> Tensor:

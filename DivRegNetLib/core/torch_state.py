@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -58,6 +58,29 @@ def side_by_side() -> Iterator[Callable]:
                 yield pool.map
     finally:
         torch.set_num_threads(threads)
+
+
+def threads_share_parts() -> bool:
+    """Whether threads should share parts of a computation, and not each operation in it.
+
+    So it is where threads of OpenMP sleep when they have nothing to do (:mod:`DivRegNetLib.run.threads`): to wake them takes
+    as long as a short operation. Elsewhere they would spin beside the threads that share the parts.
+    """
+    return torch.get_num_threads() > 1 and os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE"
+
+
+def computed_in_parts(compute: Callable, parts: Iterable) -> list:
+    """What a function returns for each of some parts, in order, without gradients; see :func:`threads_share_parts`."""
+    parts, inference = list(parts), torch.is_inference_mode_enabled()
+    if len(parts) == 1 or not threads_share_parts():
+        return [compute(part) for part in parts]
+
+    def in_mode(part: object) -> object:
+        with torch.inference_mode(inference), torch.set_grad_enabled(False):
+            return compute(part)
+
+    with side_by_side() as run:
+        return list(run(in_mode, parts))
 
 
 @contextlib.contextmanager

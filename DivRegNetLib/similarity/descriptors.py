@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from DivRegNetLib.core import fields
+from DivRegNetLib.core.torch_state import computed_in_parts
 
 CHANNELS = 12
 LITTLE = 1e-6  # weight of a voxel that was not measured, beside others
@@ -55,11 +56,15 @@ def mind_ssc(
     # Patches reach into the slices before and after, which thin slabs would compute too often.
     at_once = 2 * fields.slices_at_once(len(image) * math.prod(plane), like=image)
     parts = list(zip(distances.split(at_once, 2), variance.split(at_once, 2), strict=True))
-    for number, (part, mean) in enumerate(parts):
+
+    def compare(number: int) -> None:
+        part, mean = parts[number]
         slices = padded.narrow(2, number * at_once * stride, part.shape[2] * stride + 2 * reach)
         torch.stack(_patch_distances(slices, radius, dilation, stride), 1, out=part)
         part -= part.amin(1, keepdim=True)
         mean[:] = part.mean(1, keepdim=True)
+
+    computed_in_parts(compare, range(len(parts)))
     usual = variance.flatten(1)
     if valid is None:
         usual = usual.mean(1)
@@ -68,8 +73,8 @@ def mind_ssc(
         usual = (usual * inside).sum(1) / inside.sum(1)
     usual = usual.clamp_min_(torch.finfo(image.dtype).tiny).view(-1, 1, 1, 1, 1)
     variance = variance.clamp_(min=usual * floor, max=usual * VARIANCES[1]).neg_()
-    for (part, _), mean in zip(parts, variance.split(at_once, 2), strict=True):
-        part.div_(mean).exp_()
+    means = variance.split(at_once, 2)
+    computed_in_parts(lambda number: parts[number][0].div_(means[number]).exp_(), range(len(parts)))
     return distances
 
 

@@ -218,6 +218,24 @@ def test_what_was_not_measured_neither_pulls_nor_counts():
 # Arithmetic
 
 
+@pytest.mark.parametrize("inference", [False, True])
+def test_threads_that_share_parts_change_nothing(inference, monkeypatch):
+    moving, fixed, _ = deformed((48, 40, 44), 1.0, seed=6)
+    monkeypatch.setattr(fields, "SLAB_VOXELS", 8000)
+    monkeypatch.setattr(fields, "SAMPLED_AT_ONCE", 3000)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            with torch.inference_mode(inference):
+                found.append(register(fixed, moving, USUAL))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(*found, atol=1e-4, rtol=0)
+
+
 def test_a_batch_of_two_is_two_batches_of_one():
     pairs = [deformed((16, 24, 16), 1.0, seed)[:2] for seed in (4, 5)]
     moving, fixed = (torch.cat(images) for images in zip(*pairs, strict=True))

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from DivRegNetLib.core import fields
+from DivRegNetLib.core.torch_state import computed_in_parts
 from DivRegNetLib.registration.variational.features import FeatureEquations, Valid
 from DivRegNetLib.registration.variational.histograms import histogram_rows, to_bins, write_tables
 from DivRegNetLib.registration.variational.schedule import sampling_offsets
@@ -81,15 +82,17 @@ class Equations:
         sampled, along = self._at_sampled(displacement)
         warped, cell = self._sample(sampled, along, number)
         write_tables(cell, self.layout, self.settings, self.tables)
-        fixed_gradient, normal = self.fixed_gradient[self._sampled(number)], []
-        for start in range(0, self.sampled[0], self.slices):
+        fixed_gradient = self.fixed_gradient[self._sampled(number)]
+
+        def normal_from(start: int) -> Tensor:
             part = slice(start, start + self.slices)
             moving_gradient = warped[:, 1:4, part]
             if displacement is not None:
                 there = _differences(sampled, part) if along is None else along[:, :, :, part]
                 moving_gradient = _after(moving_gradient, there)
-            normal.append(self._normal(cell[:, :, part], moving_gradient, fixed_gradient[:, :, part]))
-        normal = torch.cat(normal, 2)
+            return self._normal(cell[:, :, part], moving_gradient, fixed_gradient[:, :, part])
+
+        normal = torch.cat(computed_in_parts(normal_from, range(0, self.sampled[0], self.slices)), 2)
         for terms in self.features:
             normal.add_(terms(displacement, number))
         return normal
