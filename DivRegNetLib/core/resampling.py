@@ -32,12 +32,12 @@ def resample_smooth(image: sitk.Image, grid: Grid, *matrices: np.ndarray) -> lis
     values, ratios = sitk.GetArrayViewFromImage(image), [grid.spacing[0] / s for s in image.GetSpacing()]
     background = float(np.quantile(subsample(values), 0.005))
     linear = not THICK_RATIO <= min(ratios) < FINE_RATIO or max(image.GetSize()) > LONGEST_SPLINE
-    averages = _Averages(image, ratios, linear)
-    found = [averages.on_grid(grid, matrix, background) for matrix in matrices]
+    averaged = _Averaged(image, ratios, linear)
+    found = [averaged.on_grid(grid, matrix, background) for matrix in matrices]
     return found if linear else [sitk.Clamp(x, x.GetPixelID(), float(values.min()), float(values.max())) for x in found]
 
 
-class _Averages:
+class _Averaged:
     """An image that is averaged for linear interpolation, or the coefficients of the cubic B-splines through its averages."""
 
     def __init__(self, image: sitk.Image, ratios: list[float], linear: bool) -> None:
@@ -48,41 +48,41 @@ class _Averages:
         own = Grid.of(image)
         blocks = [min(max(int(r / KEPT_RATIO), 1), n) for r, n in zip(ratios, own.size, strict=True)]
         axes = zip(own.size, blocks, ratios, strict=True)
-        self.linear, self.image, self.matrices = linear, image, [_averages(*about, linear) for about in axes]
+        self._linear, self._original, self._matrices = linear, image, [_averages(*about, linear) for about in axes]
         to_first = np.eye(4)
         to_first[:3, 3] = (np.array(blocks) - 1) / 2
         size = tuple(-(-n // block) for n, block in zip(own.size, blocks, strict=True))
-        self.grid = Grid(size, own.matrix @ to_first @ np.diag([*blocks, 1]))
-
-    @functools.cached_property
-    def averaged(self) -> sitk.Image:
-        return self.image if self._unchanged else self.grid.image(self._along_axes(self.matrices))
+        self._grid = Grid(size, own.matrix @ to_first @ np.diag([*blocks, 1]))
 
     @property
     def _unchanged(self) -> bool:
-        return all(matrix is None for matrix in self.matrices)
+        return all(matrix is None for matrix in self._matrices)
+
+    @functools.cached_property
+    def _image(self) -> sitk.Image:
+        return self._original if self._unchanged else self._grid.image(self._along_axes(self._matrices))
 
     def _along_axes(self, matrices: list[torch.Tensor | None]) -> np.ndarray:
-        """The image's values multiplied by a matrix along x, y and z."""
-        values = torch.from_numpy(sitk.GetArrayFromImage(self.image))[None, None]
+        """The values before averaging, multiplied by a matrix along x, y and z."""
+        values = torch.from_numpy(sitk.GetArrayFromImage(self._original))[None, None]
         single = (None if m is None else m.to(values.dtype) for m in matrices)
         return fields.along_axes(values, *single)[0, 0].numpy()
 
     def on_grid(self, grid: Grid, matrix: np.ndarray, background: float) -> sitk.Image:
         """Interpolated on a grid through a (4, 4) LPS map, with a value outside."""
-        to_index = self.grid.inverse_matrix @ matrix @ grid.matrix
+        to_index = self._grid.inverse_matrix @ matrix @ grid.matrix
         along = np.abs(to_index[:3, :3]).argmax(1)  # the axis of the grid that goes along each axis of the image
         across = np.abs(to_index[:3, :3]) @ np.diag(grid.size)
         across[range(3), along] = 0
         if self._unchanged or across.max() > PARALLEL:
             # The second one interpolates splines whose coefficients are given.
-            how = sitk.sitkLinear if self.linear else sitk.sitkBSplineResampler
-            return sitk.Resample(self.averaged, grid.empty_image(), affine_transform(matrix), how, background)
+            how = sitk.sitkLinear if self._linear else sitk.sitkBSplineResampler
+            return sitk.Resample(self._image, grid.empty_image(), affine_transform(matrix), how, background)
         # Along parallel axes, what averages and what interpolates are one matrix each.
         weights, outside = [], []
-        for axis, (n, averages) in enumerate(zip(self.grid.size, self.matrices, strict=True)):
+        for axis, (n, averages) in enumerate(zip(self._grid.size, self._matrices, strict=True)):
             at = np.arange(grid.size[along[axis]]) * to_index[axis, along[axis]] + to_index[axis, 3]
-            interpolation = _interpolation(torch.from_numpy(at), n, self.linear)
+            interpolation = _interpolation(torch.from_numpy(at), n, self._linear)
             weights.append(interpolation if averages is None else interpolation @ averages)
             outside.append((at < -0.5) | (at >= n - 0.5))
         found = self._along_axes(weights)
