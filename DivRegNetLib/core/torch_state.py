@@ -43,7 +43,7 @@ def default_state() -> Iterator[None]:
 
 @contextlib.contextmanager
 def side_by_side() -> Iterator[Callable]:
-    """A function such as ``map`` that does two things at once, if torch has two threads; torch itself uses one inside.
+    """A function such as ``map`` that does as many things at once as torch has threads; torch itself uses one inside.
 
     For many short operations: threads that share one of them wait for each other longer than they compute, and results depend
     on how many there are.
@@ -54,7 +54,7 @@ def side_by_side() -> Iterator[Callable]:
         if threads == 1:
             yield map
         else:
-            with ThreadPoolExecutor(2) as pool:
+            with ThreadPoolExecutor(threads) as pool:
                 yield pool.map
     finally:
         torch.set_num_threads(threads)
@@ -70,7 +70,8 @@ def threads_share_parts() -> bool:
 
 
 def computed_in_parts(compute: Callable, parts: Iterable) -> list:
-    """What a function returns for each of some parts, in order, without gradients; see :func:`threads_share_parts`."""
+    """What a function returns for each of some parts, in order; without gradients where threads share them, see
+    :func:`threads_share_parts`."""
     parts, inference = list(parts), torch.is_inference_mode_enabled()
     if len(parts) == 1 or not threads_share_parts():
         return [compute(part) for part in parts]

@@ -31,7 +31,7 @@ class AlignmentSettings:
             overlap is not taken for a good one.
     Search
         rotations: spread evenly over all, beside the 24 that take axes to axes, in the first search. The searches after it are
-            made where edges do not agree well enough after those before.
+            made where no place stands out after those before.
         more_rotations: of a second search about the same centers, for images that end in air all around.
         most_stretch: of a start that gives both contents the same spread, which is done where both images end in air all around
             or where the content of both makes up more than the share ``filled``.
