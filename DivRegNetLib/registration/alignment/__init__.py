@@ -2,8 +2,8 @@
 
 Candidates and evidence. Rotations spread over all of them, about several pairs of centers, are compared by normalized mutual
 information (Studholme et al., Pattern Recognition 1999) at a coarse level, in batches; the best few are optimized by BFGS, and
-unless one place stands out, further starts (other scales, moved centers) join. The identity and the centered starts compete with
-the result at the end, on the agreement of edges, which nothing has maximized.
+unless one place stands out, further starts (other scales, moved centers) join. The identity and the centered starts compete
+with the result at the end, on the agreement of edges, which nothing has maximized.
 
 All of it runs on the CPU, also where there is a GPU: thousands of operations on few points take a GPU longer to be asked for
 than a CPU to do (docs/experiments.md, On a GPU), and so both devices deform the same pair.
