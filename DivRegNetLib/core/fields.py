@@ -150,7 +150,7 @@ class Sampler:
         _, channels, depth, height, width = self.image.shape
         last = constants(width - 1, height - 1, depth - 1, like=points).view(3, 1)
         at = points[0].clamp_min(0).minimum(last)
-        low = at.int()
+        low = at.int().clamp_min_(0)  # what is NaN has a row as well, and gives NaN
         x, y, z = (at - low).unbind()
         first = low[0] + (width + 1) * (low[1] + (height + 1) * low[2])
         # Written in place: stacking takes twice as long.

@@ -135,6 +135,15 @@ def test_a_sampler_gives_what_sampling_at_a_displacement_gives(stride, count):
     torch.testing.assert_close(fields.Sampler(image).displaced(displacement, stride), expected, atol=1e-5, rtol=0)
 
 
+def test_a_sampler_survives_positions_that_are_not_finite():
+    """Whoever computed them notices it by the values."""
+    image = torch.rand(1, 2, 4, 5, 6, generator=torch.Generator().manual_seed(0))
+    points = torch.tensor([float("nan"), float("inf"), -float("inf")]).view(1, 1, 1, 1, 3).expand(1, 3, 1, 1, 3)
+    found = fields.Sampler(image)(points).flatten(2)[0]
+    assert found[:, 0].isnan().all()
+    torch.testing.assert_close(found[:, 1:], torch.stack((image[0, :, -1, -1, -1], image[0, :, 0, 0, 0]), 1))
+
+
 def test_nearest_sampling_invents_no_label():
     labels = torch.randint(0, 4, (1, 1, *SHAPE), generator=torch.Generator().manual_seed(0)).double() * 10
     warped = fields.warp(labels, waves(voxels(), 3.0), mode="nearest")
