@@ -192,15 +192,15 @@ class Agreeing:
     ],
 )
 def test_a_place_stands_out_if_its_edges_agree_well_or_better_than_elsewhere(
-    agreements, shifts, stands_out, monkeypatch, grid_about, paint
+    agreements, shifts, stands_out, grid_about, paint
 ):
     image = paint(grid_about((31, -47, 112), (16, 14, 15), (10.0, 10.0, 10.0)))
     problem = search.Problem(*[pyramid.prepare(image, None)] * 2, SETTINGS)
     problem.__dict__["edges"] = edges = Agreeing(agreements)
-    monkeypatch.setattr(search, "merit", lambda problem, candidates: edges.agreement(candidates.maps))
     maps = torch.eye(4, dtype=torch.float64).repeat(len(shifts), 1, 1)
     maps[:, 0, 3] = torch.tensor(shifts, dtype=torch.float64)
-    assert search.stands_out(problem, search.Candidates(maps, torch.ones(len(maps)))) == stands_out
+    candidates = search.Candidates(maps, torch.ones(len(maps)))
+    assert search.stands_out(problem, candidates, edges.agreement(maps)) == stands_out
 
 
 def test_a_small_crop_counts_by_its_own_edges_though_hardly_any_of_the_whole_image_lie_in_it(grid_about, paint):

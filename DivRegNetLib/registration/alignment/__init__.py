@@ -117,14 +117,16 @@ def find(
 def _searched(problem: Problem, mode: str, progress: Progress) -> Alignment:
     s, edges = problem.settings, problem.edges
     progress(0.1)
-    found, certain = [], False
-    for number, candidates in enumerate(searches(problem, mode)):
-        found.append(candidates)
+    found = []
+    for number, more in enumerate(searches(problem, mode)):
+        found.append(more)
         progress(0.7 - 0.6 * 0.5 ** (number + 1))
-        certain = stands_out(problem, Candidates.joined(found))
+        candidates = Candidates.joined(found)
+        merits = merit(problem, candidates)
+        certain = stands_out(problem, candidates, merits)
         if certain:
             break
-    finalists = _finalists(problem, Candidates.joined(found))
+    finalists = _finalists(problem, candidates, merits)
     best = refined(problem, finalists, mode, "fine")
     progress(0.9)
     # Maps that nothing was done to compete on the same terms: no result is worse than its start by this evidence.
@@ -142,9 +144,9 @@ def _searched(problem: Problem, mode: str, progress: Progress) -> Alignment:
     return Alignment(matrix, tuple(remarks), agreement)
 
 
-def _finalists(problem: Problem, candidates: Candidates) -> Candidates:
+def _finalists(problem: Problem, candidates: Candidates, merits: Tensor) -> Candidates:
     """The best few."""
-    s, merits = problem.settings, merit(problem, candidates)
+    s = problem.settings
     chosen = distinct(candidates.maps, merits, s.apart / 2, s.finalists)
     return candidates[[i for i in chosen if merits[i] >= merits[chosen[0]] - s.rival]]
 

@@ -271,8 +271,8 @@ def merit(problem: Problem, candidates: Candidates) -> Tensor:
     return problem.edges.agreement(candidates.maps) + s.similarity_weight * similarity
 
 
-def stands_out(problem: Problem, candidates: Candidates) -> bool:
-    """Whether the best map needs no further search: its edges agree well, or better than those of any other place.
+def stands_out(problem: Problem, candidates: Candidates, merits: Tensor) -> bool:
+    """Whether the best map by its merit needs no further search: its edges agree well, or better than those of any other place.
 
     Where contents differ, as those of two subjects do, edges never agree well; but then wrong places are as good as one
     another, and the right one is not.
@@ -280,8 +280,7 @@ def stands_out(problem: Problem, candidates: Candidates) -> bool:
     s = problem.settings
     if not len(candidates.maps):
         return False
-    merits, rows = merit(problem, candidates), _rows(candidates.maps)
-    best = int(merits.argmax())
+    best, rows = int(merits.argmax()), _rows(candidates.maps)
     elsewhere = torch.from_numpy(((rows - rows[best]) ** 2).sum(1) > s.elsewhere**2)
     lead = float(merits[best] - merits[elsewhere].max()) if elsewhere.any() else 0.0
     return float(problem.edges.agreement(candidates.maps[[best]])) + lead >= s.sure
