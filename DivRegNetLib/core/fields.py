@@ -90,6 +90,11 @@ def slices_at_once(voxels: int, *, like: Tensor, multiple: int = 1) -> int:
     return 2**31 if like.is_cuda else multiple * max(SLAB_VOXELS // (multiple * voxels), 1)
 
 
+def joined(parts: list[Tensor], dim: int) -> Tensor:
+    """``torch.cat``, which a single part is not copied for."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
 def identity(shape: tuple[int, int, int], *, like: Tensor) -> Tensor:
     """Voxel coordinates of a (D, H, W) grid as a field (1, 3, D, H, W), with dtype and device of ``like``."""
     axes = [torch.arange(n, dtype=like.dtype, device=like.device) for n in shape]
@@ -143,7 +148,7 @@ class Sampler:
             return sample(self.image, points)
         flat = points.flatten(2)
         parts = flat.split(SAMPLED_AT_ONCE if threads_share_parts() else flat.shape[2], 2)
-        return torch.cat(computed_in_parts(self._at, parts), 1).unflatten(1, points.shape[2:])[None]
+        return joined(computed_in_parts(self._at, parts), 1).unflatten(1, points.shape[2:])[None]
 
     def _at(self, points: Tensor) -> Tensor:
         """(C, n) at (1, 3, n), by the table."""

@@ -92,7 +92,7 @@ class Equations:
                 moving_gradient = _after(moving_gradient, there)
             return self._normal(cell[:, :, part], moving_gradient, fixed_gradient[:, :, part])
 
-        normal = torch.cat(computed_in_parts(normal_from, range(0, self.sampled[0], self.slices)), 2)
+        normal = fields.joined(computed_in_parts(normal_from, range(0, self.sampled[0], self.slices)), 2)
         for terms in self.features:
             normal.add_(terms(displacement, number))
         return normal
